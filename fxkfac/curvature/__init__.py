@@ -1,0 +1,1 @@
+"""Taps and losses -> Kronecker factors: where graphs and linear algebra meet."""

@@ -1,0 +1,140 @@
+"""What is sent back from the prediction: (Fisher flavour, likelihood, f, y) -> ▲_1, ▲_2, ...
+
+Every flavour is C = R Σ_n J_nᵀ (Σ_c ▲_{n,c} ▲_{n,c}ᵀ) J_n; they differ in the ▲ alone (paper,
+Section 4.1). One yielded tensor holds ▲_c of *all* data at once, and carries no R.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxkfac.curvature.likelihoods import Likelihood, derived_hessian_sqrt
+from fxkfac.errors import OptionError
+
+
+def backpropagated_vectors(
+    fisher: str,
+    likelihood: Likelihood,
+    prediction: Tensor,
+    target: Any,
+    datum: Tensor,
+    mc_samples: int,
+    generator: torch.Generator,
+) -> Iterator[Tensor]:
+    """The vectors ▲ of one flavour, each in the prediction's shape, without R.
+
+    Args:
+        fisher: One of `FISHERS`.
+        likelihood: Whose criterion is differentiated.
+        prediction: f, of all data, the data along whatever axis.
+        target: y, as the likelihood takes it.
+        datum: int64, in the prediction's shape: the position 0..dim F - 1 of every element within
+            its own datum. For a prediction [N, C] it is `arange(C)`, broadcast.
+        mc_samples: M, the number of vectors of 'mc' and 'curvature-propagation'.
+        generator: Where labels and signs are drawn from.
+
+    Raises:
+        OptionError: An unknown flavour, or M < 1.
+        LossError: The likelihood lacks what the flavour needs (sampling, labels, convexity).
+    """
+    require_fisher(fisher)
+    if not isinstance(mc_samples, int) or isinstance(mc_samples, bool) or mc_samples < 1:
+        raise OptionError(f"mc_samples is {mc_samples!r}; expected a whole number, at least 1.")
+    assert datum.shape == prediction.shape
+    f = prediction.detach()
+    return _VECTORS[fisher](_Backpropagation(likelihood, f, target, datum, mc_samples, generator))
+
+
+def require_fisher(fisher: str) -> None:
+    """Raise `OptionError` with the choices and the nearest one unless `fisher` is a flavour."""
+    if fisher not in FISHERS:
+        near = difflib.get_close_matches(str(fisher), FISHERS, n=1, cutoff=0.4)
+        hint = f"Did you mean {near[0]!r}? " if near else ""
+        choices = ", ".join(map(repr, FISHERS))
+        raise OptionError(f"no fisher is called {fisher!r}. {hint}Choose one of {choices}.")
+
+
+@dataclass(frozen=True)
+class _Backpropagation:
+    likelihood: Likelihood
+    f: Tensor
+    y: Any
+    datum: Tensor
+    mc_samples: int
+    generator: torch.Generator
+
+
+def _type2(at: _Backpropagation) -> Iterator[Tensor]:
+    S = _hessian_sqrt(at)
+    for e in range(int(at.datum.max()) + 1):
+        # S_n acts on each datum alone: one product gives ▲_{n,e} = S_n e for every n.
+        yield S((at.datum == e).to(at.f.dtype))
+
+
+def _mc(at: _Backpropagation) -> Iterator[Tensor]:
+    for _ in range(at.mc_samples):
+        sampled = at.likelihood.sample(at.f, at.generator)
+        # ▲ = ∇_f c(f, ỹ) / √M, Definition 20
+        yield at.likelihood.sampled_gradient(at.f, at.y, sampled) / math.sqrt(at.mc_samples)
+
+
+def _type1(at: _Backpropagation) -> Iterator[Tensor]:
+    site, sites = _sites(at)
+    for probability, label in at.likelihood.labels(at.f):
+        # ▲ = √p(y) ∇_f c(f, y). Sites are independent and their would-be gradients have mean
+        # zero, so that the expectation has no terms between two sites: one vector for each.
+        gradient = at.likelihood.sampled_gradient(at.f, at.y, label)
+        vector = (probability.sqrt() * gradient).to(at.f.dtype)
+        for s in sites:
+            yield torch.where(site == s, vector, 0)
+
+
+def _curvature_propagation(at: _Backpropagation) -> Iterator[Tensor]:
+    S = _hessian_sqrt(at)
+    g = at.generator
+    for _ in range(at.mc_samples):
+        signs = 2 * torch.randint(2, at.f.shape, generator=g, device=g.device).to(at.f) - 1
+        yield S(signs) / math.sqrt(at.mc_samples)  # ▲ = S ε / √M
+
+
+def _empirical(at: _Backpropagation) -> Iterator[Tensor]:
+    yield at.likelihood.gradient(at.f, at.y)  # ▲ = ∇_f c(f, y), Definition 21
+
+
+def _forward_only(at: _Backpropagation) -> Iterator[Tensor]:
+    return iter(())
+
+
+def _hessian_sqrt(at: _Backpropagation) -> Callable[[Tensor], Tensor]:
+    """v -> S v; a square root that is not given by a formula is found once for all v."""
+    given = getattr(at.likelihood.hessian_sqrt, "__func__", None)
+    if given is Likelihood.hessian_sqrt:
+        return derived_hessian_sqrt(at.likelihood, at.f, at.y)
+    return partial(at.likelihood.hessian_sqrt, at.f, at.y)
+
+
+def _sites(at: _Backpropagation) -> tuple[Tensor, list[int]]:
+    """Which site of its datum an element belongs to (broadcasts to f), and all of them."""
+    axes = at.likelihood.event_axes(at.f)
+    # A site is known by the first of its elements.
+    site = at.datum.amin(axes, keepdim=True) if axes else at.datum
+    return site, site.unique().tolist()
+
+
+_VECTORS: dict[str, Callable[[_Backpropagation], Iterator[Tensor]]] = {
+    "type-2": _type2,
+    "mc": _mc,
+    "type-1": _type1,
+    "curvature-propagation": _curvature_propagation,
+    "empirical": _empirical,
+    "forward-only": _forward_only,
+}
+FISHERS = tuple(_VECTORS)

@@ -1,0 +1,184 @@
+"""Cross-entropy as a likelihood in closed form. Paper, Examples 2, 4, 7, 12 and 14.
+
+In: logits with a class axis, and class indices or class probabilities, with every option that
+`nn.CrossEntropyLoss` has. Out: criterion, gradient, S, samples and labels of the categorical.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fxkfac.curvature.likelihoods import (
+    Likelihood,
+    require_floating_like,
+    require_tensors,
+    sum_rows,
+    widen,
+)
+from fxkfac.errors import DataError, LossError
+
+
+class Categorical(Likelihood):
+    """nn.CrossEntropyLoss: c = -Σ_k w_k q_k log σ_k, with σ = softmax(f) along the class axis.
+
+    q is the target as probabilities: one-hot or soft, mixed with the uniform distribution by
+    label smoothing, and zero at ignored positions. Every label position is a site.
+    """
+
+    def __init__(
+        self,
+        reduction: str = "mean",
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+    ):
+        if weight is not None and (weight < 0).any():
+            raise LossError(
+                f"CrossEntropyLoss has a class weight of {weight.min().item():g}; expected weights "
+                "≥ 0, since a negative one makes the loss concave."
+            )
+        self.reduction, self.weight = reduction, weight
+        self.ignore_index, self.label_smoothing = ignore_index, label_smoothing
+
+    def nll(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """-Σ w q log σ summed over the label positions of each row, shape [N]. Example 2."""
+        f = widen(prediction)
+        target = target.to(f.dtype) if target.is_floating_point() else target
+        weight = None if self.weight is None else self.weight.to(f)
+        positions = F.cross_entropy(
+            f, target, weight, None, self.ignore_index, None, "none", self.label_smoothing
+        )
+        return sum_rows(positions)
+
+    def criterion(self, f: Tensor, y: Tensor) -> Tensor:
+        """Σ_n c(f_n, y_n); for a prediction [C], axis 0 is that of the classes."""
+        return self.nll(f, y).sum()
+
+    def count(self, f: Tensor, y: Tensor) -> float:
+        """The valid label positions, each with its class weight; for soft targets, all of them."""
+        if y.is_floating_point():
+            return f.numel() / f.shape[_class_axis(f)]
+        valid = y[y != self.ignore_index]
+        if self.weight is None:
+            return float(valid.numel())
+        return float(self.weight.to(widen(f))[valid].sum())
+
+    def gradient(self, f: Tensor, y: Tensor) -> Tensor:
+        """(Σ_k w_k q_k) σ - w q. Example 14, and weights."""
+        axis = _class_axis(f)
+        wq = self._weighted_target(f, y)
+        σ = widen(f).softmax(axis)
+        return (wq.sum(axis, keepdim=True) * σ - wq).to(f.dtype)
+
+    def hessian_sqrt(self, f: Tensor, y: Tensor, v: Tensor) -> Tensor:
+        """S = √w (diag √σ - σ √σᵀ), w = Σ_k w_k q_k. Example 12."""
+        axis = _class_axis(f)
+        log_σ = widen(f).log_softmax(axis)
+        root_v = (log_σ / 2).exp() * v  # diag(√σ) v
+        Sv = root_v - log_σ.exp() * root_v.sum(axis, keepdim=True)
+        return (self._site_weight(f, y).sqrt() * Sv).to(v.dtype)
+
+    def sample(self, f: Tensor, generator: torch.Generator) -> Tensor:
+        """ỹ ~ Categorical(σ) at every position, as class indices. Example 4."""
+        σ = widen(f.detach()).softmax(_class_axis(f)).movedim(_class_axis(f), -1)
+        flat = σ.reshape(-1, σ.shape[-1]).to(generator.device)
+        drawn = torch.multinomial(flat, 1, generator=generator)
+        return drawn.reshape(σ.shape[:-1]).to(f.device)
+
+    def sampled_gradient(self, f: Tensor, y: Tensor, sampled: Tensor) -> Tensor:
+        """√w (σ - onehot(ỹ)), so that its expected square is the Hessian, weights included."""
+        axis = _class_axis(f)
+        residual = widen(f).softmax(axis)
+        residual = residual - _one_hot(residual, sampled)
+        return (self._site_weight(f, y).sqrt() * residual).to(f.dtype)
+
+    def labels(self, f: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every class k with σ_k."""
+        axis = _class_axis(f)
+        σ = widen(f).softmax(axis)
+        for k, σ_k in enumerate(σ.split(1, axis)):
+            yield σ_k, torch.full_like(σ_k.squeeze(axis), k, dtype=torch.int64)
+
+    def event_axes(self, f: Tensor) -> tuple[int, ...]:
+        """The class axis."""
+        return (_class_axis(f),)
+
+    def validate(self, f: Tensor, y: Tensor) -> None:
+        """Targets are class indices (int64) or class probabilities, in the shape torch wants."""
+        require_tensors(f, y)
+        classes = f.shape[_class_axis(f)]
+        if self.weight is not None and self.weight.shape != (classes,):
+            raise LossError(
+                f"CrossEntropyLoss has class weights of shape {tuple(self.weight.shape)}, but the "
+                f"prediction of shape {tuple(f.shape)} has {classes} classes; expected one each."
+            )
+        if y.is_floating_point():
+            self._validate_soft(f, y)
+        else:
+            self._validate_hard(f, y, classes)
+
+    def _validate_hard(self, f: Tensor, y: Tensor, classes: int) -> None:
+        axis = _class_axis(f)
+        positions = (*f.shape[:axis], *f.shape[axis + 1 :])
+        if y.shape != positions or y.dtype != torch.int64:
+            raise DataError(
+                f"targets of dtype {y.dtype} and shape {tuple(y.shape)} for CrossEntropyLoss of a "
+                f"prediction of shape {tuple(f.shape)}; expected class indices, torch.int64 of "
+                f"shape {positions}, or class probabilities, floating of shape {tuple(f.shape)}. "
+                f"Classes lie on axis {axis}."
+            )
+        valid = y[y != self.ignore_index]
+        wrong = valid[(valid < 0) | (valid >= classes)]
+        if wrong.numel():
+            raise DataError(
+                f"{wrong.numel()} of {y.numel()} targets are no class index, among them "
+                f"{wrong.unique()[:3].tolist()}; expected 0..{classes - 1}, or ignore_index="
+                f"{self.ignore_index}. Renumber the classes, or widen the prediction."
+            )
+
+    def _validate_soft(self, f: Tensor, y: Tensor) -> None:
+        require_floating_like(f, y, "CrossEntropyLoss with class probabilities")
+        if (y < 0).any():
+            raise DataError(
+                f"a class probability is {y.min().item():g}; expected numbers ≥ 0. For targets in "
+                "logits, apply softmax first."
+            )
+        if self.ignore_index >= 0:
+            raise DataError(
+                f"targets are class probabilities, for which torch knows no ignore_index, but it "
+                f"is {self.ignore_index}. Set the probabilities of ignored positions to zero."
+            )
+
+    def _weighted_target(self, f: Tensor, y: Tensor) -> Tensor:
+        """W q, like `f`."""
+        like = widen(f.detach())
+        axis, ε = _class_axis(f), self.label_smoothing
+        if y.is_floating_point():
+            valid, q = None, y.to(like)
+        else:
+            valid = (y != self.ignore_index).unsqueeze(axis)
+            q = _one_hot(like, y.clamp(min=0, max=f.shape[axis] - 1))
+        if ε:
+            q = (1 - ε) * q + ε / f.shape[axis]
+        if valid is not None:
+            q = q * valid
+        if self.weight is None:
+            return q
+        return q * self.weight.to(like).reshape(-1, *[1] * (f.ndim - axis - 1))
+
+    def _site_weight(self, f: Tensor, y: Tensor) -> Tensor:
+        """w = Σ_k w_k q_k: the Hessian's weight at every position; the class axis has size one."""
+        return self._weighted_target(f, y).sum(_class_axis(f), keepdim=True)
+
+
+def _class_axis(f: Tensor) -> int:
+    return 1 if f.ndim > 1 else 0
+
+
+def _one_hot(like: Tensor, y: Tensor) -> Tensor:
+    axis = _class_axis(like)
+    return torch.zeros_like(like).scatter_(axis, y.unsqueeze(axis), 1.0)

@@ -1,0 +1,49 @@
+"""The user's data as an iterator over (inputs, targets)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import Tensor
+
+from fxkfac.errors import DataError, FxkfacError
+
+Data = Any  # one (inputs, targets) pair, or an iterable of such pairs
+
+
+def batches(data: Data, progress: bool = False) -> Iterator[tuple[Any, Tensor]]:
+    """Iterate over (inputs, targets), from one pair or from an iterable of pairs.
+
+    Raises:
+        DataError: There is no batch, or a batch is not a pair whose second part is a tensor.
+    """
+    source: Iterable[Any] = [data] if _is_pair(data) else data
+    if not isinstance(source, Iterable):
+        raise DataError(
+            f"data is a {type(data).__name__}; expected one (inputs, targets) pair or an iterable "
+            "of such pairs, as a DataLoader is."
+        )
+    empty = True
+    for batch in _with_progress(source) if progress else source:
+        if not _is_pair(batch):
+            raise DataError(
+                f"a batch is a {type(batch).__name__}; expected a pair (inputs, targets) whose "
+                "targets are a tensor."
+            )
+        empty = False
+        yield batch[0], batch[1]
+    if empty:
+        raise DataError("the data hold no batch; expected at least one. An iterator used up?")
+
+
+def _is_pair(data: Any) -> bool:
+    return isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[1], Tensor)
+
+
+def _with_progress(source: Iterable[Any]) -> Iterable[Any]:
+    try:
+        from tqdm.auto import tqdm
+    except ImportError as error:
+        raise FxkfacError("progress=True needs tqdm; run `pip install tqdm`.") from error
+    return tqdm(source, desc="curvature", unit="batch")

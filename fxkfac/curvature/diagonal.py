@@ -1,0 +1,78 @@
+"""The exact diagonal of the curvature, for parameters that have no normal form.
+
+diag C = R Σ_n Σ_c (∂ ⟨▲_{n,c}, f_n⟩ / ∂θ)²
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.func import grad, vmap
+
+from fxkfac.errors import BatchAxisError
+from fxkfac.graph.program import Program, Run
+from fxkfac.graph.verify import relative_error, tolerance
+
+
+def squared_gradients(
+    program: Program,
+    run: Run,
+    state: Mapping[str, Tensor],
+    data: Sequence[Tensor],
+    names: Sequence[str],
+    vectors: Iterable[Tensor],
+) -> dict[str, Tensor]:
+    """Σ_n Σ_c (∂ ⟨▲_{n,c}, f_n⟩ / ∂θ)² for the named parameters, without R.
+
+    Args:
+        program: The traced program.
+        run: Its run on the batch.
+        state: All parameters and buffers.
+        data: The batch's input tensors.
+        names: The parameters.
+        vectors: The backpropagated vectors ▲, of the prediction's shape.
+
+    Raises:
+        BatchAxisError: The data are coupled, as by batch norm in train mode, so that no gradient
+            is one datum's own.
+    """
+    axes = program.signature.axes
+    module = run.tapped.captured.module
+
+    def of_one(chosen: Mapping[str, Tensor], *datum: Tensor) -> Tensor:
+        single = [t if a is None else t.unsqueeze(a) for t, a in zip(datum, axes, strict=True)]
+        return module(*{**state, **chosen}.values(), *single).flatten()
+
+    chosen = {name: state[name] for name in names}
+    in_dims = (None, *axes)
+    alone = vmap(of_one, in_dims, randomness="same")(chosen, *data)
+    own = by_datum(run, run.prediction.detach())
+    if relative_error(alone, own) > tolerance(own):
+        raise BatchAxisError(
+            "a datum by itself gives another prediction than within its batch, so its gradient is "
+            "not its own; is batch norm in train mode? Call model.eval() before tracing, or trace "
+            "with unsupported='skip'."
+        )
+    per_datum = vmap(
+        grad(lambda p, v, *datum: (of_one(p, *datum) * v).sum()),
+        (None, 0, *axes),
+        randomness="same",
+    )
+    total = {name: torch.zeros_like(state[name]) for name in names}
+    for vector in vectors:
+        gradients = per_datum(chosen, by_datum(run, vector), *data)
+        total = {name: t + gradients[name].square().sum(0) for name, t in total.items()}
+    return total
+
+
+def by_datum(run: Run, t: Tensor) -> Tensor:
+    """A tensor of the prediction's shape as (N, dim F)."""
+    if run.tapped.prediction is None:
+        raise BatchAxisError(
+            f"no one axis of the prediction {tuple(t.shape)} holds the data in their order; "
+            "return a prediction with one part for each datum."
+        )
+    axis, outer, inner = run.tapped.prediction
+    return t.unflatten(axis, (outer, run.n, inner)).movedim(axis + 1, 0).flatten(1)

@@ -1,0 +1,236 @@
+"""Program, loss, data -> factors: one pass over the data, whatever the Fisher.
+
+    A = R Σ_rows x xᵀ        B = (1/#rows) Σ_c Σ_rows g gᵀ
+
+with x the input of a use, g the gradient of ⟨▲_c, prediction⟩ at its output, and ▲ the vectors
+that the flavour backpropagates (paper, Sections 4 and 5).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from fxkfac.curvature.backpropagation import backpropagated_vectors, require_fisher
+from fxkfac.curvature.data import Data, batches
+from fxkfac.curvature.diagonal import by_datum, squared_gradients
+from fxkfac.curvature.factors import Factors, Settings, Sums
+from fxkfac.curvature.likelihoods import Likelihood
+from fxkfac.curvature.losses import likelihood_of
+from fxkfac.curvature.plan import BlockPlan, plan_blocks
+from fxkfac.curvature.sharing import SHARINGS, Counted, input_moment, output_moment
+from fxkfac.errors import NonFiniteError, OptionError
+from fxkfac.functional import Params
+from fxkfac.graph.capture import quietly
+from fxkfac.graph.ir import Use
+from fxkfac.graph.program import Program, Run
+
+
+def kfac(
+    program: Program,
+    loss: Any,
+    data: Data,
+    params: Params | None = None,
+    fisher: str = "type-2",
+    mc_samples: int = 1,
+    sharing: str = "expand",
+    separate_weight_and_bias: bool = False,
+    generator: Generator | None = None,
+    progress: bool = False,
+) -> Factors:
+    """The Kronecker factors of every parameter of a program.
+
+    Args:
+        program: What `fxkfac.trace` returned.
+        loss: `nn.MSELoss`, `nn.CrossEntropyLoss`, `nn.BCEWithLogitsLoss`, or a `Likelihood`. Its
+            reduction decides R, for the whole of the data.
+        data: One (inputs, targets) pair, or an iterable of them, of any batch sizes.
+        params: Tensors in the place of the model's own parameters.
+        fisher: `"type-2"` (the GGN for convex losses), `"mc"`, `"type-1"`,
+            `"curvature-propagation"`, `"empirical"` or `"forward-only"`.
+        mc_samples: Number of samples per datum, for the flavours that draw some.
+        sharing: `"expand"` or `"reduce"`, over the axes along which a datum re-uses a weight.
+        separate_weight_and_bias: Give each bias a block of its own, rather than W̃ = (W b).
+        generator: Source of random labels and signs: the same state gives the same factors, bit
+            for bit. Default: the program's own, which goes on from call to call.
+        progress: Show a progress bar over the batches.
+
+    Returns:
+        The factors: a mapping from the name of a weight to its block.
+
+    Raises:
+        OptionError: `fisher`, `sharing` or `mc_samples` is out of range.
+        LossError: The loss has no likelihood here, or is not convex where that is needed.
+        DataError: No data, or inputs and targets that do not fit.
+        NonFiniteError: NaN or Inf in a prediction or factor, with the batch and the layer.
+
+        Whatever stops the iteration over the data (Ctrl-C, too) carries what was accumulated
+        until then as its attribute `factors`.
+    """
+    likelihood = likelihood_of(loss)
+    require_fisher(fisher)
+    if sharing not in SHARINGS:
+        raise OptionError(f"sharing={sharing!r}; expected 'expand' or 'reduce'.")
+    settings = Settings(
+        fisher,
+        sharing,
+        mc_samples,
+        separate_weight_and_bias,
+        repr(loss),
+        (*program.parameters, *(program.uncovered if program.unsupported == "diagonal" else ())),
+    )
+    source = generator or program.generator
+    total: Factors | None = None
+    try:
+        for number, (inputs, targets) in enumerate(batches(data, progress)):
+            part = _batch(program, likelihood, settings, inputs, targets, params, source, number)
+            total = part if total is None else total + part
+    except BaseException as error:
+        if total is not None:
+            error.factors = total  # type: ignore[attr-defined]
+            error.add_note(f"The factors of the first {total.n} data are in this error's .factors.")
+        raise
+    assert total is not None  # `batches` refuses empty data
+    return total
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """One batch: what ran, and what is sent back from its prediction."""
+
+    program: Program
+    run: Run
+    settings: Settings
+    likelihood: Likelihood
+    targets: Tensor
+    generator: Generator
+    number: int
+
+    def vectors(self) -> Iterator[Tensor]:
+        """The backpropagated vectors ▲, of the prediction's shape."""
+        return backpropagated_vectors(
+            self.settings.fisher,
+            self.likelihood,
+            self.run.prediction.detach(),
+            self.targets,
+            positions_in_datum(self.run),
+            self.settings.mc_samples,
+            self.generator,
+        )
+
+    def input(self, use: Use) -> Tensor | None:
+        """The tapped input of a use."""
+        return self.run.inputs[self.run.tapped.uses.index(use)]
+
+    def output(self, use: Use) -> Tensor:
+        """The tapped output of a use."""
+        return self.run.taps[use.tap].detach()
+
+
+def _batch(
+    program: Program,
+    likelihood: Likelihood,
+    settings: Settings,
+    inputs: Any,
+    targets: Tensor,
+    params: Params | None,
+    generator: Generator,
+    number: int,
+) -> Factors:
+    """The factors of one batch."""
+    with quietly():  # dropout draws from the global state, which is the caller's
+        torch.manual_seed(
+            int(torch.randint(2**62, (), generator=generator, device=generator.device))
+        )
+        run = program.run(inputs, params)
+        prediction = run.prediction.detach()
+        if not torch.isfinite(prediction).all():
+            raise NonFiniteError(
+                f"the prediction for batch {number} holds NaN or Inf; expected finite numbers. "
+                "Look at the parameters, or at the data of this batch."
+            )
+        likelihood.validate(prediction, targets)
+        batch = _Batch(program, run, settings, likelihood, targets, generator, number)
+        plans = plan_blocks(run.tapped.uses, settings.separate_weight_and_bias)
+        sums = {plan.name: s for plan, s in zip(plans, _sums(batch, plans), strict=True)}
+        diagonals = _diagonals(batch, inputs, params)
+    _require_finite(sums, number)
+    count = float(likelihood.count(prediction, targets))
+    return Factors(
+        settings=settings,
+        n=run.n,
+        count=count,
+        reduction=likelihood.reduction_factor(count),
+        model=program.model,
+        reduction_of=likelihood,
+        plans={plan.name: plan for plan in plans},
+        sums=sums,
+        diagonals=diagonals,
+    )
+
+
+def _sums(batch: _Batch, plans: Sequence[BlockPlan]) -> list[tuple[Sums, ...]]:
+    """Raw sums of every term of every block."""
+    terms = [term for plan in plans for term in plan.terms]
+    sharing = batch.settings.sharing
+    moments = [input_moment(t, sharing, batch.input, batch.output) for t in terms]
+    total: list[Tensor] = []
+    for gradients in _gradients(batch):
+        of_use = lambda use, g=gradients: g[use.tap]  # noqa: E731
+        parts = [output_moment(term, sharing, of_use) for term in terms]
+        total = [t + p for t, p in zip(total, parts, strict=True)] if total else parts
+    if not total:  # forward-only: nothing is sent back
+        zeros = [torch.zeros_like(y) for y in batch.run.taps]
+        total = [output_moment(term, sharing, lambda use: zeros[use.tap]) for term in terms]
+    rest = iter(Sums(a, b, rows) for (a, rows), b in zip(moments, total, strict=True))
+    return [tuple(next(rest) for _ in plan.terms) for plan in plans]
+
+
+def _gradients(batch: _Batch) -> Iterator[tuple[Tensor, ...]]:
+    """For each backpropagated vector, its gradients at all taps."""
+    run = batch.run
+    for vector in batch.vectors() if run.taps else ():
+        yield torch.autograd.grad(
+            run.prediction,
+            run.taps,
+            vector,
+            retain_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+
+
+def _diagonals(batch: _Batch, inputs: Any, params: Params | None) -> dict[str, Tensor]:
+    program = batch.program
+    if program.unsupported != "diagonal" or not program.uncovered:
+        return {}
+    state = {**program.model.override(params), **program.model.buffers()}
+    data = [t.detach() for t in program.signature.tensors(inputs)]
+    return squared_gradients(program, batch.run, state, data, program.uncovered, batch.vectors())
+
+
+def positions_in_datum(run: Run) -> Tensor:
+    """For every entry of the prediction, its position within its own datum, 0 .. dim F − 1."""
+    shape = run.prediction.shape
+    numbers = torch.arange(shape.numel(), device=run.prediction.device).view(shape)
+    order = by_datum(run, numbers)  # (N, dim F), which entry is where
+    positions = torch.empty_like(numbers).flatten()
+    positions[order.flatten()] = torch.arange(order.shape[1], device=order.device).repeat(run.n)
+    return positions.view(shape)
+
+
+def _require_finite(sums: Mapping[str, Iterable[Sums]], number: int) -> None:
+    for name, terms in sums.items():
+        for term in terms:
+            a = term.a.diagonal if isinstance(term.a, Counted) else term.a.diagonal(dim1=1, dim2=2)
+            # A NaN or Inf in any row shows on the diagonal, since that sums squares.
+            for factor, diagonal in (("A", a), ("B", term.b.diagonal(dim1=1, dim2=2))):
+                if not torch.isfinite(diagonal).all():
+                    raise NonFiniteError(
+                        f"factor {factor} of {name!r} holds NaN or Inf after batch {number}; "
+                        "expected finite numbers. Compute in a wider dtype, or look at this layer."
+                    )

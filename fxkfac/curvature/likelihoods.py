@@ -1,0 +1,271 @@
+"""A loss as a negative log-likelihood: (prediction f, target y) -> criterion, gradient, S, samples.
+
+Paper, Equation (1) and Section 2.3: the empirical risk is R Σ_n c(f_n, y_n) with
+c(f, y) = -log r(y | f). A `Likelihood` keeps the criterion c apart from the reduction factor R,
+which belongs to the whole data set, and gives what the Fisher flavours send back: gradients,
+would-be gradients for sampled labels, and a square root S of the Hessian of c.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from fxkfac.errors import DataError, FxkfacError, LossError, NonFiniteError
+
+Target = Any  # a tensor for the torch losses; whatever `nll` takes for a user's own
+
+
+class Likelihood:
+    """A negative log-likelihood; subclass it and give `nll`, or `distribution`, or both.
+
+    Everything else is derived by autodiff and may be overridden by a formula. Rows of axis 0 must
+    be independent: `nll(f, y)[n]` depends on `f[n]` alone.
+
+        class PoissonRate(Likelihood):
+            def distribution(self, prediction):
+                return torch.distributions.Poisson(prediction.exp())
+
+    Attributes:
+        reduction: "mean" or "sum" over what `count` counts.
+        scale: The reduction factor R of `reduction="sum"`.
+    """
+
+    reduction: str = "mean"
+    scale: float = 1.0
+
+    @staticmethod
+    def from_distribution(
+        fn: Callable[[Tensor], Distribution], reduction: str = "mean"
+    ) -> Likelihood:
+        """The likelihood of the distribution that `fn` makes of a prediction."""
+        return _FromDistribution(fn, reduction)
+
+    # --- what a user gives ---
+
+    def nll(self, prediction: Tensor, target: Target) -> Tensor:
+        """c(f_n, y_n) for every row of axis 0, shape [N]: -log r(y_n | f_n) up to a constant."""
+        log_prob = self.distribution(prediction).log_prob(target)
+        return -sum_rows(log_prob)
+
+    def distribution(self, prediction: Tensor) -> Distribution:
+        """The model's distribution r(· | f) of the target. Raises `LossError` if none is given."""
+        raise LossError(
+            f"{type(self).__name__} has no distribution of the target. Define "
+            "`distribution(prediction)`, which returns a torch.distributions object. With "
+            "`nll(prediction, target)` alone, the fishers 'type-2', 'curvature-propagation', "
+            "'empirical' and 'forward-only' work."
+        )
+
+    # --- what is derived from it ---
+
+    def criterion(self, f: Tensor, y: Target) -> Tensor:
+        """Σ_n c(f_n, y_n), a scalar, without R."""
+        rows = self.nll(f, y)
+        if rows.shape != f.shape[:1]:
+            raise LossError(
+                f"{type(self).__name__}.nll returned shape {tuple(rows.shape)}; expected one value "
+                f"for each row of the prediction, shape {tuple(f.shape[:1])}. Sum over all other "
+                "axes, and leave the reduction to `reduction`."
+            )
+        return rows.sum()
+
+    def count(self, f: Tensor, y: Target) -> float:
+        """What `reduction="mean"` divides by, for this batch: counts of batches add up."""
+        return float(len(f))
+
+    def reduction_factor(self, count: float) -> float:
+        """R, given the count of the whole data set. Raises `DataError` if there is none."""
+        if self.reduction == "sum":
+            return self.scale
+        if self.reduction != "mean":
+            raise LossError(f"reduction is {self.reduction!r}; expected 'mean' or 'sum'.")
+        if not 0 < count < math.inf:
+            raise DataError(
+                f"the mean of the loss would divide by {count}; expected a positive number. There "
+                "are no data, or every target is ignored or has weight zero."
+            )
+        return self.scale / count
+
+    def gradient(self, f: Tensor, y: Target) -> Tensor:
+        """∇_f c, like `f`: every datum's own gradient, without R."""
+        return torch.func.grad(lambda at: self.criterion(at, y))(f.detach())
+
+    def hessian_sqrt(self, f: Tensor, y: Target, v: Tensor) -> Tensor:
+        """S v, like `f`, datum by datum: S Sᵀ is the Hessian of c in f. Section 2.4.2."""
+        return derived_hessian_sqrt(self, f, y)(v)
+
+    def sample(self, f: Tensor, generator: torch.Generator) -> Target:
+        """ỹ drawn from r(· | f); the same state of `generator` draws the same ỹ."""
+        seed = torch.randint(2**62, (), generator=generator, device=generator.device)
+        # torch.distributions knows only the global generator, which is the caller's.
+        with isolated_rng(f.device, int(seed)):
+            return self.distribution(f.detach()).sample()
+
+    def sampled_gradient(self, f: Tensor, y: Target, sampled: Target) -> Tensor:
+        """The would-be gradient ∇_f c(f, ỹ), times √ of the weight that the target `y` gives."""
+        return self.gradient(f, sampled)
+
+    def labels(self, f: Tensor) -> Iterator[tuple[Tensor, Target]]:
+        """Each label value, as (its probability at every site, a target that is it everywhere)."""
+        raise LossError(
+            f"the labels of {type(self).__name__} cannot be enumerated, so there is no exact "
+            "fisher='type-1'. Use 'mc' (the same Fisher, sampled) or 'type-2'; 'empirical', "
+            "'curvature-propagation' and 'forward-only' work as well."
+        )
+
+    def event_axes(self, f: Tensor) -> tuple[int, ...]:
+        """The axes of `f` that belong to one site: one independent term of the criterion."""
+        return tuple(range(1, f.ndim))
+
+    def validate(self, f: Tensor, y: Target) -> None:
+        """Raise `DataError` if prediction and target do not fit each other or the likelihood."""
+        require_prediction(f)
+        if isinstance(y, Tensor):
+            require_finite(y)
+            if y.shape[:1] != f.shape[:1]:
+                raise DataError(
+                    f"{len(f)} predictions, but targets of shape {tuple(y.shape)}; expected as "
+                    "many targets as predictions along axis 0."
+                )
+        try:
+            self.nll(f.detach(), y)
+        except FxkfacError:
+            raise
+        except ValueError as error:  # torch.distributions: outside of the support
+            raise DataError(f"{type(self).__name__} refuses these data: {error}") from error
+
+
+class _FromDistribution(Likelihood):
+    def __init__(self, fn: Callable[[Tensor], Distribution], reduction: str):
+        self.fn, self.reduction = fn, reduction
+        self.reduction_factor(1.0)  # refuses an unknown reduction now rather than later
+
+    def distribution(self, prediction: Tensor) -> Distribution:
+        return self.fn(prediction)
+
+
+def derived_hessian_sqrt(
+    likelihood: Likelihood, f: Tensor, y: Target
+) -> Callable[[Tensor], Tensor]:
+    """v -> S v with S = √H, the symmetric square root of the autodiff Hessian of each row.
+
+    Raises:
+        LossError: The criterion is not convex in f, so that no real square root exists.
+    """
+    H = row_hessians(likelihood, widen(f.detach()), y)
+    if not H.isfinite().all():
+        raise NonFiniteError(
+            f"the Hessian of {type(likelihood).__name__} holds NaN or Inf. Look for infinite "
+            "predictions, or for an `nll` whose second derivative does not exist there."
+        )
+    eigenvalues, Q = torch.linalg.eigh(H)
+    _require_convex(likelihood, eigenvalues)
+    S = (Q * eigenvalues.clamp(min=0).sqrt().unsqueeze(1)) @ Q.mT  # S = Q √Λ Qᵀ
+
+    def apply(v: Tensor) -> Tensor:
+        rows = v.reshape(len(v), -1, 1).to(S.dtype)
+        return (S @ rows).reshape(v.shape).to(v.dtype)
+
+    return apply
+
+
+def row_hessians(likelihood: Likelihood, f: Tensor, y: Target) -> Tensor:
+    """H_f c(f_n, y_n) for every row of axis 0, shape [N, dim F, dim F]. Definition 9."""
+    slope = torch.func.grad(lambda at: likelihood.criterion(at, y))
+    pullback = torch.func.vjp(slope, f)[1]
+    rows = f.reshape(len(f), -1)
+    # Rows are independent, so that one product serves column d of every row's Hessian.
+    columns = []
+    for d in range(rows.shape[1]):
+        e = torch.zeros_like(rows)
+        e[:, d] = 1
+        columns.append(pullback(e.reshape(f.shape))[0].reshape(rows.shape))
+    H = torch.stack(columns, dim=2)
+    return (H + H.mT) / 2
+
+
+def _require_convex(likelihood: Likelihood, eigenvalues: Tensor) -> None:
+    eps = torch.finfo(eigenvalues.dtype).eps
+    # A saturated row's Hessian is rounding alone: measure by the largest one, not by its own.
+    rounding = eps**0.5 * eigenvalues.abs().max() + eps
+    if eigenvalues.min() < -rounding:
+        row = int(eigenvalues.amin(1).argmin())
+        raise LossError(
+            f"{type(likelihood).__name__} is not convex in the prediction: its Hessian at row "
+            f"{row} has the eigenvalue {eigenvalues.min().item():.3g}, so it has no real square "
+            "root. Use fisher='mc' or 'empirical', or define `hessian_sqrt`."
+        )
+
+
+@contextmanager
+def isolated_rng(device: torch.device, seed: int | None = None) -> Iterator[None]:
+    """Put the global RNG states (CPU and `device`) back on leaving; seed them on entering."""
+    on_cpu = device.type in ("cpu", "meta")
+    kind = "cuda" if on_cpu else device.type  # with no devices, the kind is not looked at
+    with torch.random.fork_rng([] if on_cpu else [device], device_type=kind):
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)
+            if not on_cpu:  # torch.manual_seed would seed every other device, too
+                module = torch.get_device_module(device)
+                with module.device(device):
+                    module.manual_seed(seed)
+        yield
+
+
+def sum_rows(values: Tensor) -> Tensor:
+    """Sum over all axes but axis 0: [N, ...] -> [N]; a scalar becomes [1]."""
+    return values.flatten(1).sum(1) if values.ndim > 1 else values.reshape(-1)
+
+
+def widen(t: Tensor) -> Tensor:
+    """Half precision to float32: what follows sums, exponentiates, or finds eigenvalues."""
+    return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
+
+
+def require_tensors(f: Any, y: Any) -> None:
+    """Raise `DataError` unless `f` is a prediction and `y` a tensor."""
+    require_prediction(f)
+    if not isinstance(y, Tensor):
+        raise DataError(f"the targets are a {type(y).__name__}; expected a tensor. Convert them.")
+
+
+def require_prediction(f: Any) -> None:
+    """Raise `DataError` unless `f` is a floating tensor with at least one axis and element."""
+    if not isinstance(f, Tensor):
+        raise DataError(
+            f"the prediction is a {type(f).__name__}; expected a tensor. Wrap the model in a "
+            "function that returns what the loss takes."
+        )
+    if not f.is_floating_point() or f.ndim == 0 or f.numel() == 0:
+        raise DataError(
+            f"the prediction has dtype {f.dtype} and shape {tuple(f.shape)}; expected a floating "
+            "tensor with data along axis 0. Pass at least one datum."
+        )
+
+
+def require_finite(y: Tensor) -> None:
+    """Raise `DataError` if a floating target holds NaN or Inf."""
+    if y.is_floating_point() and not (finite := y.isfinite()).all():
+        place = tuple((~finite).nonzero()[0].tolist())
+        raise DataError(
+            f"{int((~finite).sum())} of {y.numel()} target values are NaN or Inf, the first at "
+            f"{place}; expected finite numbers. Remove or impute these data."
+        )
+
+
+def require_floating_like(f: Tensor, y: Tensor, loss: str) -> None:
+    """Raise `DataError` unless `y` is floating, finite, and of the shape of `f`."""
+    if y.shape != f.shape or not y.is_floating_point():
+        raise DataError(
+            f"targets of dtype {y.dtype} and shape {tuple(y.shape)} for {loss} of a prediction of "
+            f"shape {tuple(f.shape)}; expected floating targets of the prediction's shape. Convert "
+            "them by `.float()`, and reshape them rather than let them broadcast."
+        )
+    require_finite(y)

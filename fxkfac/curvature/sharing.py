@@ -1,0 +1,136 @@
+"""Taps of a term -> rows of A and rows of B, by expand or reduce (Eschenhagen et al. 2023).
+
+    expand:  A = Σ_rows x xᵀ               B = Σ_rows g gᵀ           every row by itself
+    reduce:  A = Σ_n x̂ x̂ᵀ, x̂ = mean_s x    B = Σ_n ĝ ĝᵀ, ĝ = Σ_s g   one row per datum
+
+The uses of a term are one more shared axis. A bias by itself has one row per datum, always: its
+gradient is Σ_s g, so that its block is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from fxkfac.curvature.plan import TermPlan
+from fxkfac.errors import BatchAxisError
+from fxkfac.graph.ir import BatchAxis, Use
+from fxkfac.graph.normal import OneHotRows, normal_weight, normal_x, normal_y
+
+SHARINGS = ("expand", "reduce")
+
+Inputs = Callable[[Use], Tensor | None]
+Gradients = Callable[[Use], Tensor]
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Σ_rows x xᵀ of one-hot rows: a diagonal, the number of times that each one occurs."""
+
+    diagonal: Float[Tensor, " d_in"]
+
+
+def input_moment(
+    term: TermPlan, sharing: str, inputs: Inputs, outputs: Gradients
+) -> tuple[Tensor | Counted, int]:
+    """Σ_rows x̃ x̃ᵀ of a term over one batch, and its number of rows.
+
+    Args:
+        term: The term.
+        sharing: `"expand"` or `"reduce"`; a bias by itself is not asked.
+        inputs: The input of a use, as tapped.
+        outputs: The output of a use, as tapped; for its shape.
+
+    Returns:
+        The sum of shape (group, in, in), or its diagonal for one-hot rows; the number of rows.
+    """
+    if term.is_bias:
+        y = outputs(term.uses[0])
+        n = normal_y(term.uses[0], y, known(term.uses[0])).shape[1]
+        return _accurate(y.new_full((1, 1, 1), n)), n
+    at = [known(u) if sharing == "reduce" else None for u in term.uses]
+    rows = [normal_x(u, inputs(u), b) for u, b in zip(term.uses, at, strict=True)]
+    like = [normal_y(u, outputs(u), b) for u, b in zip(term.uses, at, strict=True)]
+    total = sum(y.shape[1:-1].numel() for y in like)
+    if sharing == "expand" and all(isinstance(r, OneHotRows) for r in rows):
+        return _count([r for r in rows if isinstance(r, OneHotRows)], like[0]), total
+    dense = [
+        _with_columns(term, k, _dense(r, y))
+        for k, (r, y) in enumerate(zip(rows, like, strict=True))
+    ]
+    if sharing == "reduce":
+        x = torch.cat(dense, dim=2).mean(2)  # x̂ = mean_s x
+        return _accurate(x).mT @ _accurate(x), x.shape[1]
+    x = torch.cat([d.flatten(1, -2) for d in dense], dim=1)
+    return _accurate(x).mT @ _accurate(x), total
+
+
+def output_moment(term: TermPlan, sharing: str, gradients: Gradients) -> Float[Tensor, "g o o"]:
+    """Σ_rows g gᵀ of a term over one batch, for one backpropagated vector."""
+    if term.is_bias:
+        g = sum(_bias_gradient(u, gradients(u)) for u in term.uses)  # Σ_s g, one row per datum
+        assert isinstance(g, Tensor)
+        return (_accurate(g).mT @ _accurate(g)).unsqueeze(0)
+    if sharing == "reduce":
+        rows = torch.cat([normal_y(u, gradients(u), known(u)) for u in term.uses], dim=2)
+        g = _accurate(rows.sum(2))  # ĝ = Σ_s g
+    else:
+        parts = [normal_y(u, gradients(u), None).flatten(1, -2) for u in term.uses]
+        g = _accurate(torch.cat(parts, dim=1))
+    return g.mT @ g
+
+
+def known(use: Use) -> BatchAxis:
+    """The batch axis of a use. Raises `BatchAxisError` where the experiment did not find one."""
+    if use.batch is None:
+        at = f" ({use.source})" if use.source else ""
+        raise BatchAxisError(
+            f"{', '.join(use.parameters)} enters {use.op}{at}, and no one axis of its output "
+            f"{use.y_shape} holds the data in their order; expected (outer · N · inner) on one "
+            "axis. Use sharing='expand', which needs no batch axis, or select other parameters."
+        )
+    return use.batch
+
+
+def _accurate(x: Tensor) -> Tensor:
+    """Outer products in half precision ruin eigenvectors: float32 or better."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _dense(rows: Tensor | OneHotRows | None, y: Tensor) -> Tensor:
+    """Rows with every row axis of the output, one-hot vectors written out."""
+    assert rows is not None
+    if isinstance(rows, OneHotRows):
+        hot = F.one_hot(rows.indices, rows.size).to(y.dtype).unsqueeze(0)
+        if rows.ignored is not None:
+            hot[..., rows.ignored] = 0.0
+        rows = hot
+    return rows.expand(-1, *y.shape[1:-1], -1)
+
+
+def _with_columns(term: TermPlan, place: int, x: Tensor) -> Tensor:
+    """x̃ = (x 1): one column for each bias that has joined; zero where it is not added."""
+    scales = [c.uses[place] for c in term.columns]
+    ones = [x.new_full((*x.shape[:-1], 1), u.form.scale if u else 0.0) for u in scales]
+    return torch.cat([x, *ones], dim=-1) if ones else x
+
+
+def _count(rows: Sequence[OneHotRows], y: Tensor) -> Counted:
+    indices = torch.cat([r.indices.flatten() for r in rows])
+    counts = _accurate(indices.bincount(minlength=rows[0].size).to(y.dtype))
+    if rows[0].ignored is not None:
+        counts[rows[0].ignored] = 0.0
+    return Counted(counts)
+
+
+def _bias_gradient(use: Use, gradient: Tensor) -> Float[Tensor, "batch numel"]:
+    """Every datum's gradient of a bias: Σ_s g, at the places of its entries."""
+    g = normal_y(use, gradient, known(use)).sum(2)  # (group, batch, out)
+    flat = use.form.scale * g.movedim(0, 1).flatten(1)
+    entries = normal_weight(use).flatten().to(flat.device)
+    return flat.new_zeros(len(flat), use.view.numel).index_add(1, entries, flat)

@@ -1,0 +1,97 @@
+"""Derivatives of any tensor-to-tensor function as matrices, in both flattening orders.
+
+Paper, Definitions 3-15: Jacobians, Hessians and linearisation, rvec and cvec.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from fxkfac.errors import OptionError
+from fxkfac.linalg import cvec, rvec
+
+FLATTENINGS: dict[str, Callable[[Tensor], Tensor]] = {"rvec": rvec, "cvec": cvec}
+
+
+def jacobian(f: Callable[[Tensor], Tensor], x: Tensor, vec: str = "rvec") -> Tensor:
+    """The matrix J[i, j] = ∂[vec f(x)]_i / ∂[vec x]_j, [dim f, dim x]. Definitions 7 and 8."""
+    with torch.enable_grad():
+        at = x.detach().requires_grad_()
+        out = f(at)
+        J = jacobian_rows(out, [at])
+    return J[order([out.shape], vec)][:, order([x.shape], vec)]
+
+
+def hessian_matrix(f: Callable[[Tensor], Tensor], x: Tensor, vec: str = "rvec") -> Tensor:
+    """The matrix of second derivatives of a scalar f, [dim x, dim x]. Definitions 12 and 13."""
+    return jacobian(torch.func.grad(f), x, vec)
+
+
+def linearize(f: Callable[[Any], Any], at: Any) -> Callable[[Any], Any]:
+    """h̄(x) = f(x₀) + J(x₀) (x - x₀), a function of x that may be differentiated further.
+
+    The Hessian of g ∘ h̄ at x₀ is the GGN of g ∘ f. Definitions 14 and 15.
+
+    Args:
+        f: A function of one tensor, or of a dict, list or tuple of tensors.
+        at: The anchor x₀.
+    """
+
+    def linear(x: Any) -> Any:
+        shift = tree_map(torch.sub, x, at)
+        at_anchor = torch.func.jvp(f, (at,), (shift,))  # f(x₀) and J (x - x₀)
+        return tree_map(torch.add, at_anchor[0], at_anchor[1])
+
+    return linear
+
+
+def jacobian_rows(out: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+    """[dim out, Σ dim inputs], both in rvec order, from a computed `out`: one VJP for each row."""
+    rows = []
+    for i in range(out.numel()):
+        e = out.new_zeros(out.shape)
+        e.view(-1)[i] = 1
+        rows.append(torch.cat([rvec(g) for g in vjp(out, inputs, e)]))
+    return torch.stack(rows)
+
+
+def vjp(
+    out: Tensor, inputs: Sequence[Tensor], cotangent: Tensor, create_graph: bool = False
+) -> tuple[Tensor, ...]:
+    """Jᵀ u for a computed `out`; zeros where it does not depend on an input. Definition 5."""
+    if not out.requires_grad:
+        return tuple(torch.zeros_like(t) for t in inputs)
+    return torch.autograd.grad(
+        out, inputs, cotangent, retain_graph=True, create_graph=create_graph, materialize_grads=True
+    )
+
+
+def jvp(out: Tensor, inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> Tensor:
+    """J v for a computed `out`: Jᵀ u is linear in u, and its VJP in u is J. Definition 6."""
+    u = torch.zeros_like(out, requires_grad=True)
+    pulled = vjp(out, inputs, u, create_graph=True)
+    paired = torch.stack([(p * t).sum() for p, t in zip(pulled, tangents, strict=True)]).sum()
+    return vjp(paired, [u], torch.ones_like(paired))[0]
+
+
+def order(shapes: Sequence[torch.Size], vec: str) -> Tensor:
+    """Where each entry of the concatenated `vec` vectors stands in the rvec ones."""
+    flatten = require_vec(vec)
+    positions, start = [torch.zeros(0, dtype=torch.int64)], 0
+    for shape in shapes:
+        size = shape.numel()
+        positions.append(start + flatten(torch.arange(size).reshape(shape)))
+        start += size
+    return torch.cat(positions)
+
+
+def require_vec(vec: str) -> Callable[[Tensor], Tensor]:
+    """The flattening of that name. Raises `OptionError`."""
+    if vec not in FLATTENINGS:
+        raise OptionError(f"vec is {vec!r}; expected 'rvec' (row-major) or 'cvec' (column-major).")
+    return FLATTENINGS[vec]

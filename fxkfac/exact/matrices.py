@@ -1,0 +1,170 @@
+"""Dense curvature matrices by autodiff: the ground truth. Paper, Definitions 12, 13, 19-21.
+
+All take a model, a loss, data, and `names`, which choose the block:
+
+- a string: the block of that parameter;
+- a list: the matrix of these parameters joined, each flattened on its own, in that order;
+- a tuple of two: the mixed block, rows of the first and columns of the second;
+- `None`: all parameters that `fxkfac.functional.bind` selects, joined.
+
+`params` is the dict of tensors of a functional model, or replaces tensors of a module. `vec` is
+"rvec" (row-major, PyTorch's order) or "cvec". Data are one (inputs, targets), or an iterable of
+such pairs, which counts as one data set: R is that of all data. A datum owns an equal part of the
+prediction along axis 0. Nothing of the user's changes: no gradient, buffer, mode or RNG state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from einops import einsum
+from torch import Tensor
+
+from fxkfac.errors import OptionError
+from fxkfac.exact.data import Data
+from fxkfac.exact.functions import jacobian_rows, order, require_vec, vjp
+from fxkfac.exact.problem import Loss, Middle, Model, Problem, bind_for, canonical, pose
+from fxkfac.functional import Params
+from fxkfac.linalg import rvec
+
+Names = str | list[str] | tuple[str, str] | None
+
+
+def hessian(
+    model: Model,
+    loss: Loss,
+    data: Data,
+    names: Names = None,
+    params: Params | None = None,
+    vec: str = "rvec",
+) -> Tensor:
+    """The Hessian of the loss, [rows, columns]. Definitions 12 and 13."""
+    block = _block(model, loss, data, names, params, vec)
+    leaves = block.problem.prediction.of
+    with torch.enable_grad():
+        L = block.problem.value()
+        slopes = vjp(L, leaves(block.rows), torch.ones_like(L), create_graph=True)
+        slope = torch.cat([rvec(g) for g in slopes])
+    return block.arrange(jacobian_rows(slope, leaves(block.columns)))
+
+
+def ggn(
+    model: Model,
+    loss: Loss,
+    data: Data,
+    names: Names = None,
+    params: Params | None = None,
+    vec: str = "rvec",
+) -> Tensor:
+    """The generalised Gauss-Newton matrix Jᵀ (H_f L) J, [rows, columns]. Definition 19.
+
+    H_f L is the loss itself, differentiated twice. The type-2 Fisher is the same matrix.
+    """
+    block = _block(model, loss, data, names, params, vec)
+    return block.sandwich(block.problem.loss_hessian())
+
+
+def type1_fisher(
+    model: Model,
+    loss: Loss,
+    data: Data,
+    names: Names = None,
+    params: Params | None = None,
+    vec: str = "rvec",
+) -> Tensor:
+    """R Σ_n Jᵀ E[∇c ∇cᵀ] J over the model's own labels, exact, [rows, columns]. Section 2.5.
+
+    Labels are enumerated; for the square loss the expectation is I. Class weights of the true
+    target carry over, so that it equals the GGN for the torch losses.
+
+    Raises:
+        LossError: The labels of the likelihood cannot be enumerated.
+    """
+    block = _block(model, loss, data, names, params, vec)
+    return block.sandwich(block.problem.fisher("type-1", 1, None))
+
+
+def mc_fisher(
+    model: Model,
+    loss: Loss,
+    data: Data,
+    names: Names = None,
+    params: Params | None = None,
+    vec: str = "rvec",
+    mc_samples: int = 1,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """The type-1 Fisher with `mc_samples` labels drawn for every datum. Definition 20.
+
+    Without a `generator`, labels come from a new one: the same in every call.
+    """
+    block = _block(model, loss, data, names, params, vec)
+    return block.sandwich(block.problem.fisher("mc", mc_samples, generator))
+
+
+def empirical_fisher(
+    model: Model,
+    loss: Loss,
+    data: Data,
+    names: Names = None,
+    params: Params | None = None,
+    vec: str = "rvec",
+) -> Tensor:
+    """R Σ_n ∇c_n ∇c_nᵀ with the data's own labels, [rows, columns]. Definition 21."""
+    block = _block(model, loss, data, names, params, vec)
+    return block.sandwich(block.problem.fisher("empirical", 1, None))
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Which block of a matrix is asked for, and in which order its entries go."""
+
+    problem: Problem
+    rows: list[str]
+    columns: list[str]
+    vec: str
+
+    def arrange(self, matrix: Tensor) -> Tensor:
+        """From rvec order, rows and columns, to the order asked for."""
+        rows, columns = (
+            order([t.shape for t in self.problem.prediction.of(names)], self.vec)
+            for names in (self.rows, self.columns)
+        )
+        return matrix[rows.to(matrix.device)][:, columns.to(matrix.device)].detach()
+
+    def sandwich(self, middle: Middle) -> Tensor:
+        """C = Σ_n J_nᵀ [•]_n J_n, where `middle` multiplies with every [•]_n."""
+        prediction, N = self.problem.prediction, self.problem.size
+        dim_f = prediction.f.numel() // N
+        e = torch.eye(dim_f, dtype=prediction.f.dtype, device=prediction.f.device)
+        blocks = middle(e.unsqueeze(1).expand(dim_f, N, dim_f))  # [•]_n e for each n and e
+        J_rows = self._jacobians(self.rows)
+        J_columns = J_rows if self.rows == self.columns else self._jacobians(self.columns)
+        CJ = einsum(blocks, J_columns, "e batch f, batch f d -> batch e d")
+        return self.arrange(einsum(J_rows, CJ, "batch e d1, batch e d2 -> d1 d2"))
+
+    def _jacobians(self, names: list[str]) -> Tensor:
+        """J_n of every datum, [N, dim F, dim θ], in rvec order."""
+        prediction = self.problem.prediction
+        J = jacobian_rows(prediction.f, prediction.of(names))
+        return J.reshape(self.problem.size, -1, J.shape[1])
+
+
+def _block(
+    model: Model, loss: Loss, data: Data, names: Names, params: Params | None, vec: str
+) -> _Block:
+    require_vec(vec)
+    listed = [names] if isinstance(names, str) else names
+    bound = bind_for(model, params, listed)
+    if isinstance(listed, tuple):
+        if len(listed) != 2:
+            raise OptionError(
+                f"names is a tuple of {len(listed)}; expected two, for the mixed block of rows and "
+                "columns. Pass a list for the matrix of all of them joined."
+            )
+        rows, columns = (canonical(bound, [name]) for name in listed)
+    else:
+        rows = columns = canonical(bound, bound.selected if listed is None else listed)
+    problem = pose(bound, dict.fromkeys([*rows, *columns]), loss, data)
+    return _Block(problem, rows, columns, vec)

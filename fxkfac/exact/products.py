@@ -1,0 +1,145 @@
+"""Products with Jacobians and curvature matrices that never form them. Paper, Definitions 5-18.
+
+A `vector` is a dict of tensors shaped like parameters, nested as the parameters are. Its names
+choose the block, and a result has the same names. `params` is the dict of tensors of a functional
+model, or replaces tensors of a module. Nothing of the user's changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxkfac.errors import DataError, ParameterError
+from fxkfac.exact.data import Data
+from fxkfac.exact.functions import vjp
+from fxkfac.exact.problem import (
+    Loss,
+    Middle,
+    Model,
+    Problem,
+    bind_for,
+    canonical,
+    pose,
+    predict,
+)
+from fxkfac.functional import FunctionalModel, Inputs, Params, flatten_names, nest_names
+
+
+def jacobian_vector_product(
+    model: Model, inputs: Inputs, vector: Params, params: Params | None = None
+) -> Tensor:
+    """J v: how the prediction changes along `vector`, in the prediction's shape. Definition 6."""
+    bound, tangents = _tangents(model, vector, params)
+    return predict(bound, tangents, inputs).jvp(tangents)
+
+
+def vector_jacobian_product(
+    model: Model,
+    inputs: Inputs,
+    cotangent: Tensor,
+    names: str | list[str] | None = None,
+    params: Params | None = None,
+) -> dict[str, Tensor]:
+    """Jᵀ u for u in the prediction's shape; by default for all selected parameters. Def. 5."""
+    listed = [names] if isinstance(names, str) else names
+    bound = bind_for(model, params, listed)
+    chosen = canonical(bound, bound.selected if listed is None else listed)
+    prediction = predict(bound, chosen, inputs)
+    if cotangent.shape != prediction.f.shape:
+        raise DataError(
+            f"the cotangent has shape {tuple(cotangent.shape)}; expected that of the prediction, "
+            f"{tuple(prediction.f.shape)}."
+        )
+    pulled = prediction.vjp(cotangent)
+    return dict(zip(chosen if listed is None else listed, pulled.values(), strict=True))
+
+
+def hessian_vector_product(
+    model: Model, loss: Loss, data: Data, vector: Params, params: Params | None = None
+) -> dict[str, Any]:
+    """H v with the Hessian of the loss. Definition 11."""
+    bound, tangents = _tangents(model, vector, params)
+    problem = pose(bound, tangents, loss, data)
+    leaves = problem.prediction.of(tangents)
+    with torch.enable_grad():
+        L = problem.value()
+        slopes = vjp(L, leaves, torch.ones_like(L), create_graph=True)
+        # ⟨∇L, v⟩ differentiated once more is H v
+        directional = [(g * v).sum() for g, v in zip(slopes, tangents.values(), strict=True)]
+        slope = torch.stack(directional).sum()
+    products = vjp(slope, leaves, torch.ones_like(slope))
+    return _named(bound, dict(zip(tangents, products, strict=True)), vector)
+
+
+def ggn_vector_product(
+    model: Model, loss: Loss, data: Data, vector: Params, params: Params | None = None
+) -> dict[str, Any]:
+    """G v with the GGN, which is the type-2 Fisher. Definition 18."""
+    bound, tangents = _tangents(model, vector, params)
+    problem = pose(bound, tangents, loss, data)
+    return _sandwich(bound, problem, problem.loss_hessian(), tangents, vector)
+
+
+def fisher_vector_product(
+    model: Model,
+    loss: Loss,
+    data: Data,
+    vector: Params,
+    params: Params | None = None,
+    fisher: str = "type-1",
+    mc_samples: int = 1,
+    generator: torch.Generator | None = None,
+) -> dict[str, Any]:
+    """F v, with F the Fisher of any flavour. Definitions 20 and 21.
+
+    Args:
+        model, loss, data, vector, params: As everywhere here.
+        fisher: "type-1" (exact expectation over labels), "mc", "empirical"; "type-2" and
+            "curvature-propagation" go through the likelihood's S. "forward-only" has no matrix.
+        mc_samples: Number of labels drawn for each datum, where they are drawn.
+        generator: Where they are drawn from; a new one by default, the same in every call.
+    """
+    bound, tangents = _tangents(model, vector, params)
+    problem = pose(bound, tangents, loss, data)
+    return _sandwich(
+        bound, problem, problem.fisher(fisher, mc_samples, generator), tangents, vector
+    )
+
+
+def _sandwich(
+    bound: FunctionalModel,
+    problem: Problem,
+    middle: Middle,
+    tangents: dict[str, Tensor],
+    vector: Params,
+) -> dict[str, Any]:
+    """Jᵀ [•] J v, from right to left."""
+    Jv = problem.prediction.jvp(tangents)
+    CJv = middle(problem.per_datum(Jv).unsqueeze(0)).reshape(Jv.shape)
+    return _named(bound, problem.prediction.vjp(CJv), vector)
+
+
+def _tangents(
+    model: Model, vector: Params, params: Params | None
+) -> tuple[FunctionalModel, dict[str, Tensor]]:
+    """Bind the model; the vector by canonical names."""
+    flat = flatten_names(vector)
+    bound = bind_for(model, params, flat)
+    tangents = dict(zip(canonical(bound, flat), flat.values(), strict=True))
+    for name, t in tangents.items():
+        if t.shape != bound.tensors[name].shape:
+            raise ParameterError(
+                f"vector[{name!r}] has shape {tuple(t.shape)}; expected that of the parameter, "
+                f"{tuple(bound.tensors[name].shape)}."
+            )
+    return bound, tangents
+
+
+def _named(bound: FunctionalModel, products: Mapping[str, Tensor], like: Params) -> dict[str, Any]:
+    """The products under the names, and in the nesting, of the user's vector."""
+    flat = {name: products[bound.resolve(name)].detach() for name in flatten_names(like)}
+    return nest_names(flat, like)

@@ -1,0 +1,231 @@
+"""The user's model as a pure function: (module or function, named tensors, inputs) -> prediction.
+
+Tracing, checking and the autodiff ground truth all call the model through this one object, so
+that they mean the same thing by "the model", and so that nothing of the user's is changed:
+parameters are passed in, buffers are copied before a run that could update them.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fxkfac.errors import ParameterError, UnknownParameter
+
+Params = Mapping[str, Any]  # a possibly nested mapping of names to tensors
+Inputs = Any  # a tensor, a tuple or list of tensors, or a dict of keyword arguments
+
+
+def flatten_names(params: Params, prefix: str = "") -> dict[str, Tensor]:
+    """Flatten a nested dict of tensors; the keys along the way are joined by dots."""
+    flat: dict[str, Tensor] = {}
+    for key, value in params.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            flat |= flatten_names(value, f"{name}.")
+        elif isinstance(value, Tensor):
+            flat[name] = value
+        else:
+            raise ParameterError(
+                f"params[{name!r}] is a {type(value).__name__}; expected a tensor or a dict of "
+                "tensors. Pass what is not a tensor by closure instead."
+            )
+    return flat
+
+
+def nest_names(flat: Mapping[str, Tensor], like: Params, prefix: str = "") -> dict[str, Any]:
+    """Inverse of `flatten_names`: give the tensors in `flat` the nesting of `like`."""
+    return {
+        key: nest_names(flat, value, f"{prefix}{key}.")
+        if isinstance(value, Mapping)
+        else flat[f"{prefix}{key}"]
+        for key, value in like.items()
+    }
+
+
+def split_inputs(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of the model's call."""
+    if isinstance(inputs, Mapping):
+        return (), {str(key): value for key, value in inputs.items()}
+    if isinstance(inputs, tuple | list):
+        return tuple(inputs), {}
+    return (inputs,), {}
+
+
+@dataclass(frozen=True)
+class FunctionalModel:
+    """A module or a function `f(params, *inputs)` as a pure function of named tensors.
+
+    Attributes:
+        model: What the user handed in.
+        structure: The user's nested params (functions only), `None` for a module.
+        tensors: All parameters by name, one name per storage; the user's own tensors.
+        aliases: Every further name of a tied parameter, mapped to the name in `tensors`.
+        selected: The names whose curvature is asked for, in the model's order.
+    """
+
+    model: nn.Module | Callable[..., Any]
+    structure: Params | None
+    tensors: dict[str, Tensor]
+    aliases: dict[str, str]
+    selected: tuple[str, ...]
+
+    def __call__(self, tensors: Mapping[str, Tensor], inputs: Inputs) -> Any:
+        """Run the model with `tensors` in the place of its parameters and buffers of that name."""
+        args, kwargs = split_inputs(inputs)
+        full = {n: tensors[n] if n in tensors else t.detach() for n, t in self.tensors.items()}
+        if not isinstance(self.model, nn.Module):
+            assert self.structure is not None
+            named = {**full, **{alias: full[name] for alias, name in self.aliases.items()}}
+            return self.model(nest_names(named, self.structure), *args, **kwargs)
+        # Batch norm and its kin write into buffers while they run: hand them copies.
+        copies = {name: tensors.get(name, b).clone() for name, b in self.buffers().items()}
+        return functional_call(self.model, {**full, **copies}, args, kwargs, tie_weights=True)
+
+    def buffers(self) -> dict[str, Tensor]:
+        """The module's buffers by name, as they are now; empty for a function."""
+        return dict(self.model.named_buffers()) if isinstance(self.model, nn.Module) else {}
+
+    def current(self) -> dict[str, Tensor]:
+        """The parameters as they are now, detached from any graph."""
+        return {name: tensor.detach() for name, tensor in self.tensors.items()}
+
+    def resolve(self, name: str) -> str:
+        """The canonical name of a parameter. Raises `UnknownParameter` with near misses."""
+        canonical = self.aliases.get(name, name)
+        if canonical not in self.tensors:
+            raise unknown(name, [*self.tensors, *self.aliases])
+        return canonical
+
+    def override(self, params: Params | None) -> dict[str, Tensor]:
+        """All parameters, with the user's `params` (possibly nested) in their place."""
+        values = self.current()
+        for name, value in flatten_names(params or {}).items():
+            canonical = self.resolve(name)
+            expected = values[canonical]
+            if value.shape != expected.shape:
+                raise ParameterError(
+                    f"params[{name!r}] has shape {tuple(value.shape)}, but the model was bound "
+                    f"with shape {tuple(expected.shape)}. Pass tensors of that shape, or trace anew."
+                )
+            values[canonical] = value.detach()
+        return values
+
+
+def unknown(name: str, known: Iterable[str]) -> UnknownParameter:
+    """An error that names the parameters whose names come closest."""
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else f"There are: {names[:8]}."
+    return UnknownParameter(f"no parameter matches {name!r}. {hint}")
+
+
+def bind(
+    model: nn.Module | Callable[..., Any], params: Params | Iterable[str] | None
+) -> FunctionalModel:
+    """Bind a model to its parameters and select those whose curvature is asked for.
+
+    Args:
+        model: A module, or a function `f(params, *inputs)` / `f(params, **inputs)`.
+        params: For a function: its (nested) dict of tensors, all of which are selected. For a
+            module: names or patterns (as in a shell: `*`, `?`, `[..]`), or a dict of tensors
+            that replace the module's own; `None` selects all that require gradients.
+
+    Raises:
+        UnknownParameter: A name or pattern matches nothing.
+        ParameterError: A tensor of the wrong shape, or parameters on different devices or dtypes.
+    """
+    bound = (
+        _bind_module(model, params)
+        if isinstance(model, nn.Module)
+        else _bind_function(model, params)
+    )
+    _require_alike({name: bound.tensors[name] for name in bound.selected})
+    return bound
+
+
+def _bind_function(model: Callable[..., Any], params: Any) -> FunctionalModel:
+    if not isinstance(params, Mapping):
+        found = "None" if params is None else type(params).__name__
+        raise ParameterError(
+            f"a function needs `params`, a dict of tensors, possibly nested; found {found}. "
+            "Call fxkfac with params={'weight': ..., 'bias': ...}."
+        )
+    tensors, aliases = _canonical(flatten_names(params))
+    selected = tuple(name for name, t in tensors.items() if t.is_floating_point())
+    return FunctionalModel(model, params, tensors, aliases, selected)
+
+
+def _bind_module(module: nn.Module, params: Any) -> FunctionalModel:
+    tensors, aliases = _canonical(dict(module.named_parameters(remove_duplicate=False)))
+    if params is None:
+        selected = [name for name, t in tensors.items() if t.requires_grad]
+        bound = FunctionalModel(module, None, tensors, aliases, tuple(selected))
+        if not selected:
+            raise ParameterError(
+                f"none of the {len(tensors)} parameters of {type(module).__name__} requires "
+                "gradients. Name the ones you want: params=['*'] for all."
+            )
+        return bound
+    bound = FunctionalModel(module, None, tensors, aliases, ())
+    if isinstance(params, Mapping):
+        flat = {bound.resolve(name) for name in flatten_names(params)}
+        tensors = {**tensors, **{n: t for n, t in bound.override(params).items() if n in flat}}
+        return FunctionalModel(module, None, tensors, aliases, _in_order(tensors, flat))
+    return FunctionalModel(
+        module, None, tensors, aliases, _in_order(tensors, select(bound, params))
+    )
+
+
+def select(bound: FunctionalModel, patterns: str | Iterable[str]) -> set[str]:
+    """The canonical names that match one of the names or shell patterns."""
+    chosen: set[str] = set()
+    names = [*bound.tensors, *bound.aliases]
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        matches = [n for n in names if n == pattern or fnmatchcase(n, pattern)]
+        if not matches:
+            raise unknown(pattern, names)
+        chosen |= {bound.aliases.get(n, n) for n in matches}
+    return chosen
+
+
+def _in_order(tensors: Mapping[str, Tensor], chosen: set[str]) -> tuple[str, ...]:
+    return tuple(name for name in tensors if name in chosen)
+
+
+def _canonical(named: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """One name per storage: tied parameters keep the name that comes first."""
+    first: dict[object, str] = {}
+    aliases: dict[str, str] = {}
+    for name, tensor in named.items():
+        key = id(tensor) if tensor.numel() == 0 else _storage_key(tensor)
+        if key in first:
+            aliases[name] = first[key]
+        else:
+            first[key] = name
+    return {name: named[name] for name in first.values()}, aliases
+
+
+def _storage_key(tensor: Tensor) -> object:
+    place = (tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()))
+    return place if tensor.device.type != "meta" else id(tensor)
+
+
+def _require_alike(selected: Mapping[str, Tensor]) -> None:
+    for what in ("device", "dtype"):
+        groups: dict[torch.device | torch.dtype, list[str]] = {}
+        for name, tensor in selected.items():
+            groups.setdefault(getattr(tensor, what), []).append(name)
+        if len(groups) > 1:
+            found = "; ".join(f"{key}: {', '.join(names[:3])}" for key, names in groups.items())
+            raise ParameterError(
+                f"parameters have different {what}s ({found}); expected one {what}. "
+                f"Move them to one {what}, or select those of one {what} by `params`."
+            )

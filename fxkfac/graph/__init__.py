@@ -1,0 +1,1 @@
+"""Model -> program: capture, match, tap, locate, verify. Knows no curvature."""

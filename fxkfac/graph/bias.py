@@ -1,0 +1,104 @@
+"""Biases: which weight use a bias shares its rows with, so that W̃ = (W b) and x̃ = (x 1).
+
+A bias that is added later than the product shares its rows if only layout ops lie between, and if
+nothing else reads the product on the way: then both outputs have the same gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from fxkfac.graph.ir import Example, Join, OneHot, Use, axis_lengths
+from fxkfac.graph.view import LAYOUT_OPS, View
+
+
+def join_biases(uses: list[Use], graph: Graph, example: Example) -> list[Use]:
+    """Give every bias that shares the rows of a weight use its `join`."""
+    nodes = {n.name: n for n in graph.nodes}
+    weights = {
+        use.node: place
+        for place, use in enumerate(uses)
+        if not use.is_bias and not isinstance(use.form.prepare, OneHot)
+    }
+    joined, taken = [], set[int]()
+    for use in uses:
+        join = _join(use, uses, weights, nodes, example) if use.is_bias else None
+        if join is not None and join.weight not in taken:
+            taken.add(join.weight)
+            use = replace(use, join=join)
+        joined.append(use)
+    return joined
+
+
+def _join(
+    bias: Use,
+    uses: list[Use],
+    weights: Mapping[str, int],
+    nodes: Mapping[str, Node],
+    example: Example,
+) -> Join | None:
+    node = nodes[bias.node]
+    path = _path_to_product(node, weights)
+    if path is None:
+        return None
+    product, layout = path
+    weight = weights[product.name]
+    entries = _entries(uses[weight], bias, node, product, layout, example)
+    return None if entries is None else Join(weight, entries)
+
+
+def _path_to_product(node: Node, weights: Mapping[str, int]) -> tuple[Node, list[Node]] | None:
+    """The product that reaches `node` unread by others, and the layout ops between the two."""
+    if node.name in weights:
+        return node, []
+    for below in node.all_input_nodes:
+        layout: list[Node] = []
+        while below.name not in weights and below.target in LAYOUT_OPS and len(below.users) == 1:
+            layout.insert(0, below)
+            below = below.all_input_nodes[0]
+        if below.name in weights and len(below.users) == 1:
+            return below, layout
+    return None
+
+
+def _entries(
+    weight: Use, bias: Use, node: Node, product: Node, layout: list[Node], example: Example
+) -> Tensor | None:
+    """For every (group, out) of the weight use, the number of the bias entry that is added there.
+
+    `None` where the bias differs from row to row, or leaves entries out.
+    """
+    added = _over_output(bias)
+    shape = example.shapes[product]
+    if node is not product:
+        moved = View(("",), (tuple(shape),), (product, *layout), example.numbers).index()
+        if moved.shape != added.shape:
+            return None
+        added = torch.full((shape.numel(),), -1).index_put((moved.flatten(),), added.flatten())
+    table = _by_row(weight, added.reshape(shape))
+    constant = bool((table == table[:1]).all())
+    every_entry_once = (
+        table[0].flatten().sort().values.equal(bias.view.index().flatten().sort().values)
+    )
+    return table[0] if constant and every_entry_once else None
+
+
+def _over_output(bias: Use) -> Tensor:
+    """At every entry of the op's output, the number of the bias entry that is added there."""
+    form = bias.form
+    lengths = axis_lengths(form.y, bias.y_shape, form.sizes)
+    return repeat(bias.view.index(), f"{form.weight} -> {form.y}", **lengths)
+
+
+def _by_row(weight: Use, over_output: Tensor) -> Tensor:
+    """Bring a tensor of the weight use's output into (rows, group, out)."""
+    form = weight.form
+    rows, group, out = (f"({' '.join(axes)})" for axes in (form.rows, form.group, form.d_out))
+    lengths = axis_lengths(form.y, over_output.shape, form.sizes)
+    return rearrange(over_output, f"{form.y} -> {rows} {group} {out}", **lengths)

@@ -1,0 +1,224 @@
+"""Model -> captured graph, by the front end that can.
+
+Result: a functional ATen graph whose placeholders are all parameters, all buffers and the input
+tensors, in this order, and whose output is the prediction. No front end captures everything, so
+they are tried in order, and each one's refusal is kept.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.fx.traceback as fx_traceback
+from torch import Tensor, nn
+from torch._C import _functorch as functorch
+from torch.export import Dim, export
+from torch.export.graph_signature import InputKind
+from torch.func import functionalize
+from torch.fx import GraphModule, Interpreter, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from fxkfac.errors import FxkfacError
+from fxkfac.functional import FunctionalModel, nest_names, split_inputs
+from fxkfac.graph.cleanup import STOP, rebuild
+from fxkfac.graph.signature import Signature
+from fxkfac.graph.source import is_foreign
+
+
+class Refusal(Exception):
+    """A front end cannot capture this model. The text is the reason."""
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A model's graph.
+
+    Attributes:
+        module: Called with parameters, buffers and input tensors; returns the prediction.
+        parameters, buffers: The names of the first placeholders, in order.
+        front_end: Who captured it.
+    """
+
+    module: GraphModule
+    parameters: tuple[str, ...]
+    buffers: tuple[str, ...]
+    front_end: str
+
+    def placeholders(self) -> dict[Node, str]:
+        """The parameters' placeholders and their names."""
+        nodes = [n for n in self.module.graph.nodes if n.op == "placeholder"]
+        return dict(zip(nodes, self.parameters, strict=False))
+
+
+def prediction_of(output: Any) -> Tensor:
+    """The one tensor in a model's output."""
+    tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
+    if len(tensors) != 1:
+        raise FxkfacError(
+            f"the model returns {type(output).__name__} with {len(tensors)} tensors; expected one "
+            "tensor, the prediction that the loss takes. Wrap the model in a function or module "
+            "that returns that tensor alone."
+        )
+    return tensors[0]
+
+
+def by_export(bound: FunctionalModel, signature: Signature, tensors: list[Tensor]) -> Captured:
+    """`torch.export` with a dynamic batch axis: keeps linear, conv, einsum .. whole."""
+    params = [] if isinstance(bound.model, nn.Module) else _leaves(bound)
+    axes = [None if a is None else {a: Dim.AUTO} for a in signature.axes]
+    dynamic = ([None] * len(params), axes)
+    program = export(_Callee(bound, signature), (params, tensors), dynamic_shapes=dynamic)
+    program = program.run_decompositions({})
+    for node in program.graph_module.graph.nodes:
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            raise Refusal(f"the graph keeps a sub-graph, {node.target}")
+    names = [*bound.tensors, *bound.buffers()]
+    roles: dict[str, str | int | Tensor] = {}
+    leaf = -len(params)
+    for spec in program.graph_signature.input_specs:
+        key, target = spec.arg.name, (spec.target or "").removeprefix("model.")
+        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+            roles[key] = bound.aliases.get(target, target)
+        elif spec.kind == InputKind.CONSTANT_TENSOR:
+            assert spec.target is not None
+            roles[key] = program.constants[spec.target]  # type: ignore[assignment]
+        elif spec.kind == InputKind.USER_INPUT:
+            roles[key] = leaf if leaf >= 0 else names[leaf + len(params)]
+            leaf += 1
+        else:
+            raise Refusal(f"the graph takes an input of kind {spec.kind}")
+    result = program.graph_signature.user_outputs[-1]
+    module = rebuild(program.graph_module, roles, names, len(tensors), str(result))
+    return Captured(module, tuple(bound.tensors), tuple(bound.buffers()), "torch.export")
+
+
+class _Callee(nn.Module):
+    """What export sees: lists of tensors in, the prediction out."""
+
+    def __init__(self, bound: FunctionalModel, signature: Signature) -> None:
+        super().__init__()
+        self.bound, self.signature = [bound], signature  # in a list: no sub-module twice
+        if isinstance(bound.model, nn.Module):
+            self.model = bound.model
+
+    def forward(self, params: list[Tensor], tensors: list[Tensor]) -> Tensor:
+        bound, inputs = self.bound[0], self.signature.inputs(tensors)
+        args, kwargs = split_inputs(inputs)
+        if bound.structure is None:
+            return prediction_of(self.model(*args, **kwargs))
+        named = dict(zip(bound.tensors, params, strict=True))
+        named |= {alias: named[name] for alias, name in bound.aliases.items()}
+        return prediction_of(bound.model(nest_names(named, bound.structure), *args, **kwargs))
+
+
+def _leaves(bound: FunctionalModel) -> list[Tensor]:
+    """The parameters as fresh leaves, so that gradients taken inside the model can be traced."""
+    return [t.requires_grad_() if t.is_floating_point() else t for t in bound.current().values()]
+
+
+def by_make_fx(mode: str) -> Callable[[FunctionalModel, Signature, list[Tensor]], Captured]:
+    """`make_fx`: records below autograd and functorch, so it sees through both."""
+
+    def capture(bound: FunctionalModel, signature: Signature, tensors: list[Tensor]) -> Captured:
+        names = [*bound.tensors, *bound.buffers()]
+
+        def flat(*values: Tensor) -> Tensor:
+            named = dict(zip(names, values, strict=False))
+            with _RecordSource():
+                return prediction_of(bound(named, signature.inputs(list(values[len(names) :]))))
+
+        example = [*_leaves(bound), *bound.buffers().values(), *tensors]
+        with fx_traceback.preserve_node_meta():
+            module = make_fx(flat, tracing_mode=mode)(*example)  # type: ignore[arg-type]
+            if _mutates(module):
+                functional = functionalize(Interpreter(module).run)
+                module = make_fx(functional, tracing_mode=mode)(*example)  # type: ignore[arg-type]
+        placeholders = [n.name for n in module.graph.nodes if n.op == "placeholder"]
+        roles: dict[str, str | int | Tensor] = dict(zip(placeholders, names, strict=False))
+        roles |= {n: k for k, n in enumerate(placeholders[len(names) :])}
+        (output,) = (n for n in module.graph.nodes if n.op == "output")
+        (result,) = output.all_input_nodes
+        module = rebuild(module, roles, names, len(tensors), result.name, saved_detach=True)
+        return Captured(module, tuple(bound.tensors), tuple(bound.buffers()), f"make_fx ({mode})")
+
+    return capture
+
+
+def _mutates(module: GraphModule) -> bool:
+    targets = [n.target for n in module.graph.nodes if isinstance(n.target, torch._ops.OpOverload)]
+    return any(target._schema.is_mutable for target in targets)
+
+
+class _RecordSource(TorchFunctionMode):
+    """Give every recorded node the user's line, and mark what the user cut off from gradients.
+
+    Below autograd, `detach` also stands wherever autograd saved a tensor for later. Only the
+    user's own detach, and what runs without gradients, stops the gradient.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        meta = fx_traceback.current_meta
+        before = dict(meta)
+        meta["stack_trace"] = _trace_of(sys._getframe(1))
+        if func in (Tensor.detach, Tensor.detach_, torch.detach) or not torch.is_grad_enabled():
+            meta["custom"] = {STOP: True}
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            meta.clear()
+            meta.update(before)
+
+
+def _trace_of(frame: FrameType | None) -> str:
+    while frame is not None and is_foreign(frame.f_code.co_filename):
+        frame = frame.f_back
+    if frame is None:
+        return ""
+    return f'File "{frame.f_code.co_filename}", line {frame.f_lineno}, in {frame.f_code.co_name}\n'
+
+
+FRONT_ENDS: dict[str, Callable[[FunctionalModel, Signature, list[Tensor]], Captured]] = {
+    "torch.export": by_export,
+    "make_fx (symbolic)": by_make_fx("symbolic"),
+    "make_fx (real)": by_make_fx("real"),
+}
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Tracing and trial runs draw random numbers and warn about their own doings; nobody else's."""
+    cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=cuda), warnings.catch_warnings(), _transforms_closed():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextmanager
+def _transforms_closed() -> Iterator[None]:
+    """A front end that fails inside `jvp` or `grad` leaves these open: close them again."""
+    depth, closed = functorch.get_dynamic_layer_stack_depth(), _forward_mode_closed()
+    try:
+        yield
+    finally:
+        if functorch.get_dynamic_layer_stack_depth() > depth:
+            functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
+        if closed and not _forward_mode_closed():
+            torch._C._exit_dual_level(0)
+
+
+def _forward_mode_closed() -> bool:
+    """Whether no forward-mode level is open, below Python's own count of them."""
+    try:
+        torch._C._exit_dual_level(torch._C._enter_dual_level())
+    except RuntimeError:
+        return False
+    return True

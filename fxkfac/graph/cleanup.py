@@ -1,0 +1,124 @@
+"""A front end's graph -> the one kind of graph that everything else reads.
+
+Requires: a graph of ATen ops. Result: placeholders in a fixed order, one output, no `view`
+(`reshape` instead: a functional graph has no aliasing to keep), no assertions, no dead code.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+
+aten = torch.ops.aten
+
+STOP = "fxkfac_stop"  # mark of nodes through which the user lets no gradient pass
+
+RENAMED: dict[Any, Any] = {
+    aten.view.default: aten.reshape.default,
+    aten._unsafe_view.default: aten.reshape.default,
+    aten._efficientzerotensor.default: aten.zeros.default,
+}
+
+ASSERTIONS = {
+    aten._assert_scalar.default,
+    aten._assert_async.default,
+    aten._assert_async.msg,
+    aten._assert_tensor_metadata.default,
+    aten.sym_constrain_range.default,
+    aten.sym_constrain_range_for_size.default,
+}
+
+
+def rebuild(
+    module: GraphModule,
+    roles: Mapping[str, str | int | Tensor],
+    names: list[str],
+    inputs: int,
+    result: str,
+    saved_detach: bool = False,
+) -> GraphModule:
+    """Copy a graph into the one order of placeholders and the one spelling of ops.
+
+    Args:
+        module: The front end's graph.
+        roles: For each of its placeholders: the name of a parameter or buffer, the position of an
+            input tensor, or a constant.
+        names: Parameters and buffers, in the order in which they become placeholders.
+        inputs: Number of input tensors, the placeholders that follow.
+        result: Name of the node that is the prediction.
+        saved_detach: Whether a `detach` without mark is one that autograd put there.
+    """
+    root = nn.Module()
+    graph = Graph()
+    named = {name: graph.placeholder(_identifier(name)) for name in names}
+    tensors = [graph.placeholder(f"input_{k}") for k in range(inputs)]
+    copies: dict[Node, Node] = {}
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            copies[node] = _placeholder(node, roles[node.name], named, tensors, graph, root)
+        elif node.op == "get_attr":
+            copies[node] = _constant(graph, root, _attribute(module, str(node.target)))
+        elif node.target in ASSERTIONS or node.op == "output":
+            continue
+        elif saved_detach and node.target is aten.detach.default and not _stops(node):
+            copies[node] = copies[node.all_input_nodes[0]]
+        else:
+            copies[node] = _copy(graph, node, copies, stop=saved_detach and _stops(node))
+    graph.output(copies[next(n for n in module.graph.nodes if n.name == result)])
+    graph.eliminate_dead_code()
+    graph.lint()
+    return GraphModule(root, graph)
+
+
+def _placeholder(
+    node: Node,
+    role: str | int | Tensor,
+    named: Mapping[str, Node],
+    tensors: list[Node],
+    graph: Graph,
+    root: nn.Module,
+) -> Node:
+    if isinstance(role, Tensor):
+        return _constant(graph, root, role)
+    return tensors[role] if isinstance(role, int) else named[role]
+
+
+def _copy(graph: Graph, node: Node, copies: Mapping[Node, Node], stop: bool) -> Node:
+    copy = graph.node_copy(node, copies.__getitem__)
+    copy.target = RENAMED.get(node.target, node.target)
+    if stop and node.target is not aten.detach.default and _is_tensor(node):
+        return graph.call_function(aten.detach.default, (copy,))
+    return copy
+
+
+def _constant(graph: Graph, root: nn.Module, value: Any) -> Node:
+    name = f"constant_{len(list(root.named_buffers())) + len(list(root.children()))}"
+    if isinstance(value, Tensor):
+        root.register_buffer(name, value.detach())
+    else:
+        root.add_module(name, value)
+    return graph.get_attr(name)
+
+
+def _attribute(module: nn.Module, path: str) -> Any:
+    value: Any = module
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _stops(node: Node) -> bool:
+    return bool((node.meta.get("custom") or {}).get(STOP))
+
+
+def _is_tensor(node: Node) -> bool:
+    return isinstance(node.meta.get("val"), Tensor)
+
+
+def _identifier(name: str) -> str:
+    return "p_" + re.sub(r"\W", "_", name)

@@ -1,0 +1,257 @@
+"""The words of the graph floor: the normal form of a linear op, and one use of a parameter.
+
+Every linear op is one einsum in which each axis of the weight is of one of three kinds:
+
+    y[g, rows, o] = Σ_i W[g, i, o] · x[g, rows, i]
+
+`Form` says how a concrete op is that einsum; nothing downstream of it knows which op it was.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import Size, Tensor
+from torch.fx import Node
+
+from fxkfac.graph.view import View
+
+
+def letters(axes: str) -> list[str]:
+    """The axis names in an einops axis list, without unit axes and brackets."""
+    return [a for a in re.findall(r"\w+", axes) if not a.isdigit()]
+
+
+def axis_lengths(axes: str, shape: Sequence[int], known: Mapping[str, int]) -> dict[str, int]:
+    """Length of every named axis of a tensor, those inside brackets included."""
+    lengths = dict(known)
+    for token, size in zip(re.findall(r"\([^)]*\)|\S+", axes), shape, strict=True):
+        open_axes = [a for a in letters(token) if a not in lengths]
+        inside = math.prod(lengths[a] for a in letters(token) if a in lengths)
+        if open_axes:
+            lengths[open_axes[0]] = size // inside
+    return lengths
+
+
+class BatchAxis(NamedTuple):
+    """Where the data are: the row axis `axis` is laid out as (outer, batch, inner)."""
+
+    axis: str
+    outer: int
+    inner: int
+
+    def __str__(self) -> str:
+        parts = [str(self.outer)] * (self.outer > 1) + ["N"] + [str(self.inner)] * (self.inner > 1)
+        return f"{self.axis}={'·'.join(parts)}"
+
+
+@dataclass(frozen=True)
+class Patches:
+    """The input is the patches of a convolution, one axis per kernel dimension at the end."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class OneHot:
+    """The input is a tensor of indices that stands for its one-hot encoding.
+
+    The index `ignored`, if any, stands for the zero vector.
+    """
+
+    size: int
+    ignored: int | None = None
+
+
+@dataclass(frozen=True)
+class Form:
+    """One linear op as one einsum over named axes.
+
+    Attributes:
+        weight, x, y: einops axis lists of the weight operand, of the prepared input (empty: the
+            input is the constant one) and of the output. `(g o)` is one axis of the tensor that
+            holds two axes of the einsum; `1` is an axis of length one.
+        input: The node of the input, `None` where it is the constant one.
+        prepare: What happens to the input before the axis list `x` holds.
+        sizes: Lengths of axes inside brackets that the shapes do not tell.
+        scale: The op computes `scale` times the einsum.
+    """
+
+    weight: str
+    x: str
+    y: str
+    input: Node | None = None
+    prepare: Patches | OneHot | None = None
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    scale: float = 1.0
+
+    @property
+    def group(self) -> list[str]:
+        """Axes in W, x and y."""
+        return [a for a in letters(self.weight) if a in letters(self.x) and a in letters(self.y)]
+
+    @property
+    def d_in(self) -> list[str]:
+        """Axes in W and x only: summed over."""
+        return [
+            a for a in letters(self.weight) if a in letters(self.x) and a not in letters(self.y)
+        ]
+
+    @property
+    def d_out(self) -> list[str]:
+        """Axes in W and y only."""
+        return [
+            a for a in letters(self.weight) if a in letters(self.y) and a not in letters(self.x)
+        ]
+
+    @property
+    def rows(self) -> list[str]:
+        """Axes of y that are not in W: batch and shared axes together."""
+        return [a for a in letters(self.y) if a not in letters(self.weight)]
+
+    @property
+    def normal_weight(self) -> str:
+        """The einops pattern that brings the weight operand into (group, in, out)."""
+        return f"{self.weight} -> {_normal(self.group, [_join(self.d_in)], self.d_out)}"
+
+    def normal_x(self, batch: BatchAxis | None = None) -> str:
+        """The einops pattern that brings x into (group, rows.., in) or (group, batch, shared, in).
+
+        Row axes that x does not have come out with length one. Axes of x alone are summed.
+        """
+        own = letters(self.x)
+        present = [a for a in self.rows if a in own]
+        return self._normal_rows(self.x, present, self.d_in, batch)
+
+    def normal_y(self, batch: BatchAxis | None = None) -> str:
+        """The einops pattern that brings y into (group, rows.., out) or (group, batch, shared, out)."""
+        return self._normal_rows(self.y, self.rows, self.d_out, batch)
+
+    def _normal_rows(
+        self, axes: str, present: list[str], d: list[str], at: BatchAxis | None
+    ) -> str:
+        if at is None:
+            middle = [a if a in present else "1" for a in self.rows]
+            return f"{axes} -> {_normal(self.group, middle, d)}"
+        split = {at.axis: f"{at.axis}_outer {at.axis}_batch {at.axis}_inner"}
+        shared = " ".join(_shared(at) if a == at.axis else a for a in self.rows if a in present)
+        batch = f"{at.axis}_batch" if at.axis in present else "1"
+        return f"{_rename(axes, split)} -> {_normal(self.group, [batch, f'({shared})'], d)}"
+
+    def row_sizes(self, batch: BatchAxis) -> dict[str, int]:
+        """Lengths that `normal_x` and `normal_y` need beside the shapes."""
+        return {
+            **self.sizes,
+            f"{batch.axis}_outer": batch.outer,
+            f"{batch.axis}_inner": batch.inner,
+        }
+
+    def orientation(self) -> str:
+        """A short name for the printed table, such as `o i` or `g i o`."""
+        kinds = dict.fromkeys(self.group, "g") | dict.fromkeys(self.d_in, "i")
+        return _rename(self.weight, kinds | dict.fromkeys(self.d_out, "o")) or "·"
+
+
+def _join(axes: Iterable[str]) -> str:
+    return f"({' '.join(axes)})"
+
+
+def _normal(group: list[str], middle: list[str], last: list[str]) -> str:
+    return " ".join([_join(group), *middle, _join(last)])
+
+
+def _shared(batch: BatchAxis) -> str:
+    return f"{batch.axis}_outer {batch.axis}_inner"
+
+
+def _rename(axes: str, names: Mapping[str, str]) -> str:
+    """Replace axis names; a name that becomes several is bracketed unless it already is."""
+    out, depth = [], 0
+    for token in re.findall(r"\w+|[()]", axes):
+        depth += (token == "(") - (token == ")")
+        new = names.get(token, token)
+        out.append(f"({new})" if " " in new and depth == 0 else new)
+    return " ".join(out).replace("( ", "(").replace(" )", ")")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A line of the user's own code."""
+
+    file: str
+    line: int
+    function: str
+    code: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line} in {self.function}"
+
+
+@dataclass(frozen=True)
+class Example:
+    """What the graph's nodes were in one run: shapes of tensors, values of numbers."""
+
+    shapes: Mapping[Node, Size] = field(repr=False)
+    numbers: Mapping[Node, Any] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Join:
+    """A bias that shares the rows of a weight use: together they are W̃ = (W b).
+
+    Attributes:
+        weight: Position of the weight use in `Program.uses`.
+        entries: For every (group, out) of the weight use, the number of the bias entry there.
+    """
+
+    weight: int
+    entries: Tensor = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Use:
+    """One place where one parameter, or a view of it, enters one linear op.
+
+    Attributes:
+        parameters: The names whose entries the operand holds; more than one after `cat`.
+        op: The ATen overload, such as `aten.linear`.
+        node: Name of the op's node in the graph.
+        view: The layout ops between the parameters and the op.
+        form: The op as one einsum.
+        source: The user's own line, `None` where no line of theirs led here.
+        module: Path of the module that ran the op, empty where there is none.
+        tap: Position of the op's output among the program's taps.
+        join: For a bias, the weight use whose rows it shares, if there is one.
+        x_shape, y_shape: Shapes at trace time; x's is `()` where the input is the constant one.
+        batch: Where the data are laid out in the rows; `None` where that is not known.
+    """
+
+    parameters: tuple[str, ...]
+    op: str
+    node: str
+    view: View
+    form: Form
+    source: Source | None
+    module: str
+    tap: int
+    join: Join | None
+    x_shape: tuple[int, ...]
+    y_shape: tuple[int, ...]
+    batch: BatchAxis | None = None
+
+    @property
+    def parameter(self) -> str:
+        """The first parameter's name."""
+        return self.parameters[0]
+
+    @property
+    def is_bias(self) -> bool:
+        """Whether the input is the constant one."""
+        return self.form.input is None

@@ -1,0 +1,137 @@
+"""Tapped graph -> where the data are laid out in every tap, by experiment.
+
+Run the graph on some data and on the same data in another order. For a tap with row axes
+(r0, r1, ..) exactly one split of one axis into (outer · N · inner) makes the second equal the
+first, permuted. No rule per op is needed, and the finding proves itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from fxkfac.graph.ir import BatchAxis, Use
+from fxkfac.graph.normal import OneHotRows, normal_x, normal_y
+
+Taps = tuple[Tensor, list[Tensor | None], list[Tensor]]  # prediction, inputs, taps
+Layout = tuple[int, int, int]  # axis, outer, inner
+
+
+@dataclass(frozen=True)
+class Located:
+    """What the experiment found.
+
+    Attributes:
+        prediction: Batch axis of the prediction.
+        uses: Batch axis of every use, `None` where none explains the experiment.
+        constant: For every use, whether the gradient at its output is the same for the data in
+            any order: it is summed over the data, so that no per-datum part of it is left.
+    """
+
+    prediction: Layout | None
+    uses: tuple[BatchAxis | None, ...]
+    constant: tuple[bool, ...]
+
+
+def locate(
+    run: Callable[[Sequence[Tensor]], Taps],
+    permute: Callable[[Sequence[Tensor], Tensor], Sequence[Tensor]],
+    data: Sequence[Tensor],
+    n: int,
+    uses: Sequence[Use],
+    generator: Generator,
+) -> Located:
+    """Find the batch axis of the prediction and of every use."""
+    order = torch.arange(n).roll(1)
+    first, second = run(data), run(permute(data, order))
+    at = next(_fits([(first[0].detach(), second[0].detach())], n, order), None)
+    cotangent = torch.randn(first[0].shape, generator=generator, dtype=torch.float64)
+    cotangent = cotangent.to(first[0])
+    turned = cotangent if at is None else _permuted(cotangent, at, n, order)
+    before, after = _gradients(first, cotangent), _gradients(second, turned)
+    axes, constant = [], []
+    for k, use in enumerate(uses):
+        g = (before[use.tap], after[use.tap])
+        pairs = [g, (first[2][use.tap].detach(), second[2][use.tap].detach())]
+        axes.append(_batch_axis(use, pairs, (first[1][k], second[1][k]), n, order))
+        constant.append(axes[-1] is None and bool(g[0].any()) and _close(*g))
+    return Located(at, tuple(axes), tuple(constant))
+
+
+def _gradients(taps: Taps, cotangent: Tensor) -> tuple[Tensor, ...]:
+    prediction, _, outputs = taps
+    if not outputs or not prediction.requires_grad:
+        return tuple(torch.zeros_like(y) for y in outputs)
+    return torch.autograd.grad(
+        prediction, outputs, cotangent, allow_unused=True, materialize_grads=True
+    )
+
+
+def _batch_axis(
+    use: Use,
+    outputs: list[tuple[Tensor, Tensor]],
+    inputs: tuple[Tensor | None, Tensor | None],
+    n: int,
+    order: Tensor,
+) -> BatchAxis | None:
+    """The one layout that explains gradient, output and input of a use."""
+    rows = use.form.rows
+    pairs = [
+        (_by_rows(normal_y(use, a, None)), _by_rows(normal_y(use, b, None))) for a, b in outputs
+    ]
+    x = [normal_x(use, i, None) for i in inputs]
+    if isinstance(x[0], Tensor) and isinstance(x[1], Tensor):
+        pairs.append((_by_rows(x[0].detach()), _by_rows(x[1].detach())))
+    elif isinstance(x[0], OneHotRows) and isinstance(x[1], OneHotRows):
+        pairs.append((x[0].indices.unsqueeze(-1), x[1].indices.unsqueeze(-1)))
+    found = list(_fits(pairs, n, order, axes=len(rows)))
+    if not found or (len(found) > 1 and n > 1):
+        return None
+    axis, outer, inner = found[0]
+    return BatchAxis(rows[axis], outer, inner)
+
+
+def _by_rows(t: Tensor) -> Tensor:
+    """(group, rows.., d) as (rows.., group d)."""
+    return t.movedim(0, -2).flatten(-2)
+
+
+def _fits(
+    pairs: list[tuple[Tensor, Tensor]], n: int, order: Tensor, axes: int | None = None
+) -> Iterator[Layout]:
+    """All layouts under which every second tensor is the first one, permuted."""
+    shape = pairs[0][0].shape
+    for axis in range(len(shape) if axes is None else axes):
+        for outer in _divisors(shape[axis] // n) if shape[axis] % n == 0 else ():
+            layout = (axis, outer, shape[axis] // n // outer)
+            if all(_explains(a, b, layout, n, order) for a, b in pairs):
+                yield layout
+
+
+def _divisors(number: int) -> list[int]:
+    return [k for k in range(1, number + 1) if number % k == 0]
+
+
+def _explains(a: Tensor, b: Tensor, layout: Layout, n: int, order: Tensor) -> bool:
+    axis, outer, inner = layout
+    if a.shape[axis] == 1 and n > 1:  # this tensor is broadcast over the data
+        return _close(a, b)
+    return a.shape[axis] == outer * n * inner and _close(_permuted(a, layout, n, order), b)
+
+
+def _permuted(t: Tensor, layout: Layout, n: int, order: Tensor) -> Tensor:
+    axis, outer, inner = layout
+    split = t.unflatten(axis, (outer, n, inner))
+    return split.index_select(axis + 1, order.to(t.device)).flatten(axis, axis + 2)
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    """Equal up to the rounding of sums in another order: half of the digits."""
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    tolerance = torch.finfo(a.dtype).eps ** 0.5
+    a, b = a.double(), b.double()
+    return bool((a - b).norm() <= tolerance * (a.norm() + b.norm()))

@@ -1,0 +1,176 @@
+"""Captured graph -> the uses of every parameter.
+
+Requires: a functional graph whose parameters are placeholders.
+Result: every op that a selected parameter (or a view of it) enters is a `Use` in normal form, or
+is listed in `unsupported` with the reason. Nothing is left out silently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Size
+from torch._ops import OpOverload
+from torch.fx import Graph, Node
+
+from fxkfac.graph.bias import join_biases
+from fxkfac.graph.ir import Example, Form, Source, Use, letters
+from fxkfac.graph.rules.registry import RULES, NotLinear, Operand, call_of, operands
+from fxkfac.graph.source import module_of, source_of
+from fxkfac.graph.view import LAYOUT_OPS, View
+
+aten = torch.ops.aten
+
+# Ops that look at a tensor's shape, not at its values, and so do not use it.
+SHAPE_ONLY = {aten.sym_size.int, aten.sym_stride.int, aten.sym_numel.default}
+# Ops that stop the gradient: what is behind them is no use of the parameter.
+STOPS = {aten.detach.default}
+# Ops that make a tensor of the argument's shape and nothing else of it.
+LIKE = {
+    aten.zeros_like.default,
+    aten.ones_like.default,
+    aten.empty_like.default,
+    aten.full_like.default,
+    aten.rand_like.default,
+    aten.randn_like.default,
+}
+
+
+@dataclass(frozen=True)
+class Unsupported:
+    """A use for which there is no normal form."""
+
+    parameters: tuple[str, ...]
+    op: str
+    node: str
+    reason: str
+    source: Source | None
+    module: str
+
+    def __str__(self) -> str:
+        at = f" at {self.source}" if self.source else f" in module {self.module or 'the model'!r}"
+        code = f"\n    {self.source.code}" if self.source and self.source.code else ""
+        return f"{', '.join(self.parameters)} enters {self.op}{at}: {self.reason}{code}"
+
+
+@dataclass(frozen=True)
+class Matched:
+    """All uses in graph order, and what has no normal form."""
+
+    uses: tuple[Use, ...]
+    unsupported: tuple[Unsupported, ...]
+
+
+def match(graph: Graph, parameters: Mapping[Node, str], example: Example) -> Matched:
+    """Find every use of the parameters, whose placeholders are the keys of `parameters`."""
+    found, unsupported = [], []
+    for node, operand, chain in _entries(graph, parameters):
+        try:
+            found.append(_use(node, operand, chain, parameters, example))
+        except NotLinear as reason:
+            unsupported.append(_refuse(node, chain, parameters, str(reason)))
+    return Matched(tuple(join_biases(found, graph, example)), tuple(unsupported))
+
+
+Chain = tuple[Node, ...]
+
+
+def _entries(graph: Graph, parameters: Mapping[Node, str]) -> Iterable[tuple[Node, Operand, Chain]]:
+    """Every (op, operand) that a parameter enters, with the layout ops on the way.
+
+    The chain holds placeholders first, then layout ops in graph order, the operand last.
+    """
+    chains: dict[Node, Chain] = {}
+    for node in graph.nodes:
+        if node in parameters:
+            chains[node] = (node,)
+            continue
+        entering = [n for n in node.all_input_nodes if n in chains]
+        if not entering or node.target in SHAPE_ONLY | LIKE | STOPS:
+            continue
+        if node.target in LAYOUT_OPS and len(entering) == len(_tensor_arguments(node)):
+            chains[node] = _extend([chains[n] for n in entering], node)
+        elif isinstance(node.target, OpOverload):
+            for operand, argument in operands(call_of(node, {}, {}), chains.__contains__):
+                yield node, operand, chains[argument]
+        else:
+            yield node, Operand(""), chains[entering[0]]
+
+
+def _tensor_arguments(node: Node) -> list[Node]:
+    """The arguments whose entries a layout op moves; the others are sizes."""
+    first = node.args[0]
+    return list(dict.fromkeys(first if isinstance(first, list | tuple) else [first]))  # type: ignore[list-item]
+
+
+def _extend(chains: Sequence[Chain], node: Node) -> Chain:
+    """Put chains together: placeholders first, then layout ops without repetition."""
+    merged = dict.fromkeys(n for chain in chains for n in chain)
+    first = [n for n in merged if n.op == "placeholder"]
+    return (*first, *(n for n in merged if n.op != "placeholder"), node)
+
+
+def _use(
+    node: Node, operand: Operand, chain: Chain, parameters: Mapping[Node, str], example: Example
+) -> Use:
+    rule = RULES.get(node.target)  # type: ignore[arg-type]
+    if rule is None:
+        raise NotLinear(f"there is no rule for {node.target}, or it is not linear in the parameter")
+    form = rule(call_of(node, example.shapes, example.numbers), operand)
+    view, form = _narrow(_view(chain, parameters, example), form, example.shapes[chain[-1]])
+    _require_einsum(form)
+    return Use(
+        parameters=view.parameters,
+        op=op_name(node),
+        node=node.name,
+        view=view,
+        form=form,
+        source=source_of(node),
+        module=module_of(node),
+        tap=-1,
+        join=None,
+        x_shape=tuple(example.shapes[form.input]) if form.input is not None else (),
+        y_shape=tuple(example.shapes[node]),
+    )
+
+
+def _view(chain: Chain, parameters: Mapping[Node, str], example: Example) -> View:
+    roots = [n for n in chain if n in parameters]
+    numbers = {
+        m: example.numbers[m] for n in chain for m in n.all_input_nodes if m in example.numbers
+    }
+    shapes = tuple(tuple(example.shapes[n]) for n in roots)
+    return View(tuple(parameters[n] for n in roots), shapes, chain, numbers)
+
+
+def _narrow(view: View, form: Form, shape: Size) -> tuple[View, Form]:
+    """An axis along which the weight only repeats itself is a row axis, not an axis of the weight."""
+    if not {"expand", "repeat"} & set(view.steps):
+        return view, form
+    index, tokens, narrowed = view.index(), form.weight.split(), []
+    if len(tokens) != index.ndim:  # bracketed axes are never expanded ones
+        return view, form
+    for axis, size in enumerate(shape):
+        if size > 1 and bool((index.narrow(axis, 0, 1) == index).all()):
+            narrowed.append(axis)
+            tokens[axis] = "1"
+    weight = " ".join(tokens)
+    return replace(view, narrowed=tuple(narrowed)), replace(form, weight=weight)
+
+
+def _require_einsum(form: Form) -> None:
+    lost = [a for a in letters(form.weight) if a not in letters(form.x) + letters(form.y)]
+    if lost:
+        raise NotLinear("the op sums over the parameter alone; sum it before the product")
+
+
+def op_name(node: Node) -> str:
+    """`aten.linear` for `aten.linear.default`; other overloads keep their name."""
+    return str(node.target).removesuffix(".default")
+
+
+def _refuse(node: Node, chain: Chain, parameters: Mapping[Node, str], reason: str) -> Unsupported:
+    names = tuple(parameters[n] for n in chain if n in parameters)
+    return Unsupported(names, op_name(node), node.name, reason, source_of(node), module_of(node))

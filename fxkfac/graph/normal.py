@@ -1,0 +1,105 @@
+"""Taps of a use -> its normal form: x as (group, batch, shared, in), y as (group, batch, shared, out).
+
+Design: y[g, rows, o] = Σ_i W[g, i, o] x[g, rows, i]. Whoever is above this file sees only that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from einops import rearrange, reduce
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fxkfac.graph.ir import BatchAxis, Form, OneHot, Patches, Use
+
+
+@dataclass(frozen=True)
+class OneHotRows:
+    """Rows that are one-hot vectors, held as the positions of their ones.
+
+    Attributes:
+        indices: The positions; a row whose index is `ignored` is zero.
+        size: Length of each vector.
+    """
+
+    indices: Int[Tensor, "batch shared"]
+    size: int
+    ignored: int | None
+
+
+def unfold(x: Tensor, patches: Patches) -> Tensor:
+    """The patches that a convolution's kernel sees.
+
+    Shape (.., channels, *spatial) becomes (.., channels, *places, *kernel).
+    """
+    d = len(patches.kernel)
+    x = F.pad(x, [p for pair in reversed(patches.padding) for p in pair])
+    for size, stride, dilation in zip(
+        patches.kernel, patches.stride, patches.dilation, strict=True
+    ):
+        # unfold puts its kernel axis last: the next spatial axis is the d-th from the end again.
+        x = x.unfold(-d, dilation * (size - 1) + 1, stride)[..., ::dilation]
+    return x
+
+
+def normal_x(use: Use, x: Tensor | None, batch: BatchAxis | None) -> Tensor | OneHotRows | None:
+    """The input of a use in normal form; `None` where it is the constant one.
+
+    Row axes that the input does not have come out with length one.
+    """
+    form = use.form
+    if x is None:
+        return None
+    if isinstance(form.prepare, OneHot):
+        left, right = form.normal_x(batch).split(" -> ")
+        pattern = f"{left.removesuffix(' v')} -> {right.removeprefix('() ').removesuffix(' (v)')}"
+        indices = rearrange(x, pattern, **_sizes(form, batch))
+        return OneHotRows(indices, form.prepare.size, form.prepare.ignored)
+    if isinstance(form.prepare, Patches):
+        x = unfold(x, form.prepare)
+    x = reduce(x, form.normal_x(batch), "sum", **_sizes(form, batch))
+    return x if form.scale == 1.0 else form.scale * x
+
+
+def normal_y(use: Use, y: Tensor, batch: BatchAxis | None) -> Tensor:
+    """The output of a use, or a gradient at it, in normal form."""
+    return rearrange(y, use.form.normal_y(batch), **_sizes(use.form, batch))
+
+
+def _sizes(form: Form, batch: BatchAxis | None) -> dict[str, int]:
+    return dict(form.sizes) if batch is None else form.row_sizes(batch)
+
+
+def normal_weight(use: Use) -> Tensor:
+    """The numbers of the parameters' entries in normal form, (group, in, out).
+
+    Entries are numbered along the concatenated rvec of `use.parameters`.
+    """
+    return rearrange(use.view.index(), use.form.normal_weight, **use.form.sizes)
+
+
+def parameter_gradient(use: Use, x: Tensor | None, gradient: Tensor) -> Float[Tensor, " numel"]:
+    """The use's part of the parameters' gradient, Σ_rows x gᵀ mapped back through the view.
+
+    Args:
+        use: The use; its batch axis need not be known.
+        x: The input of the use, as tapped.
+        gradient: The gradient at its output.
+    """
+    rows = normal_x(use, x, None)
+    g = normal_y(use, gradient, None).flatten(1, -2)  # (group, rows, out)
+    if isinstance(rows, OneHotRows):
+        kept = rows.indices.flatten()
+        if rows.ignored is not None:
+            g = g * (kept != rows.ignored).unsqueeze(-1)
+        part = g.new_zeros(1, rows.size, g.shape[-1]).index_add(1, kept, g)
+    elif rows is None:
+        part = use.form.scale * g.sum(1, keepdim=True)
+    else:
+        full = normal_y(use, gradient, None).shape[1:-1]
+        flat = rows.expand(-1, *full, -1).flatten(1, -2)
+        part = flat.mT @ g  # Σ_rows x gᵀ, (group, in, out)
+    entries = normal_weight(use).flatten().to(part.device)
+    return part.new_zeros(use.view.numel).index_add(0, entries, part.flatten())

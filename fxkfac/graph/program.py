@@ -1,0 +1,203 @@
+"""The program: the tapped graph, its uses, and what to do when other inputs come along."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from fxkfac.errors import DataError
+from fxkfac.functional import FunctionalModel, Inputs
+from fxkfac.graph.capture import Captured, quietly
+from fxkfac.graph.ir import Use
+from fxkfac.graph.locate import Layout
+from fxkfac.graph.match import Unsupported
+from fxkfac.graph.signature import Signature
+from fxkfac.graph.table import program_table
+from fxkfac.graph.verify import tolerance, value_error
+
+if TYPE_CHECKING:
+    import networkx
+
+
+@dataclass(frozen=True)
+class Tapped:
+    """One tapped graph.
+
+    Attributes:
+        captured: The graph as it was captured.
+        module: The same with taps: returns (prediction, inputs of the uses, taps).
+        uses: The uses of all covered parameters.
+        unsupported: What has no normal form.
+        prediction: Batch axis of the prediction as (axis, outer, inner), `None` if not found.
+        dynamic: Whether the graph runs at other batch sizes.
+        verified: Batch sizes at which the prediction was compared with the model's.
+        refusals: Front ends that were tried before, and why they did not do.
+    """
+
+    captured: Captured
+    module: GraphModule
+    uses: tuple[Use, ...]
+    unsupported: tuple[Unsupported, ...]
+    prediction: Layout | None
+    dynamic: bool
+    verified: dict[int, float] = field(repr=False)
+    refusals: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the tapped graph emitted for one batch.
+
+    Attributes:
+        tapped: The graph that ran.
+        prediction: The model's output.
+        inputs: The input of every use, `None` where it is the constant one.
+        taps: The outputs at which gradients are read.
+        n: Number of data.
+    """
+
+    tapped: Tapped
+    prediction: Tensor
+    inputs: list[Tensor | None]
+    taps: list[Tensor]
+    n: int
+
+
+Compile = Callable[..., Tapped]
+
+
+@dataclass(frozen=True)
+class Program:
+    """A traced model. Made by `fxkfac.trace`; `print` shows every use.
+
+    Attributes:
+        model: The user's model as a pure function.
+        signature: How inputs are nested, and their batch axes.
+        unsupported: What is done with uses that have no normal form.
+    """
+
+    model: FunctionalModel
+    signature: Signature
+    unsupported: str
+    _compile: Compile = field(repr=False)
+    _cache: dict[Hashable, Tapped] = field(repr=False)
+    _first: list[Tapped] = field(default_factory=list, repr=False)
+    generator: torch.Generator = field(
+        default_factory=lambda: torch.Generator().manual_seed(torch.initial_seed() % 2**63),
+        repr=False,
+    )
+
+    @property
+    def tapped(self) -> Tapped:
+        """The tapped graph of the example that was traced."""
+        return self._first[0]
+
+    @property
+    def uses(self) -> tuple[Use, ...]:
+        """Every use of every covered parameter, in graph order."""
+        return self.tapped.uses
+
+    @property
+    def graph_module(self) -> GraphModule:
+        """The tapped graph: (parameters, buffers, inputs) -> (prediction, inputs of uses, taps)."""
+        return self.tapped.module
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the parameters that are covered by uses, or used nowhere."""
+        return tuple(n for n in self.model.selected if n not in self.uncovered)
+
+    @property
+    def uncovered(self) -> tuple[str, ...]:
+        """Names of the parameters with a use that has no normal form."""
+        return tuple(dict.fromkeys(p for u in self.tapped.unsupported for p in u.parameters))
+
+    def at(self, inputs: Inputs) -> tuple[Tapped, list[Tensor]]:
+        """The tapped graph for these inputs, and their tensors; compiled where it is new."""
+        tensors = [t.detach() for t in self.signature.tensors(inputs)]
+        n = self.signature.batch_size(tensors)
+        key = (self.signature.key(inputs, tensors), _mode(self.model))
+        tapped = self._cache.get((key, n)) or self._cache.get(key)
+        if tapped is None:
+            return self._compile_for(key, tensors, n, dynamic=True), tensors
+        if n not in tapped.verified and not self._agrees(tapped, tensors, n):
+            return self._compile_for(key, tensors, n, dynamic=False), tensors
+        return tapped, tensors
+
+    def compiled_for(self, inputs: Inputs, tensors: list[Tensor]) -> Program:
+        """Compile for the example; called once, by `trace`."""
+        _require_finite(tensors)
+        self._first.append(self.at(inputs)[0])
+        return self
+
+    def _compile_for(self, key: Hashable, tensors: list[Tensor], n: int, dynamic: bool) -> Tapped:
+        tapped = self._compile(self.model, self.signature, tensors, self.unsupported, dynamic)
+        tapped.verified[n] = 0.0
+        self._cache[key if tapped.dynamic else (key, n)] = tapped
+        return tapped
+
+    def _agrees(self, tapped: Tapped, tensors: list[Tensor], n: int) -> bool:
+        """Compare graph and model at a batch size that is seen for the first time."""
+        state = state_of(self.model)
+        with quietly():
+            error = value_error(self.model, self.signature, tapped.captured, state, tensors)
+        limit = tolerance(next(t for t in state.values() if t.is_floating_point()))
+        if error <= limit:
+            tapped.verified[n] = error
+        return error <= limit
+
+    def run(self, inputs: Inputs, params: Mapping[str, Any] | None = None) -> Run:
+        """Run the tapped graph on one batch.
+
+        Args:
+            inputs: One batch, nested as the example was.
+            params: Tensors in the place of the model's own parameters.
+        """
+        tapped, tensors = self.at(inputs)
+        _require_finite(tensors)
+        state = {**self.model.override(params), **self.model.buffers()}
+        with torch.enable_grad():
+            prediction, xs, taps = tapped.module(*state.values(), *tensors)
+        return Run(tapped, prediction, xs, taps, self.signature.batch_size(tensors))
+
+    def draw(self, path: str) -> str:
+        """Draw the graph with its taps; the ending of `path` says the format. Returns the path."""
+        from fxkfac.graph.draw import draw
+
+        return draw(self, path)
+
+    def to_networkx(self) -> networkx.MultiDiGraph:
+        """Parameters, views, ops and taps as a graph with attributes."""
+        from fxkfac.graph.network import to_networkx
+
+        return to_networkx(self)
+
+    def __str__(self) -> str:
+        return program_table(self)
+
+
+def state_of(bound: FunctionalModel) -> dict[str, Tensor]:
+    """Parameters and buffers as the graph takes them, in its order."""
+    return {**bound.current(), **bound.buffers()}
+
+
+def _mode(bound: FunctionalModel) -> Hashable:
+    """What of a module's state decides which graph it is: train or eval mode of its parts."""
+    if not isinstance(bound.model, nn.Module):
+        return None
+    return tuple(module.training for module in bound.model.modules())
+
+
+def _require_finite(tensors: list[Tensor]) -> None:
+    for k, t in enumerate(tensors):
+        if t.is_floating_point() and not torch.isfinite(t).all():
+            bad = int((~torch.isfinite(t)).sum())
+            raise DataError(
+                f"input tensor {k} of shape {tuple(t.shape)} holds {bad} values that are NaN or "
+                "Inf; expected finite numbers. Clean the data, or look at what scaled them."
+            )

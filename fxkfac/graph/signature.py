@@ -1,0 +1,138 @@
+"""The inputs of a model as a flat list of tensors, and where each one has its batch axis."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+from torch.utils import _pytree as pytree
+
+from fxkfac.errors import DataError
+
+BatchAxes = Any  # an int for all tensors, or a tree as of the inputs with int or None (as in vmap)
+
+
+@dataclass(frozen=True)
+class Signature:
+    """How inputs are flattened into tensors, and the batch axis of each of these.
+
+    Attributes:
+        spec: The nesting of the inputs.
+        constants: Leaves that are not tensors, by position among all leaves.
+        axes: Batch axis of every tensor leaf; `None` where it has none, as an attention mask may.
+    """
+
+    spec: pytree.TreeSpec
+    constants: dict[int, Any]
+    axes: tuple[int | None, ...]
+
+    def tensors(self, inputs: Any) -> list[Tensor]:
+        """The tensor leaves of `inputs`, which must be nested as at trace time."""
+        leaves, spec = pytree.tree_flatten(_as_tuple(inputs))
+        if spec != self.spec:
+            raise DataError(
+                f"the inputs are nested as {spec}, but the program was traced with {self.spec}. "
+                "Pass inputs of the same structure, or trace anew."
+            )
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+    def inputs(self, tensors: list[Tensor]) -> Any:
+        """Inverse of `tensors`."""
+        rest = iter(tensors)
+        total = len(tensors) + len(self.constants)
+        leaves = [self.constants[k] if k in self.constants else next(rest) for k in range(total)]
+        return pytree.tree_unflatten(leaves, self.spec)
+
+    def batch_size(self, tensors: list[Tensor]) -> int:
+        """Number of data N. Raises `DataError` where the tensors disagree, or hold none."""
+        sizes = {
+            t.shape[axis] for t, axis in zip(tensors, self.axes, strict=True) if axis is not None
+        }
+        if len(sizes) != 1 or 0 in sizes:
+            found = [tuple(t.shape) for t in tensors]
+            raise DataError(
+                f"the inputs have shapes {found} with batch axes {list(self.axes)}; expected the "
+                "same number of data, at least one, along each of these axes. "
+                "If an input has no batch axis, trace with batch_axis=(0, None, ..) as for vmap."
+            )
+        return sizes.pop()
+
+    def key(self, inputs: Any, tensors: list[Tensor]) -> Hashable:
+        """What must be equal for a graph with a dynamic batch axis to be the same graph."""
+        leaves = pytree.tree_leaves(_as_tuple(inputs))
+        fixed = tuple(repr(leaf) for leaf in leaves if not isinstance(leaf, Tensor))
+        shapes = tuple(
+            tuple(-1 if k == axis else size for k, size in enumerate(t.shape))
+            for t, axis in zip(tensors, self.axes, strict=True)
+        )
+        return fixed, shapes, tuple((t.dtype, t.device) for t in tensors)
+
+    def permute(self, tensors: list[Tensor], order: Tensor) -> list[Tensor]:
+        """The same data in another order."""
+        return [
+            t if axis is None else t.index_select(axis, order.to(t.device))
+            for t, axis in zip(tensors, self.axes, strict=True)
+        ]
+
+    def vary(self, tensors: list[Tensor], size: int, generator: Generator) -> list[Tensor]:
+        """`size` data like those given, and no two alike."""
+        n = self.batch_size(tensors)
+        repeated = self.permute(tensors, torch.arange(size) % n)
+        return [
+            t if axis is None else _varied(t, repeats=size > n, generator=generator)
+            for t, axis in zip(repeated, self.axes, strict=True)
+        ]
+
+
+def _varied(t: Tensor, repeats: bool, generator: Generator) -> Tensor:
+    if t.is_floating_point():
+        # Zero entries move too, and no entry changes its sign: log and sqrt stay defined.
+        noise = torch.rand(t.shape, generator=generator, dtype=torch.float32).to(t)
+        return torch.where(t == 0, 0.1 * noise, t * (1 + 0.1 * noise))
+    if t.dtype == torch.bool or not repeats:
+        return t
+    chosen = torch.randint(t.numel(), t.shape, generator=generator).to(t.device)
+    return t.flatten()[chosen]
+
+
+def _as_tuple(inputs: Any) -> Any:
+    """DataLoader hands out lists where the data set held tuples: the same nesting here."""
+    if isinstance(inputs, dict):
+        return dict(inputs)
+    return tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
+
+
+def signature_of(inputs: Any, batch_axis: BatchAxes) -> Signature:
+    """Flatten example inputs and find the batch axis of each tensor.
+
+    With an int, that axis is the batch axis of every tensor that is as long there as the first
+    tensor is. Otherwise `batch_axis` is a tree like the inputs that says it for each.
+    """
+    leaves, spec = pytree.tree_flatten(_as_tuple(inputs))
+    constants = {k: leaf for k, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)}
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    if isinstance(batch_axis, int):
+        return Signature(spec, constants, _same_length(tensors, batch_axis))
+    tree = tuple(batch_axis) if isinstance(batch_axis, list) else batch_axis
+    per_leaf = pytree._broadcast_to_and_flatten(tree, spec)
+    if per_leaf is None:
+        raise DataError(
+            f"batch_axis={batch_axis!r} does not fit inputs nested as {spec}; expected an int, or "
+            "an int or None for each input, as in_dims of torch.vmap."
+        )
+    axes = tuple(a for a, leaf in zip(per_leaf, leaves, strict=True) if isinstance(leaf, Tensor))
+    return Signature(spec, constants, axes)
+
+
+def _same_length(tensors: list[Tensor], axis: int) -> tuple[int | None, ...]:
+    lengths = [t.shape[axis] if t.ndim > axis else None for t in tensors]
+    first = next((n for n in lengths if n is not None), None)
+    if not first:
+        raise DataError(
+            f"no input has data along axis {axis}: found shapes {[tuple(t.shape) for t in tensors]}."
+            " Pass a batch of at least one example, with the batch axis first, or say batch_axis."
+        )
+    return tuple(axis if n == first else None for n in lengths)

@@ -1,0 +1,48 @@
+"""Where in the user's own code a node comes from."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+
+import einops
+import torch
+from torch.fx import Node
+
+from fxkfac.graph.ir import Source
+
+FOREIGN = (
+    str(Path(torch.__file__).parent),
+    str(Path(einops.__file__).parent),
+    str(Path(__file__).parent.parent),
+)
+FRAME = re.compile(r'File "(?P<file>.+)", line (?P<line>\d+), in (?P<function>\S+)\n?(?P<code>.*)')
+
+
+def is_foreign(file: str) -> bool:
+    """Whether a file is torch's or fxkfac's, not the user's."""
+    return file.startswith(FOREIGN) or file.startswith(("torch/", "<"))
+
+
+@cache
+def _frames(trace: str) -> tuple[Source, ...]:
+    found = [m.groupdict() for m in FRAME.finditer(trace)]
+    return tuple(
+        Source(f["file"], int(f["line"]), f["function"], f["code"].strip())
+        for f in found
+        if not is_foreign(f["file"])
+    )
+
+
+def source_of(node: Node) -> Source | None:
+    """The innermost line of the user's own code that led to this node."""
+    frames = _frames(node.meta.get("stack_trace") or "")
+    return frames[-1] if frames else None
+
+
+def module_of(node: Node) -> str:
+    """Path of the innermost module that ran this node, such as `encoder.0.linear1`."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [str(value[0]) for value in stack.values()]
+    return paths[-1].removeprefix("model").removeprefix(".") if paths else ""

@@ -1,0 +1,75 @@
+"""The printed program: one line per use."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fxkfac.graph.ir import Source, Use, letters
+
+if TYPE_CHECKING:
+    from fxkfac.graph.program import Program
+
+HEADER = ("parameter", "op", "view", "orientation", "x", "y", "batch", "source")
+
+
+def program_table(program: Program) -> str:
+    """Parameter, op, view, orientation, shapes, batch axis and source line of every use."""
+    rows = [use_row(use) for use in program.uses]
+    tapped = program.tapped
+    size = "any batch size" if tapped.dynamic else "traced anew for each batch size"
+    lines = [
+        f"{len(program.parameters)} parameters in {len(rows)} uses, captured by "
+        f"{tapped.captured.front_end}, {size}",
+        *columns([HEADER, *rows]),
+    ]
+    used = {p for use in program.uses for p in use.parameters}
+    unused = [n for n in program.parameters if n not in used]
+    if unused:
+        lines.append(f"no use (their curvature is zero): {', '.join(unused)}")
+    what = {"diagonal": "exact diagonal instead", "skip": "left out"}.get(program.unsupported, "")
+    lines += [f"{what}: {u}" for u in tapped.unsupported]
+    lines += [f"refused by {name}: {reason}" for name, reason in tapped.refusals.items()]
+    return "\n".join(lines)
+
+
+def use_row(use: Use) -> tuple[str, ...]:
+    """One use as the columns of `HEADER`."""
+    return (
+        " + ".join(use.parameters),
+        use.op.removeprefix("aten."),
+        " ".join(use.view.steps) or "–",
+        use.form.orientation() + (" (joined)" if use.join else ""),
+        "1" if use.is_bias else shape_text(use.x_shape, use.form.x, use),
+        shape_text(use.y_shape, use.form.y, use),
+        str(use.batch) if use.batch else "unknown",
+        where(use.source, use.module),
+    )
+
+
+def shape_text(shape: Sequence[int], axes: str, use: Use) -> str:
+    """A shape in which the batch axis is written as a multiple of N."""
+    # The input's own axes come first; those that its preparation adds have no length here.
+    tokens = re.findall(r"\([^)]*\)|\S+", axes)[: len(shape)]
+    batch = use.batch
+    sizes = [
+        str(batch).partition("=")[2] if batch and letters(token) == [batch.axis] else str(n)
+        for token, n in zip(tokens, shape, strict=True)
+    ]
+    return "×".join(sizes) or "scalar"
+
+
+def where(source: Source | None, module: str) -> str:
+    """File name and line, or the module's path where no line of the user's led here."""
+    return f"{Path(source.file).name}:{source.line}" if source else f"module {module or '(root)'}"
+
+
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Left-aligned columns, a rule under the first row."""
+    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+    lines = [
+        "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+    return [lines[0], "  ".join("─" * w for w in widths), *lines[1:]]

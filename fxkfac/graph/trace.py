@@ -1,0 +1,256 @@
+"""Model and example inputs -> program: capture, match, tap, locate, verify.
+
+Orchestration only: each step is a file of its own, and the last two are what makes the first
+three trustworthy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Interpreter, Node
+
+from fxkfac.errors import CaptureError, FxkfacError, OptionError, UnsupportedUse
+from fxkfac.functional import FunctionalModel, Inputs, Params, bind
+from fxkfac.graph.capture import FRONT_ENDS, Captured, Refusal, quietly
+from fxkfac.graph.ir import Example, Use
+from fxkfac.graph.locate import Located, locate
+from fxkfac.graph.match import Matched, Unsupported, match
+from fxkfac.graph.program import Program, Tapped, state_of
+from fxkfac.graph.signature import BatchAxes, Signature, signature_of
+from fxkfac.graph.source import module_of, source_of
+from fxkfac.graph.tap import tap_uses, without_dropout
+from fxkfac.graph.verify import graph_run, require_gradients, tolerance, value_error
+
+POLICIES = ("error", "diagonal", "skip")
+TRIAL_SIZE = 3  # data in the experiments: few, and no divisor of most other sizes
+
+
+def trace(
+    model: nn.Module | Callable[..., Any],
+    inputs: Inputs,
+    params: Params | Iterable[str] | None = None,
+    unsupported: str = "error",
+    *,
+    batch_axis: BatchAxes = 0,
+) -> Program:
+    """Compile a model into a program whose graph emits what KFAC needs.
+
+    Args:
+        model: A module, called `model(*inputs)`, `model(x)` for a single tensor, `model(**inputs)`
+            for a dict; or a function `f(params, *inputs)` / `f(params, **inputs)`.
+        inputs: Example inputs, a batch of at least one datum. Two or more that differ are better:
+            with a batch size of one, PyTorch's own ops may not tell a batch axis from a unit axis.
+        params: For a function, its possibly nested dict of tensors. For a module, names or shell
+            patterns, or a dict of tensors in the place of its own; default: all that require
+            gradients.
+        unsupported: What to do with a parameter that enters an op without a rule: `"error"`,
+            `"diagonal"` (the exact diagonal of its block) or `"skip"`.
+        batch_axis: Axis of the inputs along which the data are; or, as `in_dims` of `torch.vmap`,
+            an int or `None` for each input.
+
+    Returns:
+        The program. `print(program)` shows every use.
+
+    Raises:
+        CaptureError: No front end could capture the model; each one's reason is given.
+        UnsupportedUse: A parameter enters an op that has no rule, and `unsupported="error"`.
+        UnknownParameter, ParameterError: See `params`.
+        DataError: The inputs hold no batch.
+    """
+    if unsupported not in POLICIES:
+        raise OptionError(f"unsupported={unsupported!r}; expected one of {', '.join(POLICIES)}.")
+    bound = bind(model, params)
+    signature = signature_of(inputs, batch_axis)
+    tensors = [t.detach() for t in signature.tensors(inputs)]
+    program = Program(bound, signature, unsupported, compile_graph, {})
+    return program.compiled_for(inputs, tensors)
+
+
+def compile_graph(
+    bound: FunctionalModel,
+    signature: Signature,
+    tensors: list[Tensor],
+    policy: str,
+    dynamic: bool = True,
+) -> Tapped:
+    """Try the front ends in order; take the first whose graph is proven to be the model.
+
+    With `dynamic` false the graph is taken for this batch size alone.
+    """
+    refusals: dict[str, str] = {}
+    best: Tapped | None = None
+    for name, front_end in FRONT_ENDS.items():
+        try:
+            with quietly():
+                captured = front_end(bound, signature, _to_capture(signature, tensors, dynamic))
+                tapped = _compile(captured, bound, signature, tensors, dynamic)
+        except FxkfacError:
+            raise
+        except Refusal as reason:
+            refusals[name] = str(reason)
+            continue
+        except Exception as error:  # front ends raise whatever their depths raise
+            refusals[name] = _shorten(error)
+            continue
+        best = best or tapped
+        if not tapped.unsupported or policy != "error":
+            return replace(tapped, refusals=refusals)
+    if best is not None:
+        raise UnsupportedUse(_unsupported_message(best.unsupported))
+    if dynamic and signature.batch_size(tensors) == 1:
+        return compile_graph(bound, signature, tensors, policy, dynamic=False)
+    raise CaptureError(_capture_message(bound, refusals))
+
+
+def _to_capture(signature: Signature, tensors: list[Tensor], dynamic: bool) -> list[Tensor]:
+    """The example; with a datum more where a batch of one would be taken for a unit axis."""
+    if not dynamic or signature.batch_size(tensors) > 1:
+        return tensors
+    return signature.vary(tensors, 2, torch.Generator().manual_seed(0))
+
+
+def _compile(
+    captured: Captured,
+    bound: FunctionalModel,
+    signature: Signature,
+    tensors: list[Tensor],
+    dynamic: bool,
+) -> Tapped:
+    generator = torch.Generator().manual_seed(0)
+    state = state_of(bound)
+    dynamic, data = _trial(captured, bound, signature, state, tensors, dynamic, generator)
+    n = signature.batch_size(data)
+    example = record(captured.module, [*state.values(), *data])
+    matched = match(captured.module.graph, _selected(captured, bound), example)
+    quiet_module, uses = tap_uses(without_dropout(captured.module), matched.uses)
+    located = locate(
+        lambda d: graph_run(quiet_module, state, d), signature.permute, data, n, uses, generator
+    )
+    uses, unsupported = _covered(uses, located, matched, captured)
+    module, uses = tap_uses(captured.module, uses)
+    covered = [n for n in bound.selected if n not in {p for u in unsupported for p in u.parameters}]
+    taps = graph_run(module, state, data)
+    require_gradients(bound, signature, uses, taps, state, data, covered)
+    return Tapped(captured, module, uses, unsupported, located.prediction, dynamic, {})
+
+
+def _trial(
+    captured: Captured,
+    bound: FunctionalModel,
+    signature: Signature,
+    state: Mapping[str, Tensor],
+    tensors: list[Tensor],
+    dynamic: bool,
+    generator: torch.Generator,
+) -> tuple[bool, list[Tensor]]:
+    """Compare graph and model on the example and at another batch size; data for the experiments."""
+    n = signature.batch_size(tensors)
+    error = value_error(bound, signature, captured, state, tensors)
+    limit = tolerance(tensors_like(state))
+    if not error <= limit:
+        raise Refusal(f"its graph does not give the model's prediction: relative error {error:.1e}")
+    other = signature.vary(tensors, TRIAL_SIZE + (n == TRIAL_SIZE), generator)
+    if dynamic and value_error(bound, signature, captured, state, other) <= limit:
+        return True, other
+    return False, signature.vary(tensors, n, generator)
+
+
+def tensors_like(state: Mapping[str, Tensor]) -> Tensor:
+    """Any floating point tensor of the model, whose precision its results have."""
+    return next(t for t in state.values() if t.is_floating_point())
+
+
+def _selected(captured: Captured, bound: FunctionalModel) -> dict[Node, str]:
+    names = captured.placeholders()
+    return {node: name for node, name in names.items() if name in bound.selected}
+
+
+def _covered(
+    uses: Sequence[Use], located: Located, matched: Matched, captured: Captured
+) -> tuple[tuple[Use, ...], tuple[Unsupported, ...]]:
+    """Give the uses their batch axes; a parameter with one use that has no normal form loses all."""
+    nodes = {n.name: n for n in captured.module.graph.nodes}
+    summed = [
+        Unsupported(
+            u.parameters, u.op, u.node, SUMMED, source_of(nodes[u.node]), module_of(nodes[u.node])
+        )
+        for u, constant in zip(uses, located.constant, strict=True)
+        if constant
+    ]
+    unsupported = (*matched.unsupported, *summed)
+    lost = {p for u in unsupported for p in u.parameters}
+    kept: list[Use] = []
+    places: dict[int, int] = {}
+    for k, (use, batch) in enumerate(zip(uses, located.uses, strict=True)):
+        if lost & set(use.parameters):
+            continue
+        places[k] = len(kept)
+        kept.append(replace(use, batch=batch))
+    return tuple(_rejoined(u, places) for u in kept), unsupported
+
+
+SUMMED = (
+    "its output is the same for all data, so that the gradient there is summed over the data and "
+    "no datum's own part is left; let the op act on the data, one datum at a time"
+)
+
+
+def _rejoined(use: Use, places: Mapping[int, int]) -> Use:
+    if use.join is None:
+        return use
+    weight = places.get(use.join.weight)
+    return replace(use, join=None if weight is None else replace(use.join, weight=weight))
+
+
+def record(module: GraphModule, values: Sequence[Tensor]) -> Example:
+    """Run a graph and keep the shape of every tensor and the value of every number in it."""
+    recorder = _Recorder(module)
+    with torch.no_grad():
+        recorder.run(*values)
+    return Example(recorder.shapes, recorder.numbers)
+
+
+class _Recorder(Interpreter):
+    def __init__(self, module: GraphModule) -> None:
+        super().__init__(module)
+        self.shapes: dict[Node, torch.Size] = {}
+        self.numbers: dict[Node, Any] = {}
+
+    def run_node(self, n: Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor):
+            self.shapes[n] = value.shape
+        elif isinstance(value, int | float | bool):
+            self.numbers[n] = value
+        return value
+
+
+def _shorten(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else ""
+    return f"{type(error).__name__}: {text[:240]}"
+
+
+def _capture_message(bound: FunctionalModel, refusals: Mapping[str, str]) -> str:
+    name = getattr(bound.model, "__name__", type(bound.model).__name__)
+    reasons = "\n".join(f"  {front_end}: {reason}" for front_end, reason in refusals.items())
+    return (
+        f"no front end could capture {name}:\n{reasons}\n"
+        "Mend what the most general one names (the last), or trace a function around the part of "
+        "the model that can be captured."
+    )
+
+
+def _unsupported_message(unsupported: Sequence[Unsupported]) -> str:
+    listed = "\n".join(f"  {u}" for u in unsupported[:8])
+    more = f"\n  and {len(unsupported) - 8} more" if len(unsupported) > 8 else ""
+    return (
+        f"{len(unsupported)} uses have no normal form (group, in, out):\n{listed}{more}\n"
+        "Trace with unsupported='diagonal' for the exact diagonal of these parameters, with "
+        "unsupported='skip' to leave them out, or select others by `params`."
+    )

@@ -1,0 +1,6 @@
+"""Linear algebra that knows nothing of graphs: flattening orders and Kronecker products."""
+
+from fxkfac.linalg.flatten import cvec, rvec
+from fxkfac.linalg.kronecker import kronecker_dense, kronecker_solve
+
+__all__ = ["cvec", "kronecker_dense", "kronecker_solve", "rvec"]

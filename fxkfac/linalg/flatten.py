@@ -1,0 +1,28 @@
+"""Tensor -> vector, in the two orders of the paper (Definitions 1 and 2)."""
+
+from __future__ import annotations
+
+from einops import rearrange
+from torch import Tensor
+
+
+def rvec(t: Tensor, start_dim: int = 0, end_dim: int = -1) -> Tensor:
+    """Flatten the axes `start_dim..end_dim`, the last one varying fastest (row-major).
+
+    For a matrix this puts its rows one after another: PyTorch's own order. Definition 2.
+    """
+    return t.flatten(start_dim, end_dim)
+
+
+def cvec(t: Tensor, start_dim: int = 0, end_dim: int = -1) -> Tensor:
+    """Flatten the axes `start_dim..end_dim`, the first one varying fastest (column-major).
+
+    For a matrix this puts its columns one after another: the literature's order. Definition 1.
+    """
+    if t.ndim == 0:
+        return t.flatten()
+    start, end = start_dim % t.ndim, end_dim % t.ndim
+    axes = [f"a{i}" for i in range(t.ndim)]
+    before, flat, after = axes[:start], axes[start : end + 1], axes[end + 1 :]
+    turned = [*before, f"({' '.join(reversed(flat))})", *after]
+    return rearrange(t, f"{' '.join(axes)} -> {' '.join(turned)}")

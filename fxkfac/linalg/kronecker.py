@@ -1,0 +1,41 @@
+"""Kronecker products of two symmetric factors, one for each group."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fxkfac.errors import OptionError
+
+
+def kronecker_dense(
+    A: Float[Tensor, "group d_in d_in"], B: Float[Tensor, "group d_out d_out"]
+) -> Float[Tensor, "group d_in_d_out d_in_d_out"]:
+    """A ⊗ B for every group: the matrix that acts on the rvec of an (in, out) matrix."""
+    product = torch.einsum("g i j, g o p -> g i o j p", A, B)
+    return product.flatten(3, 4).flatten(1, 2)
+
+
+def kronecker_solve(
+    A: Float[Tensor, "group d_in d_in"],
+    B: Float[Tensor, "group d_out d_out"],
+    G: Float[Tensor, "group d_in d_out"],
+    damping: float,
+) -> Float[Tensor, "group d_in d_out"]:
+    """Solve (A ⊗ B + damping · I) vec X = vec G exactly, by the eigenvalues of both factors.
+
+    With A = Q_A Λ_A Q_Aᵀ and B = Q_B Λ_B Q_Bᵀ the eigenvalues of A ⊗ B are the products.
+
+    Raises:
+        OptionError: The damping is negative, or zero where the product is singular.
+    """
+    if damping < 0:
+        raise OptionError(f"damping={damping}; expected zero or a positive number.")
+    (lambda_A, Q_A), (lambda_B, Q_B) = torch.linalg.eigh(A), torch.linalg.eigh(B)
+    # Positive semi-definite by construction: what is below zero is rounding.
+    eigenvalues = lambda_A.clamp_min(0).unsqueeze(-1) * lambda_B.clamp_min(0).unsqueeze(-2)
+    if damping == 0 and bool((eigenvalues <= 0).any()):
+        raise OptionError("the block is singular; pass a positive damping.")
+    rotated = Q_A.mT @ G @ Q_B
+    return Q_A @ (rotated / (eigenvalues + damping)) @ Q_B.mT
