@@ -8,7 +8,8 @@ parameters are passed in, buffers are copied before a run that could update them
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -21,6 +22,15 @@ from fxkfac.errors import ParameterError, UnknownParameter
 
 Params = Mapping[str, Any]  # a possibly nested mapping of names to tensors
 Inputs = Any  # a tensor, a tuple or list of tensors, or a dict of keyword arguments
+
+
+@contextmanager
+def own_randomness(seed: int) -> Iterator[None]:
+    """Draw random numbers from `seed`, and give the global state back as it was."""
+    cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.manual_seed(seed)
+        yield
 
 
 def flatten_names(params: Params, prefix: str = "") -> dict[str, Tensor]:
@@ -113,7 +123,7 @@ class FunctionalModel:
             if value.shape != expected.shape:
                 raise ParameterError(
                     f"params[{name!r}] has shape {tuple(value.shape)}, but the model was bound "
-                    f"with shape {tuple(expected.shape)}. Pass tensors of that shape, or trace anew."
+                    f"with {tuple(expected.shape)}. Pass tensors of that shape, or trace anew."
                 )
             values[canonical] = value.detach()
         return values

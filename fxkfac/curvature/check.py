@@ -14,10 +14,9 @@ from torch import Tensor
 from fxkfac.curvature.likelihoods import Likelihood
 from fxkfac.curvature.losses import likelihood_of
 from fxkfac.errors import TapMismatch
-from fxkfac.functional import Params
-from fxkfac.graph.capture import quietly
+from fxkfac.functional import Params, own_randomness
 from fxkfac.graph.program import Program
-from fxkfac.graph.verify import model_gradients, relative_error, tap_gradients, tolerance
+from fxkfac.graph.verify import FlatModel, relative_error, tap_gradients, tolerance
 
 
 def check(
@@ -41,17 +40,15 @@ def check(
     likelihood = likelihood_of(loss)
     names = program.parameters
     state = {**program.model.override(params), **program.model.buffers()}
-    with quietly():
-        torch.manual_seed(0)
+    model = FlatModel(program.model, program.signature)
+    with own_randomness(0):
         run = program.run(inputs, params)
         likelihood.validate(run.prediction.detach(), targets)
         cotangent = _loss_gradient(loss, likelihood, run.prediction.detach(), targets)
         taps = (run.prediction, run.inputs, run.taps)
         found = tap_gradients(run.tapped.uses, taps, cotangent, names, state)
         tensors = program.signature.tensors(inputs)
-        expected = model_gradients(
-            program.model, program.signature, state, tensors, cotangent, names
-        )
+        expected = model.gradients(state, tensors, cotangent, names)
     errors = {name: relative_error(found[name], expected[name]) for name in names}
     wrong = {n: e for n, e in errors.items() if not e <= tolerance(expected[n])}
     if wrong:

@@ -24,8 +24,7 @@ from fxkfac.curvature.losses import likelihood_of
 from fxkfac.curvature.plan import BlockPlan, plan_blocks
 from fxkfac.curvature.sharing import SHARINGS, Counted, input_moment, output_moment
 from fxkfac.errors import NonFiniteError, OptionError
-from fxkfac.functional import Params
-from fxkfac.graph.capture import quietly
+from fxkfac.functional import Params, own_randomness
 from fxkfac.graph.ir import Use
 from fxkfac.graph.program import Program, Run
 
@@ -142,10 +141,8 @@ def _batch(
     number: int,
 ) -> Factors:
     """The factors of one batch."""
-    with quietly():  # dropout draws from the global state, which is the caller's
-        torch.manual_seed(
-            int(torch.randint(2**62, (), generator=generator, device=generator.device))
-        )
+    seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+    with own_randomness(seed):  # dropout draws from the global state, which is the caller's
         run = program.run(inputs, params)
         prediction = run.prediction.detach()
         if not torch.isfinite(prediction).all():

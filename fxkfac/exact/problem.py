@@ -155,10 +155,16 @@ def pose(bound: FunctionalModel, names: Iterable[str], loss: Loss, data: Data) -
         prediction=prediction,
         target=target,
         size=1 if 0 in likelihood.event_axes(f) else _parts(f, size),  # [C]: one datum alone
-        loss=(lambda f, y: R * likelihood.criterion(f, y)) if loss is likelihood else loss,
+        loss=_value(loss, R),
         likelihood=likelihood,
         factor=R,
     )
+
+
+def _value(loss: Loss, R: float) -> Callable[[Tensor, Any], Tensor]:
+    if isinstance(loss, Likelihood):
+        return lambda f, y: R * loss.criterion(f, y)
+    return loss  # torch's own, so that no formula of ours is trusted
 
 
 def _parts(f: Tensor, size: int) -> int:

@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fxkfac.errors import FxkfacError
-from fxkfac.functional import FunctionalModel, nest_names, split_inputs
+from fxkfac.functional import FunctionalModel, nest_names, own_randomness, split_inputs
 from fxkfac.graph.cleanup import STOP, rebuild
 from fxkfac.graph.signature import Signature
 from fxkfac.graph.source import is_foreign
@@ -90,7 +90,7 @@ def by_export(bound: FunctionalModel, signature: Signature, tensors: list[Tensor
             roles[key] = bound.aliases.get(target, target)
         elif spec.kind == InputKind.CONSTANT_TENSOR:
             assert spec.target is not None
-            roles[key] = program.constants[spec.target]  # type: ignore[assignment]
+            roles[key] = program.constants[spec.target]
         elif spec.kind == InputKind.USER_INPUT:
             roles[key] = leaf if leaf >= 0 else names[leaf + len(params)]
             leaf += 1
@@ -196,8 +196,7 @@ FRONT_ENDS: dict[str, Callable[[FunctionalModel, Signature, list[Tensor]], Captu
 @contextmanager
 def quietly() -> Iterator[None]:
     """Tracing and trial runs draw random numbers and warn about their own doings; nobody else's."""
-    cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=cuda), warnings.catch_warnings(), _transforms_closed():
+    with own_randomness(0), warnings.catch_warnings(), _transforms_closed():
         warnings.simplefilter("ignore")
         yield
 

@@ -131,7 +131,7 @@ class Form:
         return self._normal_rows(self.x, present, self.d_in, batch)
 
     def normal_y(self, batch: BatchAxis | None = None) -> str:
-        """The einops pattern that brings y into (group, rows.., out) or (group, batch, shared, out)."""
+        """The same for y: (group, rows.., out) or (group, batch, shared, out)."""
         return self._normal_rows(self.y, self.rows, self.d_out, batch)
 
     def _normal_rows(

@@ -37,9 +37,9 @@ class Located:
 
 
 def locate(
-    run: Callable[[Sequence[Tensor]], Taps],
-    permute: Callable[[Sequence[Tensor], Tensor], Sequence[Tensor]],
-    data: Sequence[Tensor],
+    run: Callable[[list[Tensor]], Taps],
+    permute: Callable[[list[Tensor], Tensor], list[Tensor]],
+    data: list[Tensor],
     n: int,
     uses: Sequence[Use],
     generator: Generator,

@@ -102,7 +102,7 @@ def _entries(graph: Graph, parameters: Mapping[Node, str]) -> Iterable[tuple[Nod
 def _tensor_arguments(node: Node) -> list[Node]:
     """The arguments whose entries a layout op moves; the others are sizes."""
     first = node.args[0]
-    return list(dict.fromkeys(first if isinstance(first, list | tuple) else [first]))  # type: ignore[list-item]
+    return list(dict.fromkeys(first if isinstance(first, list | tuple) else [first]))
 
 
 def _extend(chains: Sequence[Chain], node: Node) -> Chain:
@@ -115,7 +115,7 @@ def _extend(chains: Sequence[Chain], node: Node) -> Chain:
 def _use(
     node: Node, operand: Operand, chain: Chain, parameters: Mapping[Node, str], example: Example
 ) -> Use:
-    rule = RULES.get(node.target)  # type: ignore[arg-type]
+    rule = RULES.get(node.target) if isinstance(node.target, OpOverload) else None
     if rule is None:
         raise NotLinear(f"there is no rule for {node.target}, or it is not linear in the parameter")
     form = rule(call_of(node, example.shapes, example.numbers), operand)
@@ -146,7 +146,7 @@ def _view(chain: Chain, parameters: Mapping[Node, str], example: Example) -> Vie
 
 
 def _narrow(view: View, form: Form, shape: Size) -> tuple[View, Form]:
-    """An axis along which the weight only repeats itself is a row axis, not an axis of the weight."""
+    """An axis along which the weight only repeats itself is a row axis, not one of the weight."""
     if not {"expand", "repeat"} & set(view.steps):
         return view, form
     index, tokens, narrowed = view.index(), form.weight.split(), []

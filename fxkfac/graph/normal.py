@@ -1,4 +1,4 @@
-"""Taps of a use -> its normal form: x as (group, batch, shared, in), y as (group, batch, shared, out).
+"""Taps of a use -> its normal form: x (group, batch, shared, in), y (group, batch, shared, out).
 
 Design: y[g, rows, o] = Σ_i W[g, i, o] x[g, rows, i]. Whoever is above this file sees only that.
 """

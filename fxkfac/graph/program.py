@@ -18,7 +18,7 @@ from fxkfac.graph.locate import Layout
 from fxkfac.graph.match import Unsupported
 from fxkfac.graph.signature import Signature
 from fxkfac.graph.table import program_table
-from fxkfac.graph.verify import tolerance, value_error
+from fxkfac.graph.verify import FlatModel, is_model
 
 if TYPE_CHECKING:
     import networkx
@@ -45,7 +45,7 @@ class Tapped:
     unsupported: tuple[Unsupported, ...]
     prediction: Layout | None
     dynamic: bool
-    verified: dict[int, float] = field(repr=False)
+    verified: set[int] = field(repr=False)
     refusals: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -136,20 +136,20 @@ class Program:
         return self
 
     def _compile_for(self, key: Hashable, tensors: list[Tensor], n: int, dynamic: bool) -> Tapped:
-        tapped = self._compile(self.model, self.signature, tensors, self.unsupported, dynamic)
-        tapped.verified[n] = 0.0
+        model = FlatModel(self.model, self.signature)
+        tapped = self._compile(model, tensors, self.unsupported, dynamic)
+        tapped.verified.add(n)
         self._cache[key if tapped.dynamic else (key, n)] = tapped
         return tapped
 
     def _agrees(self, tapped: Tapped, tensors: list[Tensor], n: int) -> bool:
         """Compare graph and model at a batch size that is seen for the first time."""
-        state = state_of(self.model)
+        model = FlatModel(self.model, self.signature)
         with quietly():
-            error = value_error(self.model, self.signature, tapped.captured, state, tensors)
-        limit = tolerance(next(t for t in state.values() if t.is_floating_point()))
-        if error <= limit:
-            tapped.verified[n] = error
-        return error <= limit
+            wrong = is_model(model, tapped.captured, model.state(), tensors)
+        if not wrong:
+            tapped.verified.add(n)
+        return not wrong
 
     def run(self, inputs: Inputs, params: Mapping[str, Any] | None = None) -> Run:
         """Run the tapped graph on one batch.
@@ -179,11 +179,6 @@ class Program:
 
     def __str__(self) -> str:
         return program_table(self)
-
-
-def state_of(bound: FunctionalModel) -> dict[str, Tensor]:
-    """Parameters and buffers as the graph takes them, in its order."""
-    return {**bound.current(), **bound.buffers()}
 
 
 def _mode(bound: FunctionalModel) -> Hashable:

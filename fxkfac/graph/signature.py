@@ -132,7 +132,7 @@ def _same_length(tensors: list[Tensor], axis: int) -> tuple[int | None, ...]:
     first = next((n for n in lengths if n is not None), None)
     if not first:
         raise DataError(
-            f"no input has data along axis {axis}: found shapes {[tuple(t.shape) for t in tensors]}."
-            " Pass a batch of at least one example, with the batch axis first, or say batch_axis."
+            f"no input has data along axis {axis}: found {[tuple(t.shape) for t in tensors]}. "
+            "Pass a batch of at least one example, with the batch axis first, or say batch_axis."
         )
     return tuple(axis if n == first else None for n in lengths)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fxkfac.graph.ir import Source, Use, letters
+from fxkfac.graph.normal import normal_weight
 
 if TYPE_CHECKING:
     from fxkfac.graph.program import Program
@@ -41,7 +42,7 @@ def use_row(use: Use) -> tuple[str, ...]:
         " + ".join(use.parameters),
         use.op.removeprefix("aten."),
         " ".join(use.view.steps) or "–",
-        use.form.orientation() + (" (joined)" if use.join else ""),
+        orientation(use) + (" (joined)" if use.join else ""),
         "1" if use.is_bias else shape_text(use.x_shape, use.form.x, use),
         shape_text(use.y_shape, use.form.y, use),
         str(use.batch) if use.batch else "unknown",
@@ -73,3 +74,17 @@ def columns(rows: Sequence[Sequence[str]]) -> list[str]:
         "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
     ]
     return [lines[0], "  ".join("─" * w for w in widths), *lines[1:]]
+
+
+def orientation(use: Use) -> str:
+    """What each axis of the stored parameter is: `o i` where it is stored as (out, in)."""
+    if not use.view.steps or len(use.parameters) > 1:
+        return use.form.orientation()
+    entries = normal_weight(use)
+    kinds = []
+    stride = entries.new_tensor(use.view.numel)
+    for size in use.view.shapes[0]:
+        stride = stride // size
+        place = entries // stride % size  # coordinate of every entry along this stored axis
+        kinds.append([k for axis, k in enumerate("gio") if bool((place.diff(dim=axis) != 0).any())])
+    return " ".join("·" if not k else k[0] if len(k) == 1 else f"({' '.join(k)})" for k in kinds)

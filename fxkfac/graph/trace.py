@@ -20,11 +20,11 @@ from fxkfac.graph.capture import FRONT_ENDS, Captured, Refusal, quietly
 from fxkfac.graph.ir import Example, Use
 from fxkfac.graph.locate import Located, locate
 from fxkfac.graph.match import Matched, Unsupported, match
-from fxkfac.graph.program import Program, Tapped, state_of
+from fxkfac.graph.program import Program, Tapped
 from fxkfac.graph.signature import BatchAxes, Signature, signature_of
 from fxkfac.graph.source import module_of, source_of
 from fxkfac.graph.tap import tap_uses, without_dropout
-from fxkfac.graph.verify import graph_run, require_gradients, tolerance, value_error
+from fxkfac.graph.verify import FlatModel, State, is_model, require_gradients, run_graph
 
 POLICIES = ("error", "diagonal", "skip")
 TRIAL_SIZE = 3  # data in the experiments: few, and no divisor of most other sizes
@@ -72,11 +72,7 @@ def trace(
 
 
 def compile_graph(
-    bound: FunctionalModel,
-    signature: Signature,
-    tensors: list[Tensor],
-    policy: str,
-    dynamic: bool = True,
+    model: FlatModel, tensors: list[Tensor], policy: str, dynamic: bool = True
 ) -> Tapped:
     """Try the front ends in order; take the first whose graph is proven to be the model.
 
@@ -84,11 +80,12 @@ def compile_graph(
     """
     refusals: dict[str, str] = {}
     best: Tapped | None = None
+    example = _to_capture(model.signature, tensors, dynamic)
     for name, front_end in FRONT_ENDS.items():
         try:
             with quietly():
-                captured = front_end(bound, signature, _to_capture(signature, tensors, dynamic))
-                tapped = _compile(captured, bound, signature, tensors, dynamic)
+                captured = front_end(model.bound, model.signature, example)
+                tapped = _compile(model, captured, tensors, dynamic)
         except FxkfacError:
             raise
         except Refusal as reason:
@@ -102,9 +99,9 @@ def compile_graph(
             return replace(tapped, refusals=refusals)
     if best is not None:
         raise UnsupportedUse(_unsupported_message(best.unsupported))
-    if dynamic and signature.batch_size(tensors) == 1:
-        return compile_graph(bound, signature, tensors, policy, dynamic=False)
-    raise CaptureError(_capture_message(bound, refusals))
+    if dynamic and model.signature.batch_size(tensors) == 1:
+        return compile_graph(model, tensors, policy, dynamic=False)
+    raise CaptureError(_capture_message(model.bound, refusals))
 
 
 def _to_capture(signature: Signature, tensors: list[Tensor], dynamic: bool) -> list[Tensor]:
@@ -114,55 +111,43 @@ def _to_capture(signature: Signature, tensors: list[Tensor], dynamic: bool) -> l
     return signature.vary(tensors, 2, torch.Generator().manual_seed(0))
 
 
-def _compile(
-    captured: Captured,
-    bound: FunctionalModel,
-    signature: Signature,
-    tensors: list[Tensor],
-    dynamic: bool,
-) -> Tapped:
-    generator = torch.Generator().manual_seed(0)
-    state = state_of(bound)
-    dynamic, data = _trial(captured, bound, signature, state, tensors, dynamic, generator)
-    n = signature.batch_size(data)
+def _compile(model: FlatModel, captured: Captured, tensors: list[Tensor], dynamic: bool) -> Tapped:
+    """Match, tap, locate and verify one captured graph."""
+    generator, state = torch.Generator().manual_seed(0), model.state()
+    dynamic, data = _trial(model, captured, state, tensors, dynamic, generator)
     example = record(captured.module, [*state.values(), *data])
-    matched = match(captured.module.graph, _selected(captured, bound), example)
-    quiet_module, uses = tap_uses(without_dropout(captured.module), matched.uses)
-    located = locate(
-        lambda d: graph_run(quiet_module, state, d), signature.permute, data, n, uses, generator
-    )
+    matched = match(captured.module.graph, _selected(captured, model.bound), example)
+    quiet, uses = tap_uses(without_dropout(captured.module), matched.uses)
+    n, permute = model.signature.batch_size(data), model.signature.permute
+    located = locate(lambda d: run_graph(quiet, state, d), permute, data, n, uses, generator)
     uses, unsupported = _covered(uses, located, matched, captured)
     module, uses = tap_uses(captured.module, uses)
-    covered = [n for n in bound.selected if n not in {p for u in unsupported for p in u.parameters}]
-    taps = graph_run(module, state, data)
-    require_gradients(bound, signature, uses, taps, state, data, covered)
-    return Tapped(captured, module, uses, unsupported, located.prediction, dynamic, {})
+    lost = {name for u in unsupported for name in u.parameters}
+    covered = [name for name in model.bound.selected if name not in lost]
+    require_gradients(model, uses, run_graph(module, state, data), state, data, covered)
+    return Tapped(captured, module, uses, unsupported, located.prediction, dynamic, set())
 
 
 def _trial(
+    model: FlatModel,
     captured: Captured,
-    bound: FunctionalModel,
-    signature: Signature,
-    state: Mapping[str, Tensor],
+    state: State,
     tensors: list[Tensor],
     dynamic: bool,
     generator: torch.Generator,
 ) -> tuple[bool, list[Tensor]]:
-    """Compare graph and model on the example and at another batch size; data for the experiments."""
-    n = signature.batch_size(tensors)
-    error = value_error(bound, signature, captured, state, tensors)
-    limit = tolerance(tensors_like(state))
-    if not error <= limit:
-        raise Refusal(f"its graph does not give the model's prediction: relative error {error:.1e}")
-    other = signature.vary(tensors, TRIAL_SIZE + (n == TRIAL_SIZE), generator)
-    if dynamic and value_error(bound, signature, captured, state, other) <= limit:
+    """Compare graph and model on the example and at another batch size.
+
+    Returns:
+        Whether the graph is good for other batch sizes, and data for the experiments.
+    """
+    n = model.signature.batch_size(tensors)
+    if wrong := is_model(model, captured, state, tensors):
+        raise Refusal(wrong)
+    other = model.signature.vary(tensors, TRIAL_SIZE + (n == TRIAL_SIZE), generator)
+    if dynamic and not is_model(model, captured, state, other):
         return True, other
-    return False, signature.vary(tensors, n, generator)
-
-
-def tensors_like(state: Mapping[str, Tensor]) -> Tensor:
-    """Any floating point tensor of the model, whose precision its results have."""
-    return next(t for t in state.values() if t.is_floating_point())
+    return False, model.signature.vary(tensors, n, generator)
 
 
 def _selected(captured: Captured, bound: FunctionalModel) -> dict[Node, str]:
@@ -173,7 +158,7 @@ def _selected(captured: Captured, bound: FunctionalModel) -> dict[Node, str]:
 def _covered(
     uses: Sequence[Use], located: Located, matched: Matched, captured: Captured
 ) -> tuple[tuple[Use, ...], tuple[Unsupported, ...]]:
-    """Give the uses their batch axes; a parameter with one use that has no normal form loses all."""
+    """Give the uses their batch axes; a parameter with one use without normal form loses all."""
     nodes = {n.name: n for n in captured.module.graph.nodes}
     summed = [
         Unsupported(

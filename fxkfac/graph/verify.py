@@ -8,6 +8,7 @@ and before the gradients put together from its taps were autograd's own.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,10 +21,43 @@ from fxkfac.graph.locate import Taps
 from fxkfac.graph.normal import parameter_gradient
 from fxkfac.graph.signature import Signature
 
+State = Mapping[str, Tensor]  # parameters and buffers by name, in the graph's order
+
+
+@dataclass(frozen=True)
+class FlatModel:
+    """The model itself as a function of its state and flat input tensors, as the graph is."""
+
+    bound: FunctionalModel
+    signature: Signature
+
+    def state(self) -> State:
+        """Parameters and buffers as they are now."""
+        return {**self.bound.current(), **self.bound.buffers()}
+
+    def predict(self, state: State, data: Sequence[Tensor]) -> Tensor:
+        """The model's prediction, from the same random numbers each time."""
+        torch.manual_seed(0)
+        with torch.enable_grad():  # the model may take gradients inside
+            return prediction_of(self.bound(state, self.signature.inputs(list(data))))
+
+    def gradients(
+        self, state: State, data: Sequence[Tensor], cotangent: Tensor, names: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """Every named parameter's gradient of ⟨cotangent, prediction⟩, by autograd."""
+        leaves = {n: state[n].detach().requires_grad_() for n in names}
+        prediction = self.predict({**state, **leaves}, data)
+        if not prediction.requires_grad or not leaves:
+            return {n: torch.zeros_like(t) for n, t in leaves.items()}
+        gradients = torch.autograd.grad(
+            prediction, list(leaves.values()), cotangent, allow_unused=True, materialize_grads=True
+        )
+        return dict(zip(leaves, gradients, strict=True))
+
 
 def tolerance(t: Tensor) -> float:
     """Half of the digits: far above rounding, far below a lost or doubled term."""
-    return torch.finfo(t.dtype).eps ** 0.5 if t.is_floating_point() else 0.0
+    return torch.finfo(t.dtype).eps ** 0.5
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
@@ -33,50 +67,33 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return (found - expected).norm().item() / (scale if scale > 0 else 1.0)
 
 
-def model_prediction(
-    bound: FunctionalModel,
-    signature: Signature,
-    state: Mapping[str, Tensor],
-    data: Sequence[Tensor],
-) -> Tensor:
-    """The model itself, run without the graph."""
-    torch.manual_seed(0)
-    with torch.enable_grad():  # the model may take gradients inside
-        return prediction_of(bound(state, signature.inputs(list(data))))
-
-
-def graph_run(module: Any, state: Mapping[str, Tensor], data: Sequence[Tensor]) -> Any:
-    """A captured or tapped graph, run with the same random numbers as the model."""
+def run_graph(module: Any, state: State, data: Sequence[Tensor]) -> Any:
+    """Run a captured or tapped graph with the random numbers that `FlatModel.predict` has."""
     torch.manual_seed(0)
     with torch.enable_grad():
         return module(*state.values(), *data)
 
 
-def value_error(
-    bound: FunctionalModel,
-    signature: Signature,
-    captured: Captured,
-    state: Mapping[str, Tensor],
-    data: Sequence[Tensor],
-) -> float:
-    """Relative error of the graph's prediction; infinite where the graph does not run."""
-    expected = model_prediction(bound, signature, state, data)
+def is_model(model: FlatModel, captured: Captured, state: State, data: Sequence[Tensor]) -> str:
+    """Empty where the graph gives the model's prediction on these data, else what is wrong."""
+    expected = model.predict(state, data)
     try:
-        found = graph_run(captured.module, state, data)
-    except Exception:  # whatever a baked-in size makes an op say
-        return float("inf")
-    if found.shape != expected.shape or not found.is_floating_point():
-        return float("inf")
-    error = relative_error(found, expected)
-    return error if error == error else float("inf")
+        found = run_graph(captured.module, state, data)
+    except Exception as error:  # whatever a baked-in size makes an op say
+        return f"its graph does not run: {str(error).splitlines()[0] if str(error) else error!r}"
+    if not expected.is_floating_point():
+        return f"the prediction has dtype {expected.dtype}; expected floating point numbers"
+    if found.shape != expected.shape:
+        return f"its graph predicts {tuple(found.shape)}, the model {tuple(expected.shape)}"
+    off = relative_error(found, expected)
+    return "" if off <= tolerance(expected) else f"its prediction is not the model's ({off:.1e})"
 
 
 def require_gradients(
-    bound: FunctionalModel,
-    signature: Signature,
+    model: FlatModel,
     uses: Sequence[Use],
     taps: Taps,
-    state: Mapping[str, Tensor],
+    state: State,
     data: Sequence[Tensor],
     names: Sequence[str],
 ) -> None:
@@ -84,12 +101,9 @@ def require_gradients(
     prediction = taps[0]
     cotangent = torch.linspace(-1, 1, prediction.numel()).to(prediction).view_as(prediction)
     found = tap_gradients(uses, taps, cotangent, names, state)
-    expected = model_gradients(bound, signature, state, data, cotangent, names)
-    wrong = [
-        f"{n} ({relative_error(found[n], expected[n]):.1e})"
-        for n in names
-        if relative_error(found[n], expected[n]) > tolerance(expected[n])
-    ]
+    expected = model.gradients(state, data, cotangent, names)
+    errors = {n: relative_error(found[n], expected[n]) for n in names}
+    wrong = [f"{n} ({e:.1e})" for n, e in errors.items() if not e <= tolerance(expected[n])]
     if wrong:
         raise Refusal(
             "gradients put together from its taps are not the model's: relative errors "
@@ -98,13 +112,9 @@ def require_gradients(
 
 
 def tap_gradients(
-    uses: Sequence[Use],
-    taps: Taps,
-    cotangent: Tensor,
-    names: Sequence[str],
-    state: Mapping[str, Tensor],
+    uses: Sequence[Use], taps: Taps, cotangent: Tensor, names: Sequence[str], state: State
 ) -> dict[str, Tensor]:
-    """Every parameter's gradient of ⟨cotangent, prediction⟩, from the taps alone."""
+    """Every named parameter's gradient of ⟨cotangent, prediction⟩, from the taps alone."""
     prediction, inputs, outputs = taps
     total = {name: torch.zeros_like(state[name]) for name in names}
     if not outputs or not prediction.requires_grad:
@@ -119,22 +129,3 @@ def tap_gradients(
             if name in total:
                 total[name] = total[name] + part.view_as(total[name])
     return total
-
-
-def model_gradients(
-    bound: FunctionalModel,
-    signature: Signature,
-    state: Mapping[str, Tensor],
-    data: Sequence[Tensor],
-    cotangent: Tensor,
-    names: Sequence[str],
-) -> dict[str, Tensor]:
-    """Every parameter's gradient of ⟨cotangent, prediction⟩, by autograd on the model itself."""
-    leaves = {n: state[n].detach().requires_grad_() for n in names}
-    prediction = model_prediction(bound, signature, {**state, **leaves}, data)
-    if not prediction.requires_grad or not leaves:
-        return {n: torch.zeros_like(t) for n, t in leaves.items()}
-    gradients = torch.autograd.grad(
-        prediction, list(leaves.values()), cotangent, allow_unused=True, materialize_grads=True
-    )
-    return dict(zip(leaves, gradients, strict=True))

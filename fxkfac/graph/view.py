@@ -109,8 +109,8 @@ class View:
 
 def _move(node: Node, known: Mapping[Node, Any]) -> Any:
     """Run one layout op on entry numbers."""
-    args = torch.fx.map_arg(node.args, known.__getitem__)
-    kwargs = torch.fx.map_arg(node.kwargs, known.__getitem__)
+    args: Any = torch.fx.map_arg(node.args, known.__getitem__)
+    kwargs: Any = torch.fx.map_arg(node.kwargs, known.__getitem__)
     if LAYOUT_OPS[node.target] in VALUE_ONLY and node.target is not operator.getitem:
         return args[0]
     if node.target is aten.as_strided.default:
