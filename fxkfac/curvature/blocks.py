@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from fxkfac.curvature.plan import TermPlan
 from fxkfac.errors import FxkfacError
 from fxkfac.linalg import kronecker_dense, kronecker_solve
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from fxkfac.curvature.blocks import Block, Diagonal, Kronecker
@@ -19,6 +19,9 @@ from fxkfac.curvature.plan import BlockPlan, TermPlan
 from fxkfac.curvature.sharing import Counted
 from fxkfac.errors import MergeError, OptionError, UnknownParameter
 from fxkfac.functional import FunctionalModel, unknown
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 @dataclass(frozen=True)

@@ -11,16 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor
 
 from fxkfac.curvature.plan import TermPlan
 from fxkfac.errors import BatchAxisError
 from fxkfac.graph.ir import BatchAxis, Use
 from fxkfac.graph.normal import OneHotRows, normal_weight, normal_x, normal_y
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 SHARINGS = ("expand", "reduce")
 

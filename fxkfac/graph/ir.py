@@ -26,10 +26,15 @@ def letters(axes: str) -> list[str]:
     return [a for a in re.findall(r"\w+", axes) if not a.isdigit()]
 
 
+def axis_tokens(axes: str) -> list[str]:
+    """The axes of the tensor itself: names, units, and brackets with what is in them."""
+    return re.findall(r"\([^)]*\)|\S+", axes)
+
+
 def axis_lengths(axes: str, shape: Sequence[int], known: Mapping[str, int]) -> dict[str, int]:
     """Length of every named axis of a tensor, those inside brackets included."""
     lengths = dict(known)
-    for token, size in zip(re.findall(r"\([^)]*\)|\S+", axes), shape, strict=True):
+    for token, size in zip(axis_tokens(axes), shape, strict=True):
         open_axes = [a for a in letters(token) if a not in lengths]
         inside = math.prod(lengths[a] for a in letters(token) if a in lengths)
         if open_axes:
@@ -46,7 +51,7 @@ class BatchAxis(NamedTuple):
 
     def __str__(self) -> str:
         parts = [str(self.outer)] * (self.outer > 1) + ["N"] + [str(self.inner)] * (self.inner > 1)
-        return f"{self.axis}={'·'.join(parts)}"
+        return "·".join(parts)
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,16 @@ Design: y[g, rows, o] = Σ_i W[g, i, o] x[g, rows, i]. Whoever is above this fil
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
 from einops import rearrange, reduce
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from fxkfac.graph.ir import BatchAxis, Form, OneHot, Patches, Use
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 
 @dataclass(frozen=True)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fxkfac.graph.ir import Source, Use, letters
+from fxkfac.graph.ir import Source, Use, axis_tokens, letters
 from fxkfac.graph.normal import normal_weight
 
 if TYPE_CHECKING:
     from fxkfac.graph.program import Program
 
-HEADER = ("parameter", "op", "view", "orientation", "x", "y", "batch", "source")
+HEADER = ("parameter", "op", "view", "orientation", "x", "y", "batch axis", "source")
 
 
 def program_table(program: Program) -> str:
@@ -45,18 +44,26 @@ def use_row(use: Use) -> tuple[str, ...]:
         orientation(use) + (" (joined)" if use.join else ""),
         "1" if use.is_bias else shape_text(use.x_shape, use.form.x, use),
         shape_text(use.y_shape, use.form.y, use),
-        str(use.batch) if use.batch else "unknown",
+        batch_text(use),
         where(use.source, use.module),
     )
+
+
+def batch_text(use: Use) -> str:
+    """Which axis of the output the data are on, and how they are laid out there."""
+    if use.batch is None:
+        return "unknown"
+    axis = use.form.batch_position[use.batch.axis]
+    return str(axis) if str(use.batch) == "N" else f"{axis} ({use.batch})"
 
 
 def shape_text(shape: Sequence[int], axes: str, use: Use) -> str:
     """A shape in which the batch axis is written as a multiple of N."""
     # The input's own axes come first; those that its preparation adds have no length here.
-    tokens = re.findall(r"\([^)]*\)|\S+", axes)[: len(shape)]
+    tokens = axis_tokens(axes)[: len(shape)]
     batch = use.batch
     sizes = [
-        str(batch).partition("=")[2] if batch and letters(token) == [batch.axis] else str(n)
+        str(batch) if batch and letters(token) == [batch.axis] else str(n)
         for token, n in zip(tokens, shape, strict=True)
     ]
     return "×".join(sizes) or "scalar"

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from fxkfac.errors import OptionError
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 def kronecker_dense(

@@ -1,0 +1,43 @@
+# make demo | test | test-all | lint | clean: each makes what it needs.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test test-all lint graphviz clean help
+
+help:
+	@sed -n 's/^# make /make /p' Makefile
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt pip setuptools
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[examples,dev]'
+	touch $@
+
+# Drawing needs the program dot. Without it fxkfac writes the source and says how to render it.
+graphviz:
+	@command -v dot >/dev/null || { \
+	  if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq graphviz >/dev/null; \
+	  else \
+	    echo "dot is not installed: drawings stay .gv sources. Install graphviz to render them."; \
+	  fi; } || echo "graphviz could not be installed: drawings stay .gv sources."
+
+demo: $(INSTALLED) graphviz
+	$(BIN)/python examples/quickstart.py
+
+test: $(INSTALLED) graphviz
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(INSTALLED) graphviz
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
