@@ -123,7 +123,8 @@ class _Batch:
 
     def input(self, use: Use) -> Tensor | None:
         """The tapped input of a use."""
-        return self.run.inputs[self.run.tapped.uses.index(use)]
+        x = self.run.inputs[self.run.tapped.uses.index(use)]
+        return None if x is None else x.detach()
 
     def output(self, use: Use) -> Tensor:
         """The tapped output of a use."""

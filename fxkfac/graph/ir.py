@@ -160,8 +160,16 @@ class Form:
 
     def orientation(self) -> str:
         """A short name for the printed table, such as `o i` or `g i o`."""
-        kinds = dict.fromkeys(self.group, "g") | dict.fromkeys(self.d_in, "i")
-        return _rename(self.weight, kinds | dict.fromkeys(self.d_out, "o")) or "·"
+        kinds = dict.fromkeys(self.d_in, "i") | dict.fromkeys(self.d_out, "o")
+        kinds |= {a: "g" for a in self.group if self.sizes.get(a) != 1}
+        tokens = [[kinds[a] for a in letters(t) if a in kinds] for t in axis_tokens(self.weight)]
+        named = [list(dict.fromkeys(token)) for token in tokens if token]
+        return " ".join(k[0] if len(k) == 1 else f"({' '.join(k)})" for k in named) or "·"
+
+    @property
+    def row_position(self) -> dict[str, int]:
+        """For every row axis, which axis of the output it is in."""
+        return {a: k for k, token in enumerate(axis_tokens(self.y)) for a in letters(token)}
 
 
 def _join(axes: Iterable[str]) -> str:

@@ -53,7 +53,7 @@ def batch_text(use: Use) -> str:
     """Which axis of the output the data are on, and how they are laid out there."""
     if use.batch is None:
         return "unknown"
-    axis = use.form.batch_position[use.batch.axis]
+    axis = use.form.row_position[use.batch.axis]
     return str(axis) if str(use.batch) == "N" else f"{axis} ({use.batch})"
 
 

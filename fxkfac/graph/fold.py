@@ -1,0 +1,91 @@
+"""Network -> the network as it is drawn: without side issues, and with quiet ops folded.
+
+Requires: what `to_networkx` returns. Result: a copy in which every quiet node has `ops`, the names
+of all the ops that it stands for. No way between two other nodes is lost or made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import takewhile
+from typing import Any
+
+import networkx as nx
+
+
+def folded(network: nx.MultiDiGraph) -> nx.MultiDiGraph:
+    """Leave out what has no part in the curvature, and merge quiet ops where no way gets lost."""
+    network = network.copy()
+    network.remove_nodes_from([k for k, n in network.nodes(data=True) if _is_aside(n)])
+    fed = {k for k, n in network.nodes(data=True) if n["kind"] not in ("quiet", "prediction")}
+    fed |= {d for k in list(fed) for d in nx.descendants(network, k)}
+    network.remove_nodes_from(set(network) - fed)
+    for _, node in network.nodes(data=True):
+        node["ops"] = node.get("op", "")
+    while sum(_fold_chain(network, key) or _fold_twins(network, key) for key in list(network)):
+        pass
+    return network
+
+
+def common_path(paths: Iterable[Sequence[str]]) -> tuple[str, ...]:
+    """The parts with which all of these paths begin."""
+    alike = takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
+    return tuple(parts[0] for parts in alike)
+
+
+def _is_aside(node: dict[str, Any]) -> bool:
+    return node["kind"] == "buffer" or node.get("status") == "frozen"
+
+
+def _is_quiet(network: nx.MultiDiGraph, key: str) -> bool:
+    """Whether a node is a quiet op that no parameter enters."""
+    entering = (kind for *_, kind in network.in_edges(key, "kind"))
+    return network.nodes[key]["kind"] == "quiet" and "parameter" not in entering
+
+
+def _fold_chain(network: nx.MultiDiGraph, key: str) -> bool:
+    """Merge a quiet op with the one behind it, if no op feeds or reads only one of the two."""
+    if key not in network or not _is_quiet(network, key):
+        return False
+    before, after = _ways(network, key)
+    for behind in (k for k in after if _is_quiet(network, k)):
+        feeds, reads = _ways(network, behind)
+        if (after == {behind} and feeds - {key} <= before) or (
+            feeds == {key} and after - {behind} <= reads
+        ):
+            ops = " · ".join(network.nodes[k]["ops"] for k in (key, behind))
+            _merge(network, key, behind, ops)
+            return True
+    return False
+
+
+def _fold_twins(network: nx.MultiDiGraph, key: str) -> bool:
+    """Merge quiet ops that do the same side by side, as those of query, key and value do."""
+    if key not in network or not _is_quiet(network, key):
+        return False
+    ops, ways = network.nodes[key]["ops"], _ways(network, key)
+    siblings = {k for before in ways[0] for k in network.successors(before)} - {key}
+    quiet = [k for k in siblings if _is_quiet(network, k) and network.nodes[k]["ops"] == ops]
+    twins = [k for k in quiet if _ways(network, k) == ways]
+    label = f"{len(twins) + 1} × ({ops})" if " " in ops else f"{len(twins) + 1} × {ops}"
+    for twin in twins:
+        _merge(network, key, twin, label)
+    return bool(twins)
+
+
+def _ways(network: nx.MultiDiGraph, key: str) -> tuple[set[str], set[str]]:
+    return set(network.predecessors(key)), set(network.successors(key))
+
+
+def _merge(network: nx.MultiDiGraph, key: str, other: str, ops: str) -> None:
+    """Let `key` stand for both nodes; a gradient passes where it passed along one of them."""
+    ends = [*network.in_edges(other, data=True), *network.out_edges(other, data=True)]
+    for u, v, edge in ends:
+        u, v = (key if end == other else end for end in (u, v))
+        if u != v and network.has_edge(u, v):
+            network.edges[u, v, 0]["gradient"] |= edge["gradient"]
+        elif u != v:
+            network.add_edge(u, v, **edge)
+    module, also = (network.nodes[k]["module"].split(".") for k in (key, other))
+    network.nodes[key].update(ops=ops, module=".".join(common_path([module, also])))
+    network.remove_node(other)

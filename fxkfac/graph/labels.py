@@ -1,0 +1,169 @@
+"""What the nodes of a drawing look like: palette, labels of parameters and ops, legend.
+
+Input: nodes of `folded(to_networkx(program))`. Output: attributes in the language of graphviz.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from html import escape
+from textwrap import wrap
+from typing import Any
+
+import networkx as nx
+
+# Dark and light of each hue differ in lightness too, so that the picture prints in grey.
+INK, SLATE, LINE, PAPER = "#1F2933", "#55606E", "#C5CCD6", "#FFFFFF"
+BLUE, PALE_BLUE = "#1D4E89", "#DCE9F7"  # linear ops, and A, which comes from their inputs
+RED, PALE_RED = "#C2410C", "#FDE6D5"  # the gradient, and B, which comes from it
+GOLD, PALE_GOLD = "#8F5F00", "#FBEDBB"  # parameters
+VIOLET, PALE_VIOLET = "#86198F", "#F5E1F7"  # parameters without rule, and the ops they enter
+QUIET = "#E6EAEF"
+NESTING = ("#FAFBFC", "#F3F5F8", "#ECEFF3")  # modules inside modules
+
+STATUS = {
+    "covered": (GOLD, PALE_GOLD),
+    "unsupported": (VIOLET, PALE_VIOLET),
+    "unused": (SLATE, PAPER),
+}
+FALLBACKS = {"diagonal": "exact diagonal", "skip": "left out", "error": "no rule"}
+SMALL = "8.5"
+
+Row = tuple[str, str, str, str]  # left and right cell, and their colours
+Node = dict[str, Any]
+
+
+def nesting(depth: int) -> str:
+    """The fill of a module inside `depth` others."""
+    return NESTING[min(depth, len(NESTING) - 1)]
+
+
+def end_look(node: Node) -> dict[str, str]:
+    """The input or the prediction."""
+    look = {"label": f"<{_lines(node['name'], node['shape'])}>", "style": "rounded", "color": INK}
+    if node["kind"] == "prediction":
+        look |= {"style": "rounded,filled", "fillcolor": INK, "fontcolor": PAPER}
+    return look
+
+
+def quiet_look(node: Node) -> dict[str, str]:
+    """A chain of ops without parameters, by their names."""
+    names = node["ops"].replace("native_", "")
+    lines = [_small(line, SLATE) for line in wrap(names, 34, break_long_words=False)]
+    fill = {"style": "rounded,filled", "color": QUIET, "fillcolor": QUIET, "height": "0.2"}
+    return {"label": f"<{'<BR/>'.join(lines)}>", "margin": "0.1,0.04", **fill}
+
+
+def op_look(node: Node, entering: Iterable[dict[str, Any]]) -> dict[str, str]:
+    """A linear op. Left what comes in, and A; right what goes out, and B.
+
+    Args:
+        node: The op.
+        entering: The edges that enter it.
+    """
+    y = f"<I>y</I>  {node['y']}"
+    factors = dict.fromkeys((e["group"], e["A"], e["B"]) for e in entering if "A" in e)
+    if not factors:
+        return _table(node, BLUE, [(f"bias of {escape(node['joins'])}", y, PAPER, PAPER)])
+    rows = [(f"<I>x</I>  {node['x']}", y, PAPER, PAPER)]
+    for group, a, b in factors:
+        many = f"{group} × " if group > 1 else ""
+        rows.append((f"<B>A</B>  {many}{a}", f"<B>B</B>  {many}{b}", PALE_BLUE, PALE_RED))
+    return _table(node, BLUE, rows)
+
+
+def unsupported_look(node: Node) -> dict[str, str]:
+    """An op that a parameter enters without normal form."""
+    y = f"<I>y</I>  {node['shape']}" if node["shape"] else ""
+    return _table(node, VIOLET, [("no tap here", y, PAPER, PAPER)])
+
+
+def _table(node: Node, color: str, rows: list[Row]) -> dict[str, str]:
+    head = f"<B>{escape(node['op'])}</B>   {_small(node['source'], '#DCE3EC')}"
+    body = "".join(f"<TR>{_cell(a, c)}{_cell(b, d)}</TR>" for a, b, c, d in rows)
+    label = (
+        f'<<TABLE BORDER="1" CELLBORDER="0" CELLSPACING="0" CELLPADDING="4" COLOR="{color}" '
+        f'BGCOLOR="{PAPER}"><TR><TD COLSPAN="2" BGCOLOR="{color}" ALIGN="LEFT">'
+        f'<FONT COLOR="{PAPER}">{head}</FONT></TD></TR>{body}</TABLE>>'
+    )
+    return {"shape": "plain", "label": label}
+
+
+def _cell(text: str, color: str) -> str:
+    return f'<TD BGCOLOR="{color}" ALIGN="LEFT">{text}</TD>'
+
+
+def stack_look(network: nx.MultiDiGraph, keys: Iterable[str], prefix: str) -> dict[str, str]:
+    """Parameters, one box under the other; each is a port that has its key as name.
+
+    Args:
+        network: What is drawn.
+        keys: The parameters.
+        prefix: Path of the module around them, which their names need not repeat.
+    """
+    rows = "".join(f"<TR>{_parameter_cell(network, key, prefix)}</TR>" for key in keys)
+    table = f'<TABLE BORDER="0" CELLBORDER="1" CELLSPACING="3" CELLPADDING="4">{rows}</TABLE>'
+    return {"shape": "plain", "label": f"<{table}>"}
+
+
+def _parameter_cell(network: nx.MultiDiGraph, key: str, prefix: str) -> str:
+    node = network.nodes[key]
+    color, fill = STATUS[node["status"]]
+    style = "" if node["status"] == "covered" else 'STYLE="dashed"'
+    remark = FALLBACKS.get(node["fallback"], "no use" if node["status"] == "unused" else "")
+    axes = {o for *_, o in network.out_edges(key, "orientation", default="")}
+    (axis,) = axes if len(axes) == 1 else ("",)
+    shape = f"{node['shape']}  ({axis})" if " " in axis else node["shape"]
+    name = node["name"].removeprefix(prefix)
+    box = f'PORT="{key}" BGCOLOR="{fill}" COLOR="{color}" {style}'
+    return f"<TD {box}>{_lines(name, shape, remark)}</TD>"
+
+
+def _small(text: str, color: str) -> str:
+    return f'<FONT POINT-SIZE="{SMALL}" COLOR="{color}">{escape(text)}</FONT>' if text else ""
+
+
+def _lines(name: str, *more: str) -> str:
+    rest = "".join(f'<BR/><FONT POINT-SIZE="9">{escape(text)}</FONT>' for text in more if text)
+    return escape(name) + rest
+
+
+def title(name: str, remark: str) -> str:
+    """The label of a module or function."""
+    return f"<<B>{escape(name)}</B>  {_small(remark, SLATE)}>"
+
+
+def legend(network: nx.MultiDiGraph) -> str:
+    """What the colours, arrows and letters mean; only of what occurs."""
+    nodes = [node for _, node in network.nodes(data=True)]
+    shown = {node["kind"] for node in nodes} | {node.get("status") for node in nodes}
+    entries = [text for when, text in LEGEND if when in shown]
+    pairs = [entries[k : k + 2] for k in range(0, len(entries), 2)]
+    rows = "".join(f"<TR>{''.join(pair)}</TR>" for pair in pairs)
+    return f'<<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="2" CELLPADDING="2">{rows}</TABLE>>'
+
+
+def _entry(sign: str, text: str, color: str = PAPER, border: str = PAPER) -> str:
+    box = f'<TD WIDTH="26" BGCOLOR="{color}" BORDER="1" COLOR="{border}">{sign}</TD>'
+    return f'{box}<TD ALIGN="LEFT">{_small(text, SLATE)}</TD>'
+
+
+def _arrow(text: str, color: str) -> str:
+    return f'<FONT COLOR="{color}"><B>{text}</B></FONT>'
+
+
+LEGEND = (
+    ("covered", _entry("", "parameter (o i): stored as (out, in)", PALE_GOLD, GOLD)),
+    ("unsupported", _entry("", "parameter or op without rule", PALE_VIOLET, VIOLET)),
+    ("unused", _entry("", "parameter without use", PAPER, SLATE)),
+    ("op", _entry("", "linear op with a tap", BLUE, BLUE)),
+    ("quiet", _entry("", "ops without parameters", QUIET, QUIET)),
+    ("op", _entry("<B>A</B>", "factor from the inputs x", PALE_BLUE, PALE_BLUE)),
+    ("op", _entry("<B>B</B>", "factor from the gradients at y", PALE_RED, PALE_RED)),
+    ("prediction", _entry(_arrow("→", SLATE), "data, N of them")),
+    ("op", _entry(_arrow("←--", RED), "backpropagated vectors")),
+)  # fmt: skip
+
+LOOKS: dict[str, Callable[[Node], dict[str, str]]] = {
+    "input": end_look, "prediction": end_look, "quiet": quiet_look, "unsupported": unsupported_look
+}  # fmt: skip

@@ -1,0 +1,288 @@
+"""Program -> the same program as data: a networkx graph of parameters, ops, taps and their flow.
+
+Keys are the names of the nodes in the captured graph; every attribute is a plain Python value, so
+that the network can be written as GraphML. `to_networkx` says which attributes there are.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import networkx as nx
+import torch
+from torch import SymInt, Tensor
+from torch._ops import OpOverload
+from torch.fx import Node
+from torch.utils import _pytree as pytree
+
+from fxkfac.graph.ir import BatchAxis, OneHot, Use
+from fxkfac.graph.match import LIKE, SHAPE_ONLY, STOPS, op_name
+from fxkfac.graph.normal import normal_weight
+from fxkfac.graph.source import module_of, source_of
+from fxkfac.graph.table import orientation, shape_text, where
+from fxkfac.graph.view import LAYOUT_OPS
+
+if TYPE_CHECKING:
+    from fxkfac.graph.program import Program
+
+# Where a value comes from: the key of a node in the network, and the layout ops on the way.
+Origin = tuple[str, tuple[str, ...]]
+
+
+def to_networkx(program: Program) -> nx.MultiDiGraph:
+    """The program as a graph with attributes.
+
+    Nodes have a `kind` and a `name`, and a `shape` (empty where it is not known) in which N is the
+    batch axis:
+
+    - `parameter`: `numel`; `status` is covered, unsupported (see `reason`; `fallback` says what is
+      done instead), unused, or frozen (its curvature was not asked for).
+    - `input`, `buffer` and `prediction`.
+    - `op`: a linear op with a tap. `op`, `module`, `function`, `source` and `code` say where it
+      is, `tap` which tap it is. `x`, `y`, `batch`, `orientation`, and the factors' sizes `group`,
+      `d_in` (one more where a bias has joined), `d_out`, `A` and `B` are those of the first weight
+      that enters; `joins` names the weight whose factors a bias shares, which then has no sizes.
+    - `unsupported`: an op that a parameter enters without normal form (see `reason`): no tap.
+    - `quiet`: any other op.
+
+    Edges have a `kind`:
+
+    - `data`: forward. `gradient` says that the backpropagated vectors pass here on their way from
+      the prediction down to a tap.
+    - `parameter`: from a parameter to an op. `view` names the layout ops on the way; an edge that
+      is a use has all of the attributes from `x` to `joins` of its own.
+    """
+    captured = program.tapped.captured
+    network = nx.MultiDiGraph(
+        model=model_name(program), front_end=captured.front_end, dynamic=program.tapped.dynamic
+    )
+    builder = _Builder(program, network)
+    for node in captured.module.graph.nodes:
+        builder.add(node)
+    _mark_gradients(network, builder.gradient_stops)
+    return network
+
+
+def model_name(program: Program) -> str:
+    """The name of the user's class or function."""
+    model = program.model.model
+    return str(getattr(model, "__name__", type(model).__name__))
+
+
+@dataclass
+class _Builder:
+    """Adds one node of the captured graph after the other to the network."""
+
+    program: Program
+    network: nx.MultiDiGraph
+    origins: dict[Node, list[Origin]] = field(default_factory=dict)
+    gradient_stops: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        captured = self.program.tapped.captured
+        placeholders = captured.module.graph.find_nodes(op="placeholder")
+        names = [*captured.parameters, *captured.buffers, *_input_names(self.program)]
+        self.names = dict(zip(placeholders, names, strict=True))
+        self.parameters = captured.placeholders()
+        self.buffers = set(placeholders[len(self.parameters) :][: len(captured.buffers)])
+        self.places = {(u.node, u.view.chain[-1].name): k for k, u in enumerate(self.program.uses)}
+        self.reasons = {u.node: u.reason for u in self.program.tapped.unsupported}
+
+    def add(self, node: Node) -> None:
+        """Add a node, or only note what its value is a view or a copy of."""
+        self.origins[node] = self._origins(node)
+        if self.origins[node] != [(node.name, ())]:
+            return
+        if node.target in STOPS or not _is_float(node):
+            self.gradient_stops.add(node.name)
+        if node in self.parameters:
+            self.network.add_node(node.name, **_parameter(self.program, self.names[node]))
+        elif node.op in ("placeholder", "get_attr"):
+            self._add_end(node)
+        elif node.op == "output":
+            shape = shape_of(node.all_input_nodes[0], self.program.tapped.prediction)
+            self.network.add_node(node.name, kind="prediction", name="prediction", shape=shape)
+            self._add_edges(node)
+        else:
+            self._add_op(node)
+
+    def _origins(self, node: Node) -> list[Origin]:
+        """What a value comes from: itself, except for numbers, copies, and views of parameters."""
+        if _is_number(node):
+            return []
+        sources = [source for n in node.all_input_nodes for source in self.origins[n]]
+        status = {self.network.nodes[key].get("status", "") for key, _ in sources}
+        step = LAYOUT_OPS.get(node.target)
+        is_view = (
+            bool(status) and "" not in status and (status == {"frozen"} or "frozen" not in status)
+        )
+        if step is None or not (is_view or (step == "" and len(sources) == 1)):
+            return [(node.name, ())]
+        steps = (step,) if step else ()
+        return list(dict.fromkeys((key, (*before, *steps)) for key, before in sources))
+
+    def _add_end(self, node: Node) -> None:
+        is_buffer = node.op == "get_attr" or node in self.buffers
+        readers = [u for u in self.program.uses if u.form.input and u.form.input.name == node.name]
+        shape = shape_of(node)
+        if readers and not shape:
+            shape = shape_text(readers[0].x_shape, readers[0].form.x, readers[0])
+        name = self.names.get(node, str(node.target))
+        self.network.add_node(
+            node.name, kind="buffer" if is_buffer else "input", name=name, shape=shape
+        )
+
+    def _add_op(self, node: Node) -> None:
+        source = source_of(node)
+        self.network.add_node(
+            node.name,
+            kind="quiet",
+            name=node.name,
+            op=LAYOUT_OPS.get(node.target) or op_name(node).removeprefix("aten.").partition(".")[0],
+            module=module_of(node),
+            function=source.function if source else "",
+            source=where(source, "") if source else "",
+            code=source.code if source else "",
+            shape=shape_of(node),
+        )
+        self._add_edges(node)
+        here = [place for (name, _), place in self.places.items() if name == node.name]
+        if here:
+            first = min(here, key=lambda place: self.program.uses[place].is_bias)
+            main = use_attributes(self.program, first)
+            tap = self.program.uses[first].tap
+            self.network.add_node(node.name, **main, kind="op", tap=tap, shape=main["y"])
+        elif lost := self._lost_at(node):
+            reason = self.reasons.get(node.name, f"another use of {lost[0]} has no normal form")
+            self.network.add_node(node.name, kind="unsupported", reason=reason)
+
+    def _lost_at(self, node: Node) -> list[str]:
+        """Names of the unsupported parameters that enter an op and are differentiated there."""
+        keys = self.network.predecessors(node.name) if node.target not in STOPS | LIKE else ()
+        entering = [self.network.nodes[key] for key in keys]
+        return [n["name"] for n in entering if n.get("status") == "unsupported"]
+
+    def _add_edges(self, node: Node) -> None:
+        for operand in node.all_input_nodes:
+            place = self.places.get((node.name, operand.name))
+            attributes = {} if place is None else use_attributes(self.program, place)
+            for key, steps in self.origins[operand]:
+                if self.network.nodes[key]["kind"] == "parameter":
+                    view = {"kind": "parameter", "view": " ".join(steps)}
+                    self.network.add_edge(key, node.name, **view, **attributes)
+                elif not self.network.has_edge(key, node.name):
+                    self.network.add_edge(key, node.name, kind="data", gradient=False)
+
+
+def use_attributes(program: Program, place: int) -> dict[str, Any]:
+    """Shapes, batch axis, orientation and factor sizes of one use, given by its position."""
+    use, joined = program.uses[place], {u.join.weight for u in program.uses if u.join}
+    attributes = {
+        "x": "1" if use.is_bias else shape_text(use.x_shape, use.form.x, use),
+        "y": shape_text(use.y_shape, use.form.y, use),
+        "batch": str(use.batch) if use.batch else "unknown",
+        "orientation": orientation(use),
+        "joins": " + ".join(program.uses[use.join.weight].parameters) if use.join else "",
+    }
+    return attributes if use.join else attributes | _sizes(use, place in joined)
+
+
+def _sizes(use: Use, joined: bool) -> dict[str, Any]:
+    """A is (group, d_in, d_in), B is (group, d_out, d_out)."""
+    with torch.device("meta"):  # shapes only: an embedding has many entries
+        group, d_in, d_out = normal_weight(use).shape
+    d_in += joined
+    diagonal = isinstance(use.form.prepare, OneHot)
+    sizes = {"group": group, "d_in": d_in, "d_out": d_out}
+    return sizes | {
+        "A": f"diagonal {d_in}" if diagonal else times((d_in, d_in)),
+        "B": times((d_out, d_out)),
+    }
+
+
+def _parameter(program: Program, name: str) -> dict[str, Any]:
+    tensor = program.model.tensors[name]
+    used = {p for use in program.uses for p in use.parameters}
+    reasons = [u.reason for u in program.tapped.unsupported if name in u.parameters]
+    status = "unsupported" if reasons else "covered" if name in used else "unused"
+    return {
+        "kind": "parameter",
+        "name": name,
+        "shape": times(tensor.shape),
+        "numel": tensor.numel(),
+        "status": status if name in program.model.selected else "frozen",
+        "reason": reasons[0] if reasons else "",
+        "fallback": program.unsupported if reasons else "",
+    }
+
+
+def _input_names(program: Program) -> list[str]:
+    """`input` for a single one; otherwise its keyword or its position."""
+    places: list[Any] = [object() for _ in program.signature.axes]
+    leaves = pytree.tree_flatten_with_path(program.signature.inputs(places))[0]
+    paths = [pytree.keystr(path) for path, leaf in leaves if leaf in places]
+    names = [re.sub(r"\W+", ".", path).strip(".") for path in paths]
+    if names == ["0"]:
+        return ["input"]
+    return [f"input {name}" if name[:1].isdigit() else name for name in names]
+
+
+def _is_number(node: Node) -> bool:
+    if node.op != "call_function" or node.target is operator.getitem:
+        return False
+    return node.target in SHAPE_ONLY or not isinstance(node.target, OpOverload)
+
+
+def _is_float(node: Node) -> bool:
+    """Whether a gradient may pass; where the front end did not say, it may."""
+    value = node.meta.get("val")
+    return not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex()
+
+
+def times(sizes: Iterable[Any]) -> str:
+    """Sizes with × between them."""
+    return "×".join(map(str, sizes)) or "scalar"
+
+
+def shape_of(node: Node, batch: tuple[int, int, int] | None = None) -> str:
+    """The shape that the front end recorded, N for its symbol; empty where there is none.
+
+    Args:
+        node: A node of the captured graph.
+        batch: Where the batch axis is, as (axis, outer, inner), if it is known otherwise.
+    """
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor):
+        return ""
+    sizes = [_size_text(n) for n in value.shape]
+    if batch is not None:
+        sizes[batch[0]] = str(BatchAxis("", *batch[1:])).removeprefix("=")
+    return times(sizes)
+
+
+def _size_text(size: int | SymInt) -> str:
+    return re.sub(r"\bs\d+\b", "N", str(size)).replace("*", "·")
+
+
+def _mark_gradients(network: nx.MultiDiGraph, stops: set[str]) -> None:
+    """Mark the data edges between a tap and the prediction through which gradients flow."""
+    data = nx.DiGraph((u, v) for u, v, kind in network.edges(data="kind") if kind == "data")
+    data.remove_nodes_from(stops)
+    taps = [key for key, kind in network.nodes(data="kind") if kind == "op" and key in data]
+    (prediction,) = (key for key, kind in network.nodes(data="kind") if kind == "prediction")
+    above = _reached(data, taps)
+    below = _reached(data.reverse(copy=False), [prediction])
+    for u, v, attributes in network.edges(data=True):
+        if attributes["kind"] == "data":
+            attributes["gradient"] = {u, v} <= above & below
+
+
+def _reached(graph: nx.DiGraph, starts: Sequence[str]) -> set[str]:
+    reached = set(starts)
+    for start in starts:
+        reached |= nx.descendants(graph, start)
+    return reached
