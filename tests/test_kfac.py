@@ -17,6 +17,15 @@ MSE, CE, BCE = nn.MSELoss, nn.CrossEntropyLoss, nn.BCEWithLogitsLoss
 close = torch.testing.assert_close
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tensors here are so small that threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def rand(*shape, seed=0):
     return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
 

@@ -29,6 +29,7 @@ SHARINGS = ("expand", "reduce")
 
 Inputs = Callable[[Use], Tensor | None]
 Gradients = Callable[[Use], Tensor]
+Rows = Tensor | OneHotRows | None
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def input_moment(
     like = [normal_y(u, outputs(u), b) for u, b in zip(term.uses, at, strict=True)]
     total = sum(y.shape[1:-1].numel() for y in like)
     if sharing == "expand" and all(isinstance(r, OneHotRows) for r in rows):
-        return _count([r for r in rows if isinstance(r, OneHotRows)], like[0]), total
+        return _count(rows, like), total
     dense = [
         _with_columns(term, k, _dense(r, y))
         for k, (r, y) in enumerate(zip(rows, like, strict=True))
@@ -105,7 +106,7 @@ def _accurate(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _dense(rows: Tensor | OneHotRows | None, y: Tensor) -> Tensor:
+def _dense(rows: Rows, y: Tensor) -> Tensor:
     """Rows with every row axis of the output, one-hot vectors written out."""
     assert rows is not None
     if isinstance(rows, OneHotRows):
@@ -123,12 +124,16 @@ def _with_columns(term: TermPlan, place: int, x: Tensor) -> Tensor:
     return torch.cat([x, *ones], dim=-1) if ones else x
 
 
-def _count(rows: Sequence[OneHotRows], y: Tensor) -> Counted:
-    indices = torch.cat([r.indices.flatten() for r in rows])
-    counts = _accurate(indices.bincount(minlength=rows[0].size).to(y.dtype))
-    if rows[0].ignored is not None:
-        counts[rows[0].ignored] = 0.0
-    return Counted(counts)
+def _count(rows: Sequence[Rows], like: Sequence[Tensor]) -> Counted:
+    total: list[Tensor] = []
+    for r, y in zip(rows, like, strict=True):
+        assert isinstance(r, OneHotRows)
+        indices = r.indices.expand(y.shape[1:-1]).flatten()
+        counts = _accurate(indices.bincount(minlength=r.size).to(y.dtype))
+        if r.ignored is not None:
+            counts[r.ignored] = 0.0
+        total.append(counts)
+    return Counted(torch.stack(total).sum(0))
 
 
 def _bias_gradient(use: Use, gradient: Tensor) -> Float[Tensor, "batch numel"]:

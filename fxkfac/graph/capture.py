@@ -55,8 +55,14 @@ class Captured:
 
     def placeholders(self) -> dict[Node, str]:
         """The parameters' placeholders and their names."""
-        nodes = [n for n in self.module.graph.nodes if n.op == "placeholder"]
-        return dict(zip(nodes, self.parameters, strict=False))
+        return dict(zip(self._nodes(), self.parameters, strict=False))
+
+    def inputs(self) -> list[Node]:
+        """The placeholders of the input tensors."""
+        return self._nodes()[len(self.parameters) + len(self.buffers) :]
+
+    def _nodes(self) -> list[Node]:
+        return [n for n in self.module.graph.nodes if n.op == "placeholder"]
 
 
 def prediction_of(output: Any) -> Tensor:

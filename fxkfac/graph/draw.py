@@ -17,7 +17,7 @@ from torch import nn
 
 from fxkfac.errors import FxkfacError, OptionError
 from fxkfac.graph import labels
-from fxkfac.graph.fold import common_path, folded
+from fxkfac.graph.fold import folded
 from fxkfac.graph.network import to_networkx
 
 if TYPE_CHECKING:
@@ -99,8 +99,8 @@ def dot_source(program: Program) -> str:
         if node["kind"] in ("input", "prediction"):
             picture.add_node(dot, key)
     picture.add_cluster(dot, ())
-    for u, v, edge in network.edges(data=True):
-        picture.add_edge(dot, u, v, edge)
+    for u, v, place in network.edges:
+        picture.add_edge(dot, u, v, place)
     return str(dot.source)
 
 
@@ -119,13 +119,17 @@ def _scopes(program: Program, network: nx.MultiDiGraph) -> dict[str, Scope]:
         scopes[key] = next((s for s in _outward(scopes[key]) if s in drawn), ())
     for key, node in network.nodes(data=True):
         if node["kind"] == "parameter":
-            readers = [scopes[v] for v in network.successors(key) if v in scopes]
-            scopes[key] = common_path(readers)
+            scopes[key] = scopes.get(_first_reader(network, key), ())
     return scopes
 
 
 def _outward(scope: Scope) -> list[Scope]:
     return [scope[:k] for k in range(len(scope), -1, -1)]
+
+
+def _first_reader(network: nx.MultiDiGraph, parameter: str) -> str:
+    """The op beside which a parameter is drawn; empty where there is none."""
+    return next(iter(network.successors(parameter)), "")
 
 
 class _Picture:
@@ -135,18 +139,16 @@ class _Picture:
         self, program: Program, network: nx.MultiDiGraph, scopes: dict[str, Scope]
     ) -> None:
         self.program, self.network, self.scopes = program, network, scopes
-        self.stacks: dict[tuple[str, ...], list[str]] = {}
+        self.stacks: dict[str, list[str]] = {}  # by the op beside which they stand
         for key, node in network.nodes(data=True):
             if node["kind"] == "parameter":
-                readers = tuple(dict.fromkeys(network.successors(key)))
-                alone = (key,) if len(readers) != 1 else ()
-                self.stacks.setdefault((*readers, *alone), []).append(key)
+                self.stacks.setdefault(_first_reader(network, key), []).append(key)
         self.stack_of = {key: stack[0] for stack in self.stacks.values() for key in stack}
 
     def add_cluster(
         self, dot: graphviz.Digraph, scope: Scope, above: Scope = (), depth: int = 0
     ) -> None:
-        """One module with its nodes and the modules in it; one around a single other is left out."""
+        """One module with its nodes and modules; one around a single other is left out."""
         here = [key for key, place in self.scopes.items() if place == scope]
         inside = [p for p in self.scopes.values() if p[: len(scope)] == scope != p]
         inner = dict.fromkeys(p[: len(scope) + 1] for p in inside)
@@ -164,60 +166,61 @@ class _Picture:
 
     def _title(self, scope: Scope, above: Scope) -> str:
         if not scope:
-            uses = len(self.program.uses)
-            counts = f"{len(self.program.parameters)} parameters in {uses} uses"
-            return labels.title(self.network.graph["model"], counts)
+            program = self.program
+            counts = f"{len(program.parameters)} parameters in {len(program.uses)} uses"
+            return labels.title(self.network.graph["model"], counts, lines=2)
         model = self.program.model.model
         path = ".".join(scope)
         kind = type(model.get_submodule(path)).__name__ if isinstance(model, nn.Module) else ""
         return labels.title(".".join(scope[len(above) :]), kind)
 
     def add_node(self, dot: graphviz.Digraph, key: str) -> None:
-        """One node; parameters of one op stand beside it in one stack."""
+        """One node; the parameters of one op stand beside it in one stack."""
         node = self.network.nodes[key]
         remark = "\n".join(t for t in (node.get("code"), node.get("reason")) if t) or node["name"]
-        tooltip = graphviz.escape(remark)
-        if node["kind"] == "parameter":
-            if self.stack_of[key] == key:
-                self._add_stack(dot, key, tooltip)
-        elif node["kind"] == "op":
+        if node["kind"] != "parameter":
             entering = [edge for *_, edge in self.network.in_edges(key, data=True)]
-            dot.node(key, tooltip=tooltip, **labels.op_look(node, entering))
+            look = labels.look(node, entering)
+        elif self.stack_of[key] == key:
+            prefix = "".join(f"{part}." for part in self.scopes[key])
+            stack = self.stacks[_first_reader(self.network, key)]
+            look = labels.stack_look(self.network, stack, prefix)
         else:
-            dot.node(key, tooltip=tooltip, **labels.LOOKS[node["kind"]](node))
-
-    def _add_stack(self, dot: graphviz.Digraph, key: str, tooltip: str) -> None:
-        keys = [k for k, first in self.stack_of.items() if first == key]
-        prefix = "".join(f"{part}." for part in self.scopes[key])
-        dot.node(key, tooltip=tooltip, **labels.stack_look(self.network, keys, prefix))
-        if reader := self._beside(key):
-            with dot.subgraph() as row:
-                row.attr(rank="same")
-                row.node(key)
-                row.node(reader)
-
-    def _beside(self, key: str) -> str:
-        """The one op that a parameter enters, if both are drawn in the same module."""
-        readers = set(self.network.successors(key))
-        same = len(readers) == 1 and self.scopes[key] == self.scopes.get(*readers)
-        return readers.pop() if same else ""
-
-    def add_edge(self, dot: graphviz.Digraph, u: str, v: str, edge: dict[str, Any]) -> None:
-        """A use, or data and the gradient that flows against them."""
-        if edge["kind"] == "data":
-            dot.edge(u, v, weight="8")
-            if edge["gradient"]:
-                dot.edge(u, v, dir="back", color=labels.RED, style="dashed", weight="8")
             return
-        color, _ = labels.STATUS[self.network.nodes[u]["status"]]
-        beside = self._beside(u)
-        tail = f"{self.stack_of[u]}:{u}" + (":e" if beside else ":s")
-        dot.edge(
-            tail, f"{v}:w" if beside else v, label=self._use(u, edge), color=color, fontcolor=color
-        )
+        dot.node(key, tooltip=graphviz.escape(remark), **look)
+        self._align(dot, key)
 
-    def _use(self, parameter: str, edge: dict[str, Any]) -> str:
+    def _align(self, dot: graphviz.Digraph, key: str) -> None:
+        """Put the stack of parameters, and the texts on edges of uses, on the level of the op."""
+        with dot.subgraph(graph_attr={"rank": "same"}) as row:
+            row.node(key)
+            for u, v, place in self.network.in_edges(key, keys=True):
+                if text := self._text(u, v, place):
+                    row.node(f"{u} {v} {place}", **labels.edge_text(text, self._color(u)))
+            for stack in self.stacks.get(key, [])[:1]:
+                row.node(stack)
+
+    def add_edge(self, dot: graphviz.Digraph, u: str, v: str, place: int) -> None:
+        """A use, or data and the gradient that flows against them."""
+        edge = self.network.edges[u, v, place]
+        if edge["kind"] == "parameter":
+            tail, head, color = f"{self.stack_of[u]}:{u}:e", f"{v}:w", self._color(u)
+            if self._text(u, v, place):
+                middle = f"{u} {v} {place}"
+                dot.edge(tail, f"{middle}:w", color=color, arrowhead="none")
+                tail = f"{middle}:e"
+            dot.edge(tail, head, color=color)
+            return
+        dot.edge(u, v, weight="8")
+        if edge["gradient"]:
+            dot.edge(u, v, dir="back", color=labels.RED, style="dashed", weight="8")
+
+    def _color(self, parameter: str) -> str:
+        return labels.STATUS[self.network.nodes[parameter]["status"]][0]
+
+    def _text(self, u: str, v: str, place: int) -> str:
         """The view, and the orientation where it is not the same for all uses of the parameter."""
-        axes = {o for *_, o in self.network.out_edges(parameter, "orientation", default="")}
-        orientation = f"({edge['orientation']})" if len(axes) > 1 and "orientation" in edge else ""
-        return "  ".join(filter(None, (edge["view"], orientation)))
+        edge = self.network.edges[u, v, place]
+        axes = {axes for *_, axes in self.network.out_edges(u, "orientation", default="")}
+        orientation = labels.axes_text(edge) if len(axes) > 1 else ""
+        return "  ".join(filter(None, (edge.get("view"), orientation)))

@@ -150,13 +150,13 @@ class Form:
         batch = f"{at.axis}_batch" if at.axis in present else "1"
         return f"{_rename(axes, split)} -> {_normal(self.group, [batch, f'({shared})'], d)}"
 
-    def row_sizes(self, batch: BatchAxis) -> dict[str, int]:
+    def row_sizes(self, axes: str, batch: BatchAxis | None) -> dict[str, int]:
         """Lengths that `normal_x` and `normal_y` need beside the shapes."""
-        return {
-            **self.sizes,
-            f"{batch.axis}_outer": batch.outer,
-            f"{batch.axis}_inner": batch.inner,
-        }
+        sizes = {a: n for a, n in self.sizes.items() if a in letters(axes)}
+        if batch is None or batch.axis not in letters(axes):
+            return sizes
+        split = {f"{batch.axis}_outer": batch.outer, f"{batch.axis}_inner": batch.inner}
+        return sizes | split
 
     def orientation(self) -> str:
         """A short name for the printed table, such as `o i` or `g i o`."""

@@ -5,8 +5,9 @@ Input: nodes of `folded(to_networkx(program))`. Output: attributes in the langua
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from html import escape
+from itertools import zip_longest
 from textwrap import wrap
 from typing import Any
 
@@ -38,15 +39,23 @@ def nesting(depth: int) -> str:
     return NESTING[min(depth, len(NESTING) - 1)]
 
 
-def end_look(node: Node) -> dict[str, str]:
+def look(node: Node, entering: Iterable[dict[str, Any]]) -> dict[str, str]:
+    """The look of a node that is no parameter, given the edges that enter it."""
+    if node["kind"] == "op":
+        return _op(node, entering)
+    looks = {"quiet": _quiet, "unsupported": _unsupported}
+    return looks.get(node["kind"], _end)(node)
+
+
+def _end(node: Node) -> dict[str, str]:
     """The input or the prediction."""
-    look = {"label": f"<{_lines(node['name'], node['shape'])}>", "style": "rounded", "color": INK}
+    shape = {"label": f"<{_lines(node['name'], node['shape'])}>", "style": "rounded", "color": INK}
     if node["kind"] == "prediction":
-        look |= {"style": "rounded,filled", "fillcolor": INK, "fontcolor": PAPER}
-    return look
+        shape |= {"style": "rounded,filled", "fillcolor": INK, "fontcolor": PAPER}
+    return shape
 
 
-def quiet_look(node: Node) -> dict[str, str]:
+def _quiet(node: Node) -> dict[str, str]:
     """A chain of ops without parameters, by their names."""
     names = node["ops"].replace("native_", "")
     lines = [_small(line, SLATE) for line in wrap(names, 34, break_long_words=False)]
@@ -54,13 +63,8 @@ def quiet_look(node: Node) -> dict[str, str]:
     return {"label": f"<{'<BR/>'.join(lines)}>", "margin": "0.1,0.04", **fill}
 
 
-def op_look(node: Node, entering: Iterable[dict[str, Any]]) -> dict[str, str]:
-    """A linear op. Left what comes in, and A; right what goes out, and B.
-
-    Args:
-        node: The op.
-        entering: The edges that enter it.
-    """
+def _op(node: Node, entering: Iterable[dict[str, Any]]) -> dict[str, str]:
+    """A linear op. Left what comes in, and A; right what goes out, and B."""
     y = f"<I>y</I>  {node['y']}"
     factors = dict.fromkeys((e["group"], e["A"], e["B"]) for e in entering if "A" in e)
     if not factors:
@@ -72,7 +76,7 @@ def op_look(node: Node, entering: Iterable[dict[str, Any]]) -> dict[str, str]:
     return _table(node, BLUE, rows)
 
 
-def unsupported_look(node: Node) -> dict[str, str]:
+def _unsupported(node: Node) -> dict[str, str]:
     """An op that a parameter enters without normal form."""
     y = f"<I>y</I>  {node['shape']}" if node["shape"] else ""
     return _table(node, VIOLET, [("no tap here", y, PAPER, PAPER)])
@@ -111,12 +115,19 @@ def _parameter_cell(network: nx.MultiDiGraph, key: str, prefix: str) -> str:
     color, fill = STATUS[node["status"]]
     style = "" if node["status"] == "covered" else 'STYLE="dashed"'
     remark = FALLBACKS.get(node["fallback"], "no use" if node["status"] == "unused" else "")
-    axes = {o for *_, o in network.out_edges(key, "orientation", default="")}
-    (axis,) = axes if len(axes) == 1 else ("",)
-    shape = f"{node['shape']}  ({axis})" if " " in axis else node["shape"]
+    axes = {axes_text(edge) for *_, edge in network.out_edges(key, data=True)}
+    shape = "  ".join([node["shape"], *(axes if len(axes) == 1 else ())])
     name = node["name"].removeprefix(prefix)
     box = f'PORT="{key}" BGCOLOR="{fill}" COLOR="{color}" {style}'
     return f"<TD {box}>{_lines(name, shape, remark)}</TD>"
+
+
+def axes_text(edge: dict[str, Any]) -> str:
+    """What the axes of the stored parameter are for one use; empty for a bias."""
+    axes = edge.get("orientation", "")
+    if edge.get("group") == 1:
+        axes = axes.replace("(g o)", "o")
+    return f"({axes})" if " " in axes else ""
 
 
 def _small(text: str, color: str) -> str:
@@ -128,42 +139,44 @@ def _lines(name: str, *more: str) -> str:
     return escape(name) + rest
 
 
-def title(name: str, remark: str) -> str:
-    """The label of a module or function."""
-    return f"<<B>{escape(name)}</B>  {_small(remark, SLATE)}>"
+def title(name: str, remark: str, lines: int = 1) -> str:
+    """The label of a module or function, in one or two lines."""
+    between = "  " if lines == 1 else '<BR ALIGN="LEFT"/>'
+    return f"<<B>{escape(name)}</B>{between}{_small(remark, SLATE)}{between if lines > 1 else ''}>"
+
+
+def edge_text(text: str, color: str) -> dict[str, str]:
+    """A text on an edge."""
+    return {"label": f"<{_small(text, color)}>", "shape": "plain"}
 
 
 def legend(network: nx.MultiDiGraph) -> str:
     """What the colours, arrows and letters mean; only of what occurs."""
     nodes = [node for _, node in network.nodes(data=True)]
     shown = {node["kind"] for node in nodes} | {node.get("status") for node in nodes}
-    entries = [text for when, text in LEGEND if when in shown]
-    pairs = [entries[k : k + 2] for k in range(0, len(entries), 2)]
-    rows = "".join(f"<TR>{''.join(pair)}</TR>" for pair in pairs)
-    return f'<<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="2" CELLPADDING="2">{rows}</TABLE>>'
+    columns = ([entry for when, entry in column if when in shown] for column in LEGEND)
+    rows = "".join(f"<TR>{''.join(row)}</TR>" for row in zip_longest(*columns, fillvalue=""))
+    return f'<<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="3" CELLPADDING="1">{rows}</TABLE>>'
 
 
-def _entry(sign: str, text: str, color: str = PAPER, border: str = PAPER) -> str:
-    box = f'<TD WIDTH="26" BGCOLOR="{color}" BORDER="1" COLOR="{border}">{sign}</TD>'
-    return f'{box}<TD ALIGN="LEFT">{_small(text, SLATE)}</TD>'
-
-
-def _arrow(text: str, color: str) -> str:
-    return f'<FONT COLOR="{color}"><B>{text}</B></FONT>'
+def _entry(sign: str, text: str, color: str = PAPER, border: str = PAPER, ink: str = INK) -> str:
+    sign = f'<FONT POINT-SIZE="{SMALL}" COLOR="{ink}"><B>{sign}</B></FONT>' if sign else ""
+    box = f'WIDTH="24" HEIGHT="13" BGCOLOR="{color}" BORDER="1" COLOR="{border}"'
+    return f'<TD {box}>{sign}</TD><TD ALIGN="LEFT">{_small(text, SLATE)}</TD>'
 
 
 LEGEND = (
-    ("covered", _entry("", "parameter (o i): stored as (out, in)", PALE_GOLD, GOLD)),
-    ("unsupported", _entry("", "parameter or op without rule", PALE_VIOLET, VIOLET)),
-    ("unused", _entry("", "parameter without use", PAPER, SLATE)),
-    ("op", _entry("", "linear op with a tap", BLUE, BLUE)),
-    ("quiet", _entry("", "ops without parameters", QUIET, QUIET)),
-    ("op", _entry("<B>A</B>", "factor from the inputs x", PALE_BLUE, PALE_BLUE)),
-    ("op", _entry("<B>B</B>", "factor from the gradients at y", PALE_RED, PALE_RED)),
-    ("prediction", _entry(_arrow("→", SLATE), "data, N of them")),
-    ("op", _entry(_arrow("←--", RED), "backpropagated vectors")),
-)  # fmt: skip
-
-LOOKS: dict[str, Callable[[Node], dict[str, str]]] = {
-    "input": end_look, "prediction": end_look, "quiet": quiet_look, "unsupported": unsupported_look
-}  # fmt: skip
+    (
+        ("covered", _entry("", "parameter, (o i) where it is (out, in)", PALE_GOLD, GOLD)),
+        ("unsupported", _entry("", "parameter or op without rule", PALE_VIOLET, VIOLET)),
+        ("unused", _entry("", "parameter without use", PAPER, SLATE)),
+        ("op", _entry("", "linear op with a tap", BLUE, BLUE)),
+        ("quiet", _entry("", "ops without parameters", QUIET, QUIET)),
+    ),
+    (
+        ("op", _entry("A", "factor from the inputs x", PALE_BLUE, PALE_BLUE)),
+        ("op", _entry("B", "factor from the gradients at y", PALE_RED, PALE_RED)),
+        ("prediction", _entry("→", "data, N of them", ink=SLATE)),
+        ("op", _entry("←--", "backpropagated vectors", ink=RED)),
+    ),
+)

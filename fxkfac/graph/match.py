@@ -17,6 +17,7 @@ from torch.fx import Graph, Node
 
 from fxkfac.graph.bias import join_biases
 from fxkfac.graph.ir import Example, Form, Source, Use, letters
+from fxkfac.graph.lift import lift
 from fxkfac.graph.rules.registry import RULES, NotLinear, Operand, call_of, operands
 from fxkfac.graph.source import module_of, source_of
 from fxkfac.graph.view import LAYOUT_OPS, View
@@ -63,18 +64,31 @@ class Matched:
     unsupported: tuple[Unsupported, ...]
 
 
-def match(graph: Graph, parameters: Mapping[Node, str], example: Example) -> Matched:
+def match(
+    graph: Graph, parameters: Mapping[Node, str], inputs: Sequence[Node], example: Example
+) -> Matched:
     """Find every use of the parameters, whose placeholders are the keys of `parameters`."""
-    found, unsupported = [], []
+    found: list[Use] = []
+    unsupported: list[Unsupported] = []
+    dependent = _depend_on(graph, inputs)
     for node, operand, chain in _entries(graph, parameters):
         try:
-            found.append(_use(node, operand, chain, parameters, example))
+            found += _uses(node, operand, chain, parameters, dependent, example)
         except NotLinear as reason:
             unsupported.append(_refuse(node, chain, parameters, str(reason)))
     return Matched(tuple(join_biases(found, graph, example)), tuple(unsupported))
 
 
 Chain = tuple[Node, ...]
+
+
+def _depend_on(graph: Graph, inputs: Sequence[Node]) -> set[Node]:
+    """All nodes whose values depend on those of the inputs, not on their shapes alone."""
+    dependent = set(inputs)
+    for node in graph.nodes:
+        if node.target not in SHAPE_ONLY | LIKE and dependent & set(node.all_input_nodes):
+            dependent.add(node)
+    return dependent
 
 
 def _entries(graph: Graph, parameters: Mapping[Node, str]) -> Iterable[tuple[Node, Operand, Chain]]:
@@ -112,19 +126,30 @@ def _extend(chains: Sequence[Chain], node: Node) -> Chain:
     return (*first, *(n for n in merged if n.op != "placeholder"), node)
 
 
-def _use(
-    node: Node, operand: Operand, chain: Chain, parameters: Mapping[Node, str], example: Example
-) -> Use:
+def _uses(
+    node: Node,
+    operand: Operand,
+    chain: Chain,
+    parameters: Mapping[Node, str],
+    dependent: set[Node],
+    example: Example,
+) -> list[Use]:
+    """The uses that one operand makes: one, or one for each place where it meets data."""
     rule = RULES.get(node.target) if isinstance(node.target, OpOverload) else None
     if rule is None:
         raise NotLinear(f"there is no rule for {node.target}, or it is not linear in the parameter")
     form = rule(call_of(node, example.shapes, example.numbers), operand)
     view, form = _narrow(_view(chain, parameters, example), form, example.shapes[chain[-1]])
     _require_einsum(form)
+    places = [(node, form)] if node in dependent else lift(node, form, dependent, example)
+    return [_use(node, at, placed, view, example) for at, placed in places]
+
+
+def _use(node: Node, at: Node, form: Form, view: View, example: Example) -> Use:
     return Use(
         parameters=view.parameters,
         op=op_name(node),
-        node=node.name,
+        node=at.name,
         view=view,
         form=form,
         source=source_of(node),
@@ -132,7 +157,7 @@ def _use(
         tap=-1,
         join=None,
         x_shape=tuple(example.shapes[form.input]) if form.input is not None else (),
-        y_shape=tuple(example.shapes[node]),
+        y_shape=tuple(example.shapes[at]),
     )
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor
 
-from fxkfac.graph.ir import BatchAxis, Form, OneHot, Patches, Use
+from fxkfac.graph.ir import BatchAxis, OneHot, Patches, Use
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -58,21 +58,17 @@ def normal_x(use: Use, x: Tensor | None, batch: BatchAxis | None) -> Tensor | On
     if isinstance(form.prepare, OneHot):
         left, right = form.normal_x(batch).split(" -> ")
         pattern = f"{left.removesuffix(' v')} -> {right.removeprefix('() ').removesuffix(' (v)')}"
-        indices = rearrange(x, pattern, **_sizes(form, batch))
+        indices = rearrange(x, pattern, **form.row_sizes(form.x, batch))
         return OneHotRows(indices, form.prepare.size, form.prepare.ignored)
     if isinstance(form.prepare, Patches):
         x = unfold(x, form.prepare)
-    x = reduce(x, form.normal_x(batch), "sum", **_sizes(form, batch))
+    x = reduce(x, form.normal_x(batch), "sum", **form.row_sizes(form.x, batch))
     return x if form.scale == 1.0 else form.scale * x
 
 
 def normal_y(use: Use, y: Tensor, batch: BatchAxis | None) -> Tensor:
     """The output of a use, or a gradient at it, in normal form."""
-    return rearrange(y, use.form.normal_y(batch), **_sizes(use.form, batch))
-
-
-def _sizes(form: Form, batch: BatchAxis | None) -> dict[str, int]:
-    return dict(form.sizes) if batch is None else form.row_sizes(batch)
+    return rearrange(y, use.form.normal_y(batch), **use.form.row_sizes(use.form.y, batch))
 
 
 def normal_weight(use: Use) -> Tensor:
@@ -94,7 +90,7 @@ def parameter_gradient(use: Use, x: Tensor | None, gradient: Tensor) -> Float[Te
     rows = normal_x(use, x, None)
     g = normal_y(use, gradient, None).flatten(1, -2)  # (group, rows, out)
     if isinstance(rows, OneHotRows):
-        kept = rows.indices.flatten()
+        kept = rows.indices.expand(normal_y(use, gradient, None).shape[1:-1]).flatten()
         if rows.ignored is not None:
             g = g * (kept != rows.ignored).unsqueeze(-1)
         part = g.new_zeros(1, rows.size, g.shape[-1]).index_add(1, kept, g)

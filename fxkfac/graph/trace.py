@@ -18,6 +18,7 @@ from fxkfac.errors import CaptureError, FxkfacError, OptionError, UnsupportedUse
 from fxkfac.functional import FunctionalModel, Inputs, Params, bind
 from fxkfac.graph.capture import FRONT_ENDS, Captured, Refusal, quietly
 from fxkfac.graph.ir import Example, Use
+from fxkfac.graph.lift import SUMMED
 from fxkfac.graph.locate import Located, locate
 from fxkfac.graph.match import Matched, Unsupported, match
 from fxkfac.graph.program import Program, Tapped
@@ -116,7 +117,8 @@ def _compile(model: FlatModel, captured: Captured, tensors: list[Tensor], dynami
     generator, state = torch.Generator().manual_seed(0), model.state()
     dynamic, data = _trial(model, captured, state, tensors, dynamic, generator)
     example = record(captured.module, [*state.values(), *data])
-    matched = match(captured.module.graph, _selected(captured, model.bound), example)
+    parameters = _selected(captured, model.bound)
+    matched = match(captured.module.graph, parameters, captured.inputs(), example)
     quiet, uses = tap_uses(without_dropout(captured.module), matched.uses)
     n, permute = model.signature.batch_size(data), model.signature.permute
     located = locate(lambda d: run_graph(quiet, state, d), permute, data, n, uses, generator)
@@ -177,12 +179,6 @@ def _covered(
         places[k] = len(kept)
         kept.append(replace(use, batch=batch))
     return tuple(_rejoined(u, places) for u in kept), unsupported
-
-
-SUMMED = (
-    "its output is the same for all data, so that the gradient there is summed over the data and "
-    "no datum's own part is left; let the op act on the data, one datum at a time"
-)
 
 
 def _rejoined(use: Use, places: Mapping[int, int]) -> Use:

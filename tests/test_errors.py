@@ -1,0 +1,714 @@
+"""Every error that a user can meet: its class, and that it says what was found, wanted and to do."""
+
+import itertools
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fxkfac
+from fxkfac import errors
+from fxkfac.curvature.likelihoods import Likelihood
+from fxkfac.errors import (
+    BatchAxisError,
+    CaptureError,
+    DataError,
+    FxkfacError,
+    LossError,
+    MergeError,
+    NonFiniteError,
+    OptionError,
+    ParameterError,
+    TapMismatch,
+    UnknownParameter,
+    UnsupportedUse,
+)
+
+F64 = torch.float64
+MSE, CE, BCE = nn.MSELoss, nn.CrossEntropyLoss, nn.BCEWithLogitsLoss
+
+
+def rand(*shape, seed=0):
+    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
+
+
+def classes(*shape, C=3, seed=1):
+    return torch.randint(C, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def seeded(make, seed=0):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return make().double()
+
+
+@contextmanager
+def refuses(kind, *said):
+    """Expect an error of exactly this class whose message says all of this."""
+    with pytest.raises(FxkfacError) as info:
+        yield info
+    assert type(info.value) is kind, f"{type(info.value).__name__}: {info.value}"
+    for part in said:
+        assert part in str(info.value), f"{part!r} is not in:\n{info.value}"
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3))
+
+
+X, Y = rand(5, 4, seed=5), classes(5)
+
+
+@pytest.fixture(scope="module")
+def program():
+    return fxkfac.trace(seeded(mlp), X)
+
+
+@pytest.fixture(scope="module")
+def factors(program):
+    return fxkfac.kfac(program, CE(), (X, Y))
+
+
+def line_of(code):
+    """Where in this file the one line is that ends in the comment `# HERE: code`."""
+    with open(__file__) as file:
+        found = [k for k, line in enumerate(file, 1) if line.rstrip().endswith(f"# HERE: {code}")]
+    (line,) = found
+    return line
+
+
+def test_all_errors_are_one_family():
+    kinds = [k for k in vars(errors).values() if isinstance(k, type)]
+    assert len(kinds) > 10
+    assert all(issubclass(kind, FxkfacError) for kind in kinds)
+
+
+def test_an_unknown_name_is_a_key_error_that_prints_well():
+    assert issubclass(UnknownParameter, KeyError)
+    assert str(UnknownParameter("no 'such' name")) == "no 'such' name"
+
+
+class TestCapture:
+    FRONT_ENDS = ("torch.export", "make_fx (symbolic)", "make_fx (real)")
+
+    def test_control_flow_that_depends_on_data(self):
+        def positive_only(params, x):
+            y = x @ params["W"]
+            return y if y.sum().item() > 0 else -y.flip(1)
+
+        with refuses(CaptureError, "positive_only", *self.FRONT_ENDS, "trace a function around"):
+            fxkfac.trace(positive_only, X, {"W": rand(4, 3)})
+
+    def test_a_round_trip_through_numpy(self):
+        class ThroughNumpy(nn.Linear):
+            def forward(self, x):
+                hidden = super().forward(x).detach().numpy()
+                return torch.from_numpy(np.tanh(hidden)) @ self.weight
+
+        model = seeded(lambda: ThroughNumpy(4, 4))
+        with refuses(CaptureError, "ThroughNumpy", *self.FRONT_ENDS):
+            fxkfac.trace(model, X)
+
+    def test_each_front_end_gives_a_reason(self):
+        def branches(params, x):
+            y = x @ params["W"]
+            return y if float(y[0, 0]) > 0 else y.flip(1)
+
+        with refuses(CaptureError) as info:
+            fxkfac.trace(branches, X, {"W": rand(4, 3)})
+        lines = str(info.value).splitlines()
+        for front_end in self.FRONT_ENDS:
+            (line,) = (line for line in lines if line.startswith(f"  {front_end}: "))
+            assert len(line.removeprefix(f"  {front_end}: ")) > 20
+
+    def test_a_model_that_returns_several_tensors(self):
+        def pair(params, x):
+            y = x @ params["W"]
+            return y, y.exp()
+
+        with refuses(FxkfacError, "tuple", "2 tensors", "expected one", "Wrap the model"):
+            fxkfac.trace(pair, X, {"W": rand(4, 3)})
+
+    def test_a_model_that_returns_no_floats(self):
+        def labels(params, x):
+            return (x @ params["W"]).argmax(1)
+
+        with refuses(CaptureError, "int64", "expected floating"):
+            fxkfac.trace(labels, X, {"W": rand(4, 3)})
+
+
+def exponential(params, x):
+    scale = params["log_scale"].exp()  # HERE: exp
+    return x @ params["W"] * scale
+
+
+def scaled(params, x):
+    return (x @ params["W"]) * params["gain"]  # HERE: mul
+
+
+class TestUnsupportedUse:
+    REMEDY = ("unsupported='diagonal'", "unsupported='skip'", "params")
+
+    def test_norm_weight(self):
+        model = seeded(lambda: nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3)))
+        with refuses(UnsupportedUse, "1.weight", "layer_norm", "'1'", *self.REMEDY):
+            fxkfac.trace(model, X)
+
+    def test_norm_weight_in_the_users_own_line(self):
+        class Normed(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.linear, self.norm = nn.Linear(4, 3), nn.LayerNorm(3)
+
+            def forward(self, x):
+                return self.norm(self.linear(x))  # HERE: norm
+
+        at = f"{__file__}:{line_of('norm')} in forward"
+        with refuses(UnsupportedUse, "norm.weight", "aten.layer_norm", at, *self.REMEDY):
+            fxkfac.trace(seeded(Normed), X)
+
+    @pytest.mark.parametrize(
+        ("f", "name", "op"), [(exponential, "log_scale", "exp"), (scaled, "gain", "mul")]
+    )
+    def test_function(self, f, name, op):
+        params = {"W": rand(4, 3), name: rand(3)}
+        at = f"{__file__}:{line_of(op)} in {f.__name__}"
+        with refuses(UnsupportedUse, name, f"aten.{op}", at, *self.REMEDY) as info:
+            fxkfac.trace(f, X, params)
+        assert "W enters" not in str(info.value)
+
+    def test_all_uses_are_listed(self):
+        def f(params, x):
+            return (x @ params["W"]) * params["gain"] + params["shift"].exp()
+
+        with refuses(UnsupportedUse, "2 uses", "gain enters", "shift enters"):
+            fxkfac.trace(f, X, {"W": rand(4, 3), "gain": rand(3), "shift": rand(3)})
+
+    def test_an_output_that_is_the_same_for_all_data(self):
+        """A product of two parameters: no datum has its own part of the gradient there."""
+
+        def low_rank(params, x):
+            return x @ (params["U"] @ params["V"])
+
+        with refuses(UnsupportedUse, "U", "V", "aten.m", *self.REMEDY):
+            fxkfac.trace(low_rank, X, {"U": rand(4, 2), "V": rand(2, 3)})
+
+
+class TestNames:
+    def test_in_trace(self):
+        with refuses(UnknownParameter, "'0.wieght'", "Did you mean", "'0.weight'"):
+            fxkfac.trace(seeded(mlp), X, params=["0.wieght"])
+
+    def test_patterns_in_trace(self):
+        with refuses(UnknownParameter, "'encoder.*'", "0.weight"):
+            fxkfac.trace(seeded(mlp), X, params=["encoder.*"])
+
+    def test_in_factors(self, factors):
+        with refuses(UnknownParameter, "'0.weights'", "Did you mean", "'0.weight'"):
+            factors["0.weights"]
+
+    def test_in_dense(self, factors):
+        with refuses(UnknownParameter, "'2.bais'", "Did you mean", "'2.bias'"):
+            factors.dense("0.weight", "2.bais")
+
+    def test_a_name_of_a_bias_that_has_joined(self, factors):
+        """It has no block of its own; the one that holds it is named."""
+        with refuses(UnknownParameter, "'0.bias'", "'0.weight'"):
+            factors["0.bias"]
+
+    def test_in_kfac(self, program):
+        with refuses(UnknownParameter, "'1.weight'", "'0.weight'"):
+            fxkfac.kfac(program, CE(), (X, Y), params={"1.weight": rand(3, 4)})
+
+    def test_in_check(self, program):
+        with refuses(UnknownParameter, "'1.weight'", "'0.weight'"):
+            fxkfac.check(program, CE(), (X, Y), params={"1.weight": rand(3, 4)})
+
+    def test_in_solve(self, factors):
+        with refuses(UnknownParameter, "0.bias", "0.weight", "pass them all"):
+            factors.solve({"0.weight": rand(3, 4)}, damping=1.0)
+
+    def test_nothing_to_solve(self, factors):
+        with refuses(UnknownParameter, "'1.weight'"):
+            factors.solve({"1.weight": rand(3, 4)}, damping=1.0)
+
+
+class TestParameters:
+    def test_a_function_without(self):
+        def f(params, x):
+            return x @ params["W"]
+
+        with refuses(ParameterError, "params", "found None", "dict of tensors", "params={"):
+            fxkfac.trace(f, X)
+
+    def test_a_function_with_a_list_of_names(self):
+        with refuses(ParameterError, "found list", "dict of tensors"):
+            fxkfac.trace(lambda params, x: x @ params["W"], X, ["W"])
+
+    def test_what_is_no_tensor(self):
+        params = {"layer": {"W": rand(4, 3), "rate": 0.5}}
+        with refuses(ParameterError, "'layer.rate'", "float", "expected a tensor", "closure"):
+            fxkfac.trace(lambda p, x: x @ p["layer"]["W"], X, params)
+
+    def test_none_requires_gradients(self):
+        model = seeded(mlp).requires_grad_(False)
+        with refuses(ParameterError, "4 parameters", "Sequential", "params=['*']"):
+            fxkfac.trace(model, X)
+
+    def test_different_dtypes(self):
+        model = seeded(mlp)
+        model[2].float()
+        with refuses(ParameterError, "different dtypes", "float64", "float32", "2.weight"):
+            fxkfac.trace(model, X)
+
+    def test_different_devices(self):
+        model = seeded(mlp)
+        model[2].to("meta")
+        with refuses(ParameterError, "different devices", "cpu", "meta", "2.weight"):
+            fxkfac.trace(model, X)
+
+    def test_another_shape_in_trace(self):
+        params = {"0.weight": rand(3, 5)}
+        with refuses(ParameterError, "'0.weight'", "(3, 5)", "(3, 4)"):
+            fxkfac.trace(seeded(mlp), X, params)
+
+    def test_another_shape_in_kfac(self, program):
+        with refuses(ParameterError, "'0.weight'", "(4, 3)", "(3, 4)", "trace anew"):
+            fxkfac.kfac(program, CE(), (X, Y), params={"0.weight": rand(4, 3)})
+
+    def test_another_shape_in_check(self, program):
+        with refuses(ParameterError, "'2.bias'", "(1,)", "(3,)", "trace anew"):
+            fxkfac.check(program, CE(), (X, Y), params={"2.bias": rand(1)})
+
+    def test_another_dtype_in_kfac(self, program):
+        with refuses(ParameterError, "'0.weight'", "float32", "float64"):
+            fxkfac.kfac(program, CE(), (X, Y), params={"0.weight": rand(3, 4).float()})
+
+    def test_a_module_whose_parameter_has_grown(self):
+        model = seeded(mlp)
+        program = fxkfac.trace(model, X)
+        model[2] = nn.Linear(3, 3).double()
+        model[0] = nn.Linear(4, 3, dtype=torch.float32)
+        with pytest.raises(FxkfacError):
+            fxkfac.check(program, CE(), (X, Y))
+
+
+class TestData:
+    def test_no_batches(self, program):
+        with refuses(DataError, "no batch", "at least one"):
+            fxkfac.kfac(program, CE(), [])
+
+    def test_an_iterator_used_up(self, program):
+        pairs = iter([(X, Y)])
+        assert fxkfac.kfac(program, CE(), pairs).n == 5
+        with refuses(DataError, "no batch", "iterator used up"):
+            fxkfac.kfac(program, CE(), pairs)
+
+    def test_an_empty_batch(self, program):
+        with refuses(DataError, "(0, 4)", "at least one"):
+            fxkfac.kfac(program, CE(), (X[:0], Y[:0]))
+
+    def test_an_empty_example(self):
+        with refuses(DataError, "(0, 4)", "at least one"):
+            fxkfac.trace(seeded(mlp), X[:0])
+
+    def test_no_tensor_in_the_example(self):
+        with refuses(DataError, "axis 0", "[]"):
+            fxkfac.trace(seeded(mlp), ())
+
+    @pytest.mark.parametrize("call", [fxkfac.kfac, fxkfac.check])
+    @pytest.mark.parametrize("loss", [CE(), MSE(), BCE()], ids=str)
+    def test_another_number_of_targets(self, program, call, loss):
+        targets = Y[:4] if isinstance(loss, CE) else rand(4, 3).sigmoid()
+        with refuses(DataError, "targets", f"{tuple(targets.shape)}", "(5, 3)", "expected"):
+            call(program, loss, (X, targets))
+
+    def test_targets_that_would_broadcast(self, program):
+        with refuses(DataError, "(5, 1)", "(5, 3)", "broadcast"):
+            fxkfac.kfac(program, MSE(), (X, rand(5, 1)))
+
+    @pytest.mark.parametrize("wrong", [3, -1])
+    def test_class_out_of_range(self, program, wrong):
+        targets = Y.clone()
+        targets[2] = wrong
+        with refuses(DataError, "1 of 5", f"[{wrong}]", "0..2", "Renumber"):
+            fxkfac.kfac(program, CE(), (X, targets))
+
+    def test_classes_as_floats(self, program):
+        with refuses(DataError, "float64", "(5,)", "(5, 3)"):
+            fxkfac.kfac(program, CE(), (X, Y.double()))
+
+    def test_targets_outside_of_probabilities(self, program):
+        with refuses(DataError, "15 of 15", "[0, 1]", "[2.0]"):
+            fxkfac.kfac(program, BCE(), (X, torch.full((5, 3), 2.0, dtype=F64)))
+
+    def test_targets_not_finite(self, program):
+        targets = rand(5, 3)
+        targets[3, 1] = float("nan")
+        with refuses(DataError, "1 of 15", "(3, 1)", "expected finite"):
+            fxkfac.kfac(program, MSE(), (X, targets))
+
+    def test_every_target_ignored(self, program):
+        with refuses(DataError, "divide by 0", "ignored"):
+            fxkfac.kfac(program, CE(), (X, torch.full((5,), -100)))
+
+    def test_one_batch_whose_targets_are_all_ignored(self, program):
+        """Nothing is wrong with the data set: the mean is over both batches."""
+        ignored = torch.full((5,), -100)
+        split = fxkfac.kfac(program, CE(), [(X, Y), (X + 1, ignored)])
+        whole = fxkfac.kfac(program, CE(), (torch.cat([X, X + 1]), torch.cat([Y, ignored])))
+        torch.testing.assert_close(split.dense(), whole.dense())
+
+    def test_what_is_no_pair(self, program):
+        with refuses(DataError, "a batch is a Tensor", "pair (inputs, targets)"):
+            fxkfac.kfac(program, CE(), [X])
+        with refuses(DataError, "a batch is a tuple", "pair (inputs, targets)"):
+            fxkfac.kfac(program, CE(), [(X, Y, Y)])
+
+    def test_a_batch_in_the_middle_that_is_no_pair(self, program):
+        with refuses(DataError, "a batch is a dict", "pair (inputs, targets)"):
+            fxkfac.kfac(program, CE(), [(X, Y), {"x": X}])
+
+    def test_what_is_no_data(self, program):
+        with refuses(DataError, "data is a int", "pair"):
+            fxkfac.kfac(program, CE(), 5)
+
+    @pytest.mark.parametrize("data", [X, 5, (X, Y, Y)], ids=["tensor", "int", "triple"])
+    def test_what_is_no_pair_in_check(self, program, data):
+        with refuses(DataError, "pair (inputs, targets)"):
+            fxkfac.check(program, CE(), data)
+
+    @pytest.mark.parametrize("inputs", [{"x": X}, (X, X), [[X]]], ids=["dict", "pair", "deeper"])
+    def test_inputs_nested_differently(self, program, inputs):
+        with refuses(DataError, "nested as", "traced with", "same structure"):
+            fxkfac.kfac(program, CE(), [(inputs, Y)])
+
+    def test_inputs_of_different_length(self):
+        def f(params, x, z):
+            return (x + z) @ params["W"]
+
+        params = {"W": rand(4, 3)}
+        program = fxkfac.trace(f, (X, X), params)
+        with refuses(DataError, "(5, 4)", "(4, 4)", "same number of data", "batch_axis"):
+            fxkfac.kfac(program, CE(), ((X, X[:4]), Y))
+
+    def test_a_batch_axis_that_does_not_fit(self):
+        with refuses(DataError, "batch_axis=(0, None)", "expected", "torch.vmap"):
+            fxkfac.trace(seeded(mlp), X, batch_axis=(0, None))
+
+    def test_a_batch_axis_that_is_not_there(self):
+        with refuses(DataError, "axis 2", "(5, 4)", "batch_axis"):
+            fxkfac.trace(seeded(mlp), X, batch_axis=2)
+
+    def test_no_input_has_a_batch_axis(self):
+        with refuses(DataError, "(5, 4)", "[None]", "batch_axis"):
+            fxkfac.trace(seeded(mlp), X, batch_axis=None)
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_inputs_not_finite(self, program, value):
+        wrong = X.clone()
+        wrong[1, 2] = value
+        with refuses(DataError, "input tensor 0", "(5, 4)", "1 values", "NaN", "expected finite"):
+            fxkfac.kfac(program, CE(), (wrong, Y))
+
+    def test_example_not_finite(self):
+        with refuses(DataError, "input tensor 0", "20 values", "expected finite"):
+            fxkfac.trace(seeded(mlp), X / 0)
+
+
+class TestNotFinite:
+    def test_prediction(self):
+        def f(params, x):
+            return (x @ params["W"]).exp()
+
+        program = fxkfac.trace(f, X / 10, {"W": rand(4, 3)})
+        pairs = [(X / 10, X[:, :3]), (X * 1e5, X[:, :3])]
+        with refuses(NonFiniteError, "prediction", "batch 1", "NaN or Inf", "parameters"):
+            fxkfac.kfac(program, MSE(), pairs)
+
+    def test_parameter(self):
+        model = seeded(mlp)
+        program = fxkfac.trace(model, X)
+        with torch.no_grad():
+            model[0].weight[0, 0] = float("nan")
+        with refuses(NonFiniteError, "prediction", "batch 0"):
+            fxkfac.kfac(program, CE(), (X, Y))
+
+    def test_input_factor(self):
+        """Squares of the layer's input overflow, while the prediction stays finite."""
+        model = seeded(lambda: nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3), nn.Tanh()))
+        program = fxkfac.trace(model, X)
+        assert model(X * 1e200).isfinite().all()
+        with refuses(NonFiniteError, "factor A", "'0.weight'", "batch 2", "wider dtype"):
+            fxkfac.kfac(program, CE(), [(X, Y), (X, Y), (X * 1e200, Y)])
+
+    def test_output_factor(self):
+        def f(params, x):
+            return x @ params["U"] @ params["V"]
+
+        program = fxkfac.trace(f, X, {"U": rand(4, 3), "V": rand(3, 3)})
+        large = {"U": rand(4, 3) * 1e-200, "V": rand(3, 3) * 1e200}
+        with refuses(NonFiniteError, "factor B", "'U'", "batch 0"):
+            fxkfac.kfac(program, CE(), (X, Y), params=large)
+
+    def test_diagonal(self):
+        def f(params, x):
+            return (x * params["gain"]) @ params["V"]
+
+        params = {"gain": rand(4), "V": rand(4, 3)}
+        program = fxkfac.trace(f, X, params, unsupported="diagonal")
+        large = {"gain": rand(4) * 1e-200, "V": rand(4, 3) * 1e200}
+        with refuses(NonFiniteError, "'gain'", "batch 0"):
+            fxkfac.kfac(program, CE(), (X, Y), params=large)
+
+
+class Concave(Likelihood):
+    def nll(self, prediction, target):
+        return -(prediction - target).square().sum(1)
+
+
+class TestLoss:
+    def test_without_likelihood(self, program):
+        with refuses(LossError, "L1Loss", "nn.MSELoss", "Likelihood", "nll"):
+            fxkfac.kfac(program, nn.L1Loss(), (X, rand(5, 3)))
+
+    def test_a_function(self, program):
+        with refuses(LossError, "cross_entropy", "nn.CrossEntropyLoss"):
+            fxkfac.kfac(program, nn.functional.cross_entropy, (X, Y))
+
+    @pytest.mark.parametrize("kind", [MSE, CE, BCE])
+    def test_without_reduction(self, program, kind):
+        with refuses(LossError, kind.__name__, "'none'", "'mean' or 'sum'"):
+            fxkfac.kfac(program, kind(reduction="none"), (X, Y))
+
+    def test_in_check(self, program):
+        with refuses(LossError, "L1Loss", "nn.MSELoss"):
+            fxkfac.check(program, nn.L1Loss(), (X, rand(5, 3)))
+
+    @pytest.mark.parametrize("fisher", ["type-2", "curvature-propagation"])
+    def test_not_convex(self, program, fisher):
+        with refuses(LossError, "Concave", "not convex", "row 0", "'mc' or 'empirical'"):
+            fxkfac.kfac(program, Concave(), (X, rand(5, 3)), fisher=fisher)
+
+    def test_not_convex_where_that_does_not_matter(self, program):
+        found = fxkfac.kfac(program, Concave(), (X, rand(5, 3)), fisher="empirical")
+        assert found.dense().isfinite().all()
+
+    def test_without_distribution(self, program):
+        with refuses(LossError, "Concave", "distribution", "'type-2'"):
+            fxkfac.kfac(program, Concave(), (X, rand(5, 3)), fisher="mc")
+
+    def test_labels_that_cannot_be_enumerated(self, program):
+        with refuses(LossError, "Gaussian", "cannot be enumerated", "'mc'"):
+            fxkfac.kfac(program, MSE(), (X, rand(5, 3)), fisher="type-1")
+
+    def test_class_weights_of_another_number(self, program):
+        with refuses(LossError, "(2,)", "3 classes", "expected one each"):
+            fxkfac.kfac(program, CE(weight=torch.ones(2, dtype=F64)), (X, Y))
+
+
+class TestOptions:
+    def test_fisher(self, program):
+        with refuses(OptionError, "'type2'", "Did you mean 'type-2'", "'empirical'"):
+            fxkfac.kfac(program, CE(), (X, Y), fisher="type2")
+
+    def test_sharing(self, program):
+        with refuses(OptionError, "'expanded'", "'expand' or 'reduce'"):
+            fxkfac.kfac(program, CE(), (X, Y), sharing="expanded")
+
+    @pytest.mark.parametrize("samples", [0, -1, 1.5, True])
+    @pytest.mark.parametrize("fisher", ["mc", "type-2"])
+    def test_mc_samples(self, program, samples, fisher):
+        with refuses(OptionError, f"mc_samples is {samples}", "at least 1"):
+            fxkfac.kfac(program, CE(), (X, Y), fisher=fisher, mc_samples=samples)
+
+    def test_unsupported(self):
+        with refuses(OptionError, "unsupported='ignore'", "error, diagonal, skip"):
+            fxkfac.trace(seeded(mlp), X, unsupported="ignore")
+
+    def test_negative_damping(self, factors):
+        with refuses(OptionError, "damping=-0.5", "zero or a positive"):
+            factors.solve({"0.weight": rand(3, 4), "0.bias": rand(3)}, damping=-0.5)
+        with refuses(OptionError, "damping=-0.5", "zero or a positive"):
+            factors["0.weight"].solve(rand(15), damping=-0.5)
+
+    def test_a_singular_block(self, factors):
+        """Cross-entropy's Hessian is singular along equal logits."""
+        with refuses(OptionError, "singular", "positive damping"):
+            factors.solve({"2.weight": rand(3, 3), "2.bias": rand(3)}, damping=0)
+
+    def test_a_singular_sum(self):
+        def tied(params, x):
+            return torch.tanh(x @ params["W"]) @ params["W"].T
+
+        program = fxkfac.trace(tied, X, {"W": rand(4, 3)})
+        zero = {"W": torch.zeros(4, 3, dtype=F64)}
+        factors = fxkfac.kfac(program, MSE(), (X, X), params=zero)
+        assert len(factors["W"].terms) == 2
+        with refuses(OptionError, "singular", "positive damping"):
+            factors.solve({"W": rand(4, 3)}, damping=0)
+        with refuses(OptionError, "damping=-1", "zero or a positive"):
+            factors["W"].solve(rand(12), damping=-1.0)
+
+    def test_a_singular_diagonal(self):
+        def f(params, x):
+            return (x * params["gain"]) @ params["V"]
+
+        params = {"gain": rand(4), "V": rand(4, 3)}
+        program = fxkfac.trace(f, X, params, unsupported="diagonal")
+        without = {"V": torch.zeros(4, 3, dtype=F64)}
+        factors = fxkfac.kfac(program, MSE(), (X, rand(5, 3)), params=without)
+        with refuses(OptionError, "singular", "positive damping"):
+            factors.solve({"gain": rand(4)}, damping=0)
+        with refuses(OptionError, "damping=-1", "zero or a positive"):
+            factors["gain"].solve(rand(4), damping=-1.0)
+
+
+class TestBatchAxis:
+    def test_a_prediction_that_is_a_mean_over_the_data(self):
+        def mean(params, x):
+            return torch.tanh(x @ params["W"]).mean()
+
+        with pytest.raises(FxkfacError) as info:
+            program = fxkfac.trace(mean, X, {"W": rand(4, 3)})
+            fxkfac.kfac(program, MSE(), (X, torch.tensor(0.0, dtype=F64)))
+        assert isinstance(info.value, BatchAxisError | DataError)
+        assert "prediction" in str(info.value)
+        assert "()" in str(info.value)
+
+    def test_a_prediction_in_which_the_data_are_mixed(self):
+        def mixed(params, x):
+            return torch.cumsum(torch.tanh(x @ params["W"]), dim=0)
+
+        program = fxkfac.trace(mixed, X, {"W": rand(4, 3)})
+        with refuses(BatchAxisError, "no one axis", "prediction (5, 3)", "one part for each"):
+            fxkfac.kfac(program, MSE(), (X, rand(5, 3)))
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def pairwise(cls):
+        def pairwise(params, x):
+            pairs = x[:, None] + x[None, :]
+            return torch.tanh(pairs @ params["W"]).sum(1)  # HERE: pairwise
+
+        return fxkfac.trace(pairwise, X, {"W": rand(4, 3)})
+
+    def test_a_use_on_pairs_of_data(self, pairwise):
+        at = f"{__file__}:{line_of('pairwise')}"
+        remedy = "sharing='expand'"
+        with refuses(BatchAxisError, "W enters", "aten.m", at, "no one axis", remedy):
+            fxkfac.kfac(pairwise, MSE(), (X, rand(5, 3)), sharing="reduce")
+
+    def test_expand_needs_no_batch_axis(self, pairwise):
+        found = fxkfac.kfac(pairwise, MSE(), (X, rand(5, 3)), sharing="expand")
+        assert found.dense().isfinite().all()
+
+    def test_diagonal_of_data_that_are_coupled(self):
+        def make():
+            return nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 3))
+
+        program = fxkfac.trace(seeded(make).train(), X, unsupported="diagonal")
+        with refuses(BatchAxisError, "by itself", "batch norm", "model.eval()"):
+            fxkfac.kfac(program, CE(), (X, Y))
+
+
+class TestMerge:
+    @pytest.mark.parametrize(
+        "other",
+        [
+            {"fisher": "empirical"},
+            {"sharing": "reduce"},
+            {"mc_samples": 2},
+            {"separate_weight_and_bias": True},
+        ],
+        ids=lambda other: next(iter(other)),
+    )
+    def test_other_settings(self, program, factors, other):
+        second = fxkfac.kfac(program, CE(), (X, Y), **other)
+        with refuses(MergeError, next(iter(other)), "one computation"):
+            _ = factors + second
+
+    def test_another_loss(self, program, factors):
+        for loss, y in ((CE(reduction="sum"), Y), (MSE(), rand(5, 3))):
+            second = fxkfac.kfac(program, loss, (X, y))
+            with refuses(MergeError, repr(loss), "CrossEntropyLoss", "one computation"):
+                _ = factors + second
+
+    @pytest.mark.parametrize(
+        "option",
+        [{"weight": torch.tensor([1.0, 2.0, 3.0], dtype=F64)}, {"label_smoothing": 0.2}],
+        ids=["weight", "label_smoothing"],
+    )
+    def test_another_option_of_the_loss(self, program, factors, option):
+        second = fxkfac.kfac(program, CE(**option), (X, Y))
+        with refuses(MergeError, "one computation"):
+            _ = factors + second
+
+    def test_another_ignored_class(self, program, factors):
+        second = fxkfac.kfac(program, CE(ignore_index=1), (X, Y))
+        with refuses(MergeError, "one computation"):
+            _ = factors + second
+
+    def test_other_parameters(self, factors):
+        program = fxkfac.trace(seeded(mlp), X, params=["0.*"])
+        with refuses(MergeError, "2.weight", "one computation"):
+            _ = factors + fxkfac.kfac(program, CE(), (X, Y))
+
+    def test_another_shape_of_the_same_name(self, factors):
+        make = lambda: nn.Sequential(nn.Linear(4, 2), nn.Tanh(), nn.Linear(2, 3))  # noqa: E731
+        program = fxkfac.trace(seeded(make), X)
+        with refuses(MergeError, "one computation"):
+            _ = factors + fxkfac.kfac(program, CE(), (X, Y))
+
+
+class TestTapMismatch:
+    def test_an_activation_swapped_after_tracing(self):
+        model = seeded(mlp)
+        program = fxkfac.trace(model, X)
+        model[1] = nn.ReLU()
+        with refuses(TapMismatch, "0.weight", "0.bias", "autograd", "Trace it anew") as info:
+            fxkfac.check(program, CE(), (X, Y))
+        assert "e+" in str(info.value) or "e-" in str(info.value)  # the relative errors
+
+    def test_a_model_that_has_not_changed(self, program):
+        assert max(fxkfac.check(program, CE(), (X, Y)).values()) < 1e-12
+
+
+class TestInterrupted:
+    """Whatever stops the iteration keeps its class and carries what was accumulated."""
+
+    PAIRS = tuple((X[k : k + 1], Y[k : k + 1]) for k in range(5))
+
+    @staticmethod
+    def stops(pairs, error):
+        yield from pairs
+        raise error
+
+    @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("a broken worker")])
+    @pytest.mark.parametrize("loss", [CE(), CE(reduction="sum")], ids=str)
+    def test_in_the_third_batch(self, program, error, loss):
+        first, rest = self.PAIRS[:2], self.PAIRS[2:]
+        with pytest.raises(type(error)) as info:
+            fxkfac.kfac(program, loss, self.stops(first, error))
+        assert info.value is error
+        kept = info.value.factors
+        expected = fxkfac.kfac(program, loss, first)
+        assert (kept.n, kept.count, kept.reduction) == (2, expected.count, expected.reduction)
+        assert torch.equal(kept.dense(), expected.dense())
+        whole = kept + fxkfac.kfac(program, loss, rest)
+        torch.testing.assert_close(whole.dense(), fxkfac.kfac(program, loss, self.PAIRS).dense())
+        assert any("first 2 data" in note for note in info.value.__notes__)
+
+    def test_an_error_of_ours_carries_them_too(self, program):
+        wrong = (X[:2], torch.tensor([0, 7]))
+        with refuses(DataError, "[7]") as info:
+            fxkfac.kfac(program, CE(), itertools.chain(self.PAIRS[:3], [wrong]))
+        expected = fxkfac.kfac(program, CE(), self.PAIRS[:3])
+        assert torch.equal(info.value.factors.dense(), expected.dense())
+
+    def test_nothing_to_carry_in_the_first_batch(self, program):
+        with pytest.raises(KeyboardInterrupt) as info:
+            fxkfac.kfac(program, CE(), self.stops((), KeyboardInterrupt()))
+        assert not hasattr(info.value, "factors")
