@@ -193,7 +193,7 @@ def curvatures(group: str, member: str) -> dict[tuple[str, bool], Tensor]:
     model, params = spellings.build(member)
     data = spellings.inputs(5), spellings.targets(5)
     program = fxkfac.trace(model, data[0], params)
-    order = spellings.order(member, program.parameters)
+    order, sign = spellings.order(member, program.parameters)
     assert order.sort().values.tolist() == list(range(len(order)))
     found = {}
     for sharing, apart in KINDS:
@@ -201,7 +201,7 @@ def curvatures(group: str, member: str) -> dict[tuple[str, bool], Tensor]:
             program, nn.MSELoss(), data, sharing=sharing, separate_weight_and_bias=apart
         )
         dense = torch.zeros(len(order), len(order), dtype=torch.float64)
-        dense[order[:, None], order] = factors.dense(*program.parameters)
+        dense[order[:, None], order] = sign[:, None] * factors.dense(*program.parameters) * sign
         found[sharing, apart] = dense
     return found
 

@@ -1615,11 +1615,11 @@ class Spellings:
         return tuple(0.7 * rand(*shape, seed=k + 3) for k, shape in enumerate(shapes))
 
     def places(self) -> tuple[Tensor, ...]:
-        """The number of every entry in the common order, as a weight and a bias."""
-        weight = torch.arange(math.prod(self.W), dtype=F64).view(self.W)
+        """The number of every entry in the common order, from 1, as a weight and a bias."""
+        weight = 1 + torch.arange(math.prod(self.W), dtype=F64).view(self.W)
         if self.b is None:
             return (weight,)
-        return weight, weight.numel() + torch.arange(math.prod(self.b), dtype=F64).view(self.b)
+        return weight, 1 + weight.numel() + torch.arange(math.prod(self.b), dtype=F64).view(self.b)
 
     def build(self, member: str) -> tuple[Model, Mapping[str, Any] | None]:
         """A member, followed by the prediction."""
@@ -1629,14 +1629,15 @@ class Spellings:
             return Made(lambda m, x: after(m.map(x)), map=model), None
         return (lambda p, x: after(model(p, x))), params
 
-    def order(self, member: str, names: tuple[str, ...]) -> Tensor:
-        """For every entry of the named parameters, its number in the common order."""
+    def order(self, member: str, names: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+        """For every entry of the named parameters, its place in the common order, and its sign."""
         model, params = _pair(self.members[member](*self.places()))
         if isinstance(model, nn.Module):
             named = {f"map.{name}": p for name, p in model.named_parameters()}
         else:
             named = dict(params)
-        return torch.cat([named[name].detach().flatten() for name in names]).long()
+        places = torch.cat([named[name].detach().flatten() for name in names])
+        return places.abs().long() - 1, places.sign()
 
     def __call__(self, build: Callable[..., Any]) -> Callable[..., Any]:
         """Register a member."""
@@ -2065,9 +2066,10 @@ def conv_of_depth_one(W, b):
 @patches
 def unfold_and_product(W, b):
     return _with(
-        lambda m, x: (m.W.flatten(1) @ F.unfold(x, 2, stride=2) + m.b[:, None]).unflatten(2, (2, 3)),
-        W=W, b=b,
-    )  # fmt: skip
+        lambda m, x: (m.W.flatten(1) @ F.unfold(x, 2, stride=2) + m.b[:, None]).view(-1, 3, 2, 3),
+        W=W,
+        b=b,
+    )
 
 
 @patches

@@ -23,7 +23,7 @@ from fxkfac.curvature.likelihoods import Likelihood
 from fxkfac.curvature.losses import likelihood_of
 from fxkfac.curvature.plan import BlockPlan, plan_blocks
 from fxkfac.curvature.sharing import SHARINGS, Counted, input_moment, output_moment
-from fxkfac.errors import NonFiniteError, OptionError
+from fxkfac.errors import DataError, NonFiniteError, OptionError
 from fxkfac.functional import Params, own_randomness
 from fxkfac.graph.ir import Use
 from fxkfac.graph.program import Program, Run
@@ -79,7 +79,7 @@ def kfac(
         sharing,
         mc_samples,
         separate_weight_and_bias,
-        repr(loss),
+        f"{type(loss).__name__}(reduction={likelihood.reduction!r})",
         (*program.parameters, *(program.uncovered if program.unsupported == "diagonal" else ())),
     )
     source = generator or program.generator
@@ -144,7 +144,7 @@ def _batch(
     """The factors of one batch."""
     seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
     with own_randomness(seed):  # dropout draws from the global state, which is the caller's
-        run = program.run(inputs, params)
+        run = _run(program, inputs, params, number)
         prediction = run.prediction.detach()
         if not torch.isfinite(prediction).all():
             raise NonFiniteError(
@@ -169,6 +169,13 @@ def _batch(
         sums=sums,
         diagonals=diagonals,
     )
+
+
+def _run(program: Program, inputs: Any, params: Params | None, number: int) -> Run:
+    try:
+        return program.run(inputs, params)
+    except DataError as error:
+        raise DataError(f"batch {number}: {error}") from None
 
 
 def _sums(batch: _Batch, plans: Sequence[BlockPlan]) -> list[tuple[Sums, ...]]:

@@ -34,7 +34,7 @@ def likelihood_of(loss: Any) -> Likelihood:
     """
     if isinstance(loss, Likelihood):
         return loss
-    for kind, make in _TORCH_LOSSES.items():
+    for kind, make in TORCH_LOSSES.items():
         # A subclass with its own forward is another loss.
         if isinstance(loss, kind) and type(loss).forward is kind.forward:
             if loss.reduction not in ("mean", "sum"):
@@ -188,7 +188,7 @@ def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
     return len(shape) <= len(to) and all(a in (1, b) for a, b in sizes)
 
 
-_TORCH_LOSSES: dict[type[nn.Module], Callable[[Any], Likelihood]] = {
+TORCH_LOSSES: dict[type[nn.Module], Callable[[Any], Likelihood]] = {
     nn.MSELoss: lambda loss: Gaussian(loss.reduction),
     nn.CrossEntropyLoss: lambda loss: Categorical(
         loss.reduction, loss.weight, loss.ignore_index, loss.label_smoothing

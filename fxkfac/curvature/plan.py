@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import networkx as nx
 import torch
@@ -114,7 +115,8 @@ class BlockPlan:
         return sum(torch.Size(shape).numel() for shape in self.shapes)
 
 
-def plan_blocks(uses: Sequence[Use], separate_weight_and_bias: bool) -> tuple[BlockPlan, ...]:
+@lru_cache(maxsize=32)  # the same for every batch that runs the same graph
+def plan_blocks(uses: tuple[Use, ...], separate_weight_and_bias: bool) -> tuple[BlockPlan, ...]:
     """Group uses into terms, and terms that touch the same parameters into blocks."""
     weights = [u for u in uses if not u.is_bias]
     joining = {} if separate_weight_and_bias else _joining(uses)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxkfac.curvature.plan import TermPlan
-from fxkfac.errors import BatchAxisError
+from fxkfac.errors import BatchAxisError, FxkfacError
 from fxkfac.graph.ir import BatchAxis, Use
 from fxkfac.graph.normal import OneHotRows, normal_weight, normal_x, normal_y
 
@@ -77,6 +78,7 @@ def input_moment(
 def output_moment(term: TermPlan, sharing: str, gradients: Gradients) -> Float[Tensor, "g o o"]:
     """Σ_rows g gᵀ of a term over one batch, for one backpropagated vector."""
     if term.is_bias:
+        _require_formable(term)
         g = sum(_bias_gradient(u, gradients(u)) for u in term.uses)  # Σ_s g, one row per datum
         assert isinstance(g, Tensor)
         return (_accurate(g).mT @ _accurate(g)).unsqueeze(0)
@@ -87,6 +89,20 @@ def output_moment(term: TermPlan, sharing: str, gradients: Gradients) -> Float[T
         parts = [normal_y(u, gradients(u), None).flatten(1, -2) for u in term.uses]
         g = _accurate(torch.cat(parts, dim=1))
     return g.mT @ g
+
+
+LARGEST_BLOCK = 2**28  # numbers in the exact block of a bias: 1 GiB in float32
+
+
+def _require_formable(term: TermPlan) -> None:
+    numel = term.uses[0].view.numel
+    if numel**2 > LARGEST_BLOCK:
+        raise FxkfacError(
+            f"{', '.join(term.parameters)} is added to the data and has {numel:,} entries: its "
+            f"exact block would hold {numel**2:,} numbers; expected at most {LARGEST_BLOCK:,}. "
+            "Leave it out by `params` when tracing; or, if it is a table of positions, look it up "
+            "as an embedding, which has small factors."
+        )
 
 
 def known(use: Use) -> BatchAxis:
@@ -140,5 +156,10 @@ def _bias_gradient(use: Use, gradient: Tensor) -> Float[Tensor, "batch numel"]:
     """Every datum's gradient of a bias: Σ_s g, at the places of its entries."""
     g = normal_y(use, gradient, known(use)).sum(2)  # (group, batch, out)
     flat = use.form.scale * g.movedim(0, 1).flatten(1)
-    entries = normal_weight(use).flatten().to(flat.device)
+    entries = _bias_entries(use).to(flat.device)
     return flat.new_zeros(len(flat), use.view.numel).index_add(1, entries, flat)
+
+
+@lru_cache(maxsize=256)  # the same for every vector and every batch
+def _bias_entries(use: Use) -> Tensor:
+    return normal_weight(use).flatten()

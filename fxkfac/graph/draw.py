@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import graphviz
 import networkx as nx
@@ -27,10 +27,16 @@ FORMATS = (".svg", ".png", ".pdf", ".gv")
 FONT = "Helvetica,Arial,sans-serif"
 GRAPH = {
     "rankdir": "TB", "nodesep": "0.3", "ranksep": "0.32", "pad": "0.1", "dpi": "144",
-    "fontname": FONT, "fontsize": "10", "labelloc": "b",
+    "fontname": FONT, "fontsize": "10", "labelloc": "b", "newrank": "true",
 }  # fmt: skip
 NODE = {"fontname": FONT, "fontsize": "10", "shape": "box", "height": "0.3"}
-EDGE = {"fontname": FONT, "fontsize": "8.5", "arrowsize": "0.6", "color": labels.SLATE}
+EDGE = {
+    "fontname": FONT,
+    "fontsize": "8.5",
+    "arrowsize": "0.6",
+    "arrowhead": "normal",
+    "color": labels.SLATE,
+}
 
 Scope = tuple[str, ...]  # the path of nested modules
 
@@ -143,6 +149,8 @@ class _Picture:
         for key, node in network.nodes(data=True):
             if node["kind"] == "parameter":
                 self.stacks.setdefault(_first_reader(network, key), []).append(key)
+        for stack in self.stacks.values():  # ties last: they leave the stack downwards
+            stack.sort(key=lambda parameter: network.out_degree(parameter) > 1)
         self.stack_of = {key: stack[0] for stack in self.stacks.values() for key in stack}
 
     def add_cluster(
@@ -191,36 +199,40 @@ class _Picture:
         self._align(dot, key)
 
     def _align(self, dot: graphviz.Digraph, key: str) -> None:
-        """Put the stack of parameters, and the texts on edges of uses, on the level of the op."""
+        """Put the stack of parameters, and the texts on other edges, on the level of the op."""
         with dot.subgraph(graph_attr={"rank": "same"}) as row:
             row.node(key)
-            for u, v, place in self.network.in_edges(key, keys=True):
-                if text := self._text(u, v, place):
-                    row.node(f"{u} {v} {place}", **labels.edge_text(text, self._color(u)))
             for stack in self.stacks.get(key, [])[:1]:
                 row.node(stack)
+            for u, v, place in self.network.in_edges(key, keys=True):
+                text = labels.use_text(self.network, u, v, place)
+                if text and not self._is_first(u, v, place):
+                    color = labels.color_of(self.network.nodes[u])
+                    row.node(f"{u} {v} {place}", **labels.edge_text(text, color))
+
+    def _is_first(self, u: str, v: str, place: int) -> bool:
+        return (v, place) == (_first_reader(self.network, u), 0)
 
     def add_edge(self, dot: graphviz.Digraph, u: str, v: str, place: int) -> None:
         """A use, or data and the gradient that flows against them."""
         edge = self.network.edges[u, v, place]
         if edge["kind"] == "parameter":
-            tail, head, color = f"{self.stack_of[u]}:{u}:e", f"{v}:w", self._color(u)
-            if self._text(u, v, place):
-                middle = f"{u} {v} {place}"
-                dot.edge(tail, f"{middle}:w", color=color, arrowhead="none")
-                tail = f"{middle}:e"
-            dot.edge(tail, head, color=color)
-            return
+            return self._add_use(dot, u, v, place)
         dot.edge(u, v, weight="8")
         if edge["gradient"]:
             dot.edge(u, v, dir="back", color=labels.RED, style="dashed", weight="8")
 
-    def _color(self, parameter: str) -> str:
-        return labels.STATUS[self.network.nodes[parameter]["status"]][0]
-
-    def _text(self, u: str, v: str, place: int) -> str:
-        """The view, and the orientation where it is not the same for all uses of the parameter."""
-        edge = self.network.edges[u, v, place]
-        axes = {axes for *_, axes in self.network.out_edges(u, "orientation", default="")}
-        orientation = labels.axes_text(edge) if len(axes) > 1 else ""
-        return "  ".join(filter(None, (edge.get("view"), orientation)))
+    def _add_use(self, dot: graphviz.Digraph, u: str, v: str, place: int) -> None:
+        """The first use leaves a parameter to the right; the others go down to their ops."""
+        color = labels.color_of(self.network.nodes[u])
+        text = labels.use_text(self.network, u, v, place)
+        if self._is_first(u, v, place):
+            tail = f"{self.stack_of[u]}:{u}{'_text' if text else ''}:e"
+        else:
+            is_last = u == self.stacks[_first_reader(self.network, u)][-1]
+            tail = f"{self.stack_of[u]}:{u}:{'s' if is_last else 'w'}"
+            if text:
+                middle = f"{u} {v} {place}"
+                dot.edge(tail, f"{middle}:w", color=color, arrowhead="none")
+                tail = f"{middle}:e"
+        dot.edge(tail, f"{v}:w", color=color)

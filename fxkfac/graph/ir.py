@@ -215,7 +215,7 @@ class Example:
     numbers: Mapping[Node, Any] = field(repr=False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Join:
     """A bias that shares the rows of a weight use: together they are W̃ = (W b).
 
@@ -228,7 +228,7 @@ class Join:
     entries: Tensor = field(repr=False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Use:
     """One place where one parameter, or a view of it, enters one linear op.
 

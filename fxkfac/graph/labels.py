@@ -115,11 +115,30 @@ def _parameter_cell(network: nx.MultiDiGraph, key: str, prefix: str) -> str:
     color, fill = STATUS[node["status"]]
     style = "" if node["status"] == "covered" else 'STYLE="dashed"'
     remark = FALLBACKS.get(node["fallback"], "no use" if node["status"] == "unused" else "")
-    axes = {axes_text(edge) for *_, edge in network.out_edges(key, data=True)}
+    uses = list(network.out_edges(key, keys=True))
+    axes = {axes_text(network.edges[use]) for use in uses}
     shape = "  ".join([node["shape"], *(axes if len(axes) == 1 else ())])
     name = node["name"].removeprefix(prefix)
     box = f'PORT="{key}" BGCOLOR="{fill}" COLOR="{color}" {style}'
-    return f"<TD {box}>{_lines(name, shape, remark)}</TD>"
+    text = use_text(network, *uses[0]) if uses else ""
+    beside = (
+        f'<TD PORT="{key}_text" BORDER="0" CELLPADDING="1">{_small(text, color)}</TD>'
+        if text
+        else ""
+    )
+    return f"<TD {box}>{_lines(name, shape, remark)}</TD>{beside}"
+
+
+def color_of(parameter: Node) -> str:
+    """The colour of a parameter's border and edges."""
+    return STATUS[parameter["status"]][0]
+
+
+def use_text(network: nx.MultiDiGraph, parameter: str, op: str, place: int) -> str:
+    """What stands on an edge: the view, and the orientation where uses differ in it."""
+    edge = network.edges[parameter, op, place]
+    axes = {axes_text(other) for *_, other in network.out_edges(parameter, data=True)}
+    return "  ".join(filter(None, (edge.get("view"), axes_text(edge) if len(axes) > 1 else "")))
 
 
 def axes_text(edge: dict[str, Any]) -> str:
@@ -147,7 +166,8 @@ def title(name: str, remark: str, lines: int = 1) -> str:
 
 def edge_text(text: str, color: str) -> dict[str, str]:
     """A text on an edge."""
-    return {"label": f"<{_small(text, color)}>", "shape": "plain"}
+    size = {"width": "0", "height": "0", "margin": "0.04,0.02"}
+    return {"label": f"<{_small(text, color)}>", "peripheries": "0", **size}
 
 
 def legend(network: nx.MultiDiGraph) -> str:
@@ -155,7 +175,9 @@ def legend(network: nx.MultiDiGraph) -> str:
     nodes = [node for _, node in network.nodes(data=True)]
     shown = {node["kind"] for node in nodes} | {node.get("status") for node in nodes}
     columns = ([entry for when, entry in column if when in shown] for column in LEGEND)
-    rows = "".join(f"<TR>{''.join(row)}</TR>" for row in zip_longest(*columns, fillvalue=""))
+    rows = "".join(
+        f"<TR>{''.join(row)}</TR>" for row in zip_longest(*columns, fillvalue="<TD></TD>" * 2)
+    )
     return f'<<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="3" CELLPADDING="1">{rows}</TABLE>>'
 
 

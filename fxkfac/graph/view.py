@@ -65,7 +65,7 @@ LAYOUT_OPS: dict[Any, str] = {
 VALUE_ONLY = {"", "cast"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class View:
     """The chain of layout ops that leads from parameters to one operand of one op.
 

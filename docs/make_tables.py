@@ -1,0 +1,80 @@
+"""Write the tables of what is supported, from the code: docs/rules.md and the README's.
+
+Run `python docs/make_tables.py`; a test fails where a table is out of date.
+"""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+from fxkfac.curvature.backpropagation import FISHERS
+from fxkfac.curvature.losses import TORCH_LOSSES
+from fxkfac.graph.capture import FRONT_ENDS
+from fxkfac.graph.rules import RULES
+from fxkfac.graph.view import LAYOUT_OPS
+
+ROOT = Path(__file__).parent.parent
+BEGIN, END = "<!-- made by docs/make_tables.py -->", "<!-- end -->"
+
+
+def op_names(overloads: list[str]) -> str:
+    """`aten.conv2d.default` as `conv2d`, without repetition."""
+    return ", ".join(dict.fromkeys(f"`{name.split('.')[1]}`" for name in overloads))
+
+
+def rules_table() -> str:
+    """One line per rule: its ops, and the first line of its docstring."""
+    by_rule: dict[object, list[str]] = {}
+    for overload, rule in RULES.items():
+        by_rule.setdefault(rule, []).append(str(overload))
+    lines = ["| ops | as one einsum |", "| --- | --- |"]
+    for rule, overloads in by_rule.items():
+        says = (inspect.getdoc(rule) or "").splitlines()[0]
+        lines.append(f"| {op_names(overloads)} | {says} |")
+    return "\n".join(lines)
+
+
+def layout_ops() -> str:
+    """The layout ops that a parameter may go through before it is used."""
+    return ", ".join(dict.fromkeys(f"`{name}`" for name in LAYOUT_OPS.values() if name))
+
+
+def support() -> str:
+    """The README's summary."""
+    losses = ", ".join(f"`{kind.__name__}`" for kind in TORCH_LOSSES)
+    ops = op_names([str(overload) for overload in RULES])
+    return "\n".join(
+        [
+            f"- **Ops**, with the parameter in any operand: {ops}.",
+            f"- **Between a parameter and its op**: {layout_ops()}.",
+            f"- **Losses**: {losses}, and any `fxkfac.Likelihood` of your own.",
+            f"- **Fishers**: {', '.join(f'`{name}`' for name in FISHERS)}.",
+            f"- **Front ends**, in the order in which they are tried: {', '.join(FRONT_ENDS)}.",
+        ]
+    )
+
+
+def rules_page() -> str:
+    """docs/rules.md."""
+    return (
+        "# Rules\n\n"
+        "Every op below is reduced to `y[g, rows, o] = Σ_i W[g, i, o] · x[g, rows, i]`. A "
+        "parameter that enters another op is refused by name, or gets the exact diagonal of its "
+        "block with `trace(..., unsupported='diagonal')`.\n\n"
+        f"{rules_table()}\n\n"
+        f"A parameter may go through these layout ops first: {layout_ops()}.\n\n"
+        "This page is made from the code by `python docs/make_tables.py`.\n"
+    )
+
+
+def with_support(readme: str) -> str:
+    """The README with its summary made anew."""
+    before, rest = readme.split(BEGIN)
+    return f"{before}{BEGIN}\n{support()}\n{END}{rest.split(END)[1]}"
+
+
+if __name__ == "__main__":
+    (ROOT / "docs" / "rules.md").write_text(rules_page())
+    readme = ROOT / "README.md"
+    readme.write_text(with_support(readme.read_text()))

@@ -1,0 +1,50 @@
+"""What the README and the docs say is true: their code runs, and their tables are the code's."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import warnings
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TABLES = runpy.run_path(str(ROOT / "docs" / "make_tables.py"))
+
+
+def code_blocks(path: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", path.read_text(), flags=re.S)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_readme_code_runs_by_itself(number: int) -> None:
+    blocks = code_blocks(ROOT / "README.md")
+    assert len(blocks) == 2
+    namespace: dict[str, object] = {}
+    exec(compile(blocks[number], f"README.md, block {number}", "exec"), namespace)
+    assert "factors" in namespace or "ggn" in namespace
+
+
+def test_the_tour_runs_from_top_to_bottom() -> None:
+    blocks = code_blocks(ROOT / "docs" / "tour.md")
+    assert len(blocks) >= 9
+    namespace: dict[str, object] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for number, block in enumerate(blocks):
+            exec(compile(block, f"tour.md, block {number}", "exec"), namespace)
+    assert "blocks" in namespace
+
+
+def test_tables_are_up_to_date() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert TABLES["with_support"](readme) == readme
+    assert TABLES["rules_page"]() == (ROOT / "docs" / "rules.md").read_text()
+
+
+def test_links_lead_somewhere() -> None:
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    for page in pages:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
