@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils import _pytree as pytree
 
-from fxkfac.errors import ParameterError, UnknownParameter
+from fxkfac.errors import FxkfacError, ParameterError, UnknownParameter
 
 Params = Mapping[str, Any]  # a possibly nested mapping of names to tensors
 Inputs = Any  # a tensor, a tuple or list of tensors, or a dict of keyword arguments
@@ -31,6 +32,18 @@ def own_randomness(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(seed)
         yield
+
+
+def prediction_of(output: Any) -> Tensor:
+    """The one tensor in a model's output."""
+    tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
+    if len(tensors) != 1:
+        raise FxkfacError(
+            f"the model returns {type(output).__name__} with {len(tensors)} tensors; expected one "
+            "tensor, the prediction that the loss takes. Wrap the model in a function or module "
+            "that returns that tensor alone."
+        )
+    return tensors[0]
 
 
 def flatten_names(params: Params, prefix: str = "") -> dict[str, Tensor]:

@@ -445,7 +445,9 @@ def test_factors_are_as_defined(name, sharing):
     tape = Tape()
     f = c.forward(params, x, tape)
     prediction = model(x).detach()
-    assert_close(prediction.transpose(0, c.prediction_axis), f.detach())  # the reference is the model
+    assert_close(
+        prediction.transpose(0, c.prediction_axis), f.detach()
+    )  # the reference is the model
     program = fxkfac.trace(model, x, batch_axis=c.batch_axis)
     data = (x, targets_for(c.loss, prediction))
     factors = fxkfac.kfac(program, c.loss, data, sharing=sharing)
@@ -609,7 +611,9 @@ def _biased() -> Iterator[tuple[str, Callable[[], nn.Module], Tensor, nn.Module,
     )  # fmt: skip
     yield (
         "sequence of classes",
-        lambda: Made(lambda m, x: m.b(m.a(x).cumsum(1)).sin().mT, a=nn.Linear(4, 3), b=nn.Linear(3, 3)),
+        lambda: Made(
+            lambda m, x: m.b(m.a(x).cumsum(1)).sin().mT, a=nn.Linear(4, 3), b=nn.Linear(3, 3)
+        ),
         rand(N, 5, 4), CE_SUM, 0,
     )  # fmt: skip
     yield (

@@ -37,7 +37,7 @@ class State:
         named = dict(_named(model, params))
         flags: dict[str, Any] = {}
         for name, t in named.items():
-            flags[name] = (t.requires_grad, t.grad, t.data_ptr(), t._version, t.is_leaf)
+            flags[name] = (id(t), t.requires_grad, t.grad, t.data_ptr(), t._version, t.is_leaf)
         if isinstance(model, nn.Module):
             flags |= {f"mode of {n}": m.training for n, m in model.named_modules()}
             flags |= {f"hooks of {n}": len(m._forward_hooks) for n, m in model.named_modules()}
@@ -169,6 +169,19 @@ def test_one_datum_without_sharing_is_the_ggn(name, sharing):
         expected = fxkfac.exact.ggn(at.model, at.entry.loss, data, names, at.params)
         found = factors.dense(*names)
         assert (found - expected).norm() <= at.entry.tolerance * expected.norm()
+
+
+@entries({n: e for n, e in PLAIN.items() if e.reduce and not e.trace_options.get("batch_axis")})
+def test_bias_blocks_are_the_ggn(name):
+    """A bias by itself is exact, whatever it is shared over."""
+    at, data = traced(name), ZOO[name].data(3)
+    factors = at.kfac(data, separate_weight_and_bias=True)
+    for block in factors.values():
+        if len(block.terms) == 1 and block.terms[0].plan.is_bias:
+            names = list(block.params)
+            expected = fxkfac.exact.ggn(at.model, at.entry.loss, data, names, at.params)
+            error = (factors.dense(*names) - expected).norm()
+            assert error <= at.entry.tolerance * expected.norm()
 
 
 @entries(RIGHT)

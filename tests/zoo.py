@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -539,6 +539,23 @@ def lora_trained():
     return Made(lambda m, x: (x @ m.A @ m.B + x @ m.W).tanh(), W=(4, 3), A=(4, 2), B=(2, 3))
 
 
+@entry("module style", x=(4,), y=(3,), unshared=True)
+def compiled():
+    """A module behind torch.compile."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    return torch.compile(model, backend="eager")
+
+
+class _Output(NamedTuple):
+    logits: Tensor
+
+
+@entry("module style", x=(4,), y=(3,), unshared=True)
+def returns_named_tuple():
+    """The prediction is the one field of a named tuple."""
+    return Made(lambda m, x: _Output(m.head(x).tanh()), head=nn.Linear(4, 3))
+
+
 # --- products: how a weight meets an input ---
 
 
@@ -754,6 +771,36 @@ def different_ranks():
     )
 
 
+@entry("products", x=(4,), y=(3,), unshared=True)
+def multi_dot():
+    """torch.linalg.multi_dot, which chooses the order of the products by size."""
+    return Made(lambda m, x: torch.linalg.multi_dot([x, m.A, m.B]).tanh(), A=(4, 2), B=(2, 3))
+
+
+@entry("products", x=(4,), y=(3,), unshared=True)
+def einsum_of_three():
+    """An einsum of the data and two weights."""
+    return Made(lambda m, x: torch.einsum("ni,ir,ro->no", x, m.A, m.B).tanh(), A=(4, 2), B=(2, 3))
+
+
+@entry("products", x=(4,), y=(4,))
+def there_and_back():
+    """x W and then Wᵀ: both orientations of one weight, one after the other."""
+    return Made(lambda m, x: torch.tanh(x @ m.W) @ m.W.T, W=(4, 3))
+
+
+@entry("products", x=(4,), y=(3,))
+def bias_added_twice():
+    """One bias that is added in two places."""
+    return Made(lambda m, x: torch.tanh(x @ m.W + m.b) @ m.V + m.b, W=(4, 3), b=(3,), V=(3, 3))
+
+
+@entry("products", x=(3, 4), y=(2, 4))
+def learned_queries():
+    """Attention from queries that are parameters: the weight is on the left of each datum."""
+    return Made(lambda m, x: (m.queries @ x.mT).softmax(-1) @ x, queries=(2, 4))
+
+
 # --- views: what lies between a parameter and its product ---
 
 
@@ -947,6 +994,19 @@ def rnn_cell():
     return Made(forward, cell=nn.RNNCell(3, 4))
 
 
+@entry("sequences", inputs=lambda n: (rand(n, 4, seed=1), rand(n, 3, seed=2)), y=(3,))
+def gru_cell():
+    """nn.GRUCell, its state an input."""
+    return nn.GRUCell(4, 3)
+
+
+@entry("sequences", x=(3, 3), y=(4,))
+def rnn_module():
+    """nn.RNN of two layers, batch first, from its own zero state."""
+    rnn = nn.RNN(3, 4, num_layers=2, batch_first=True)
+    return Made(lambda m, x: m.rnn(x)[0][:, -1], rnn=rnn)
+
+
 @entry(
     "sequences",
     inputs=lambda n: rand(5, n, 4, seed=7),
@@ -1048,12 +1108,22 @@ def learned_positions():
     return Made(forward, tokens=nn.Embedding(5, 3), places=nn.Embedding(4, 3), head=nn.Linear(3, 3))
 
 
-@entry("sequences", inputs=lambda n: ints(n, 4, high=5), y=(3,), expected="refused")
+@entry("sequences", inputs=lambda n: ints(n, 4, high=5), y=(3,))
 def positions_without_data():
-    """Position embeddings that never see the data: no datum has a part in their gradient."""
+    """Position embeddings that never see the data, added to what does."""
 
     def forward(self, i):
         return (self.tokens(i) + self.places(torch.arange(4))).tanh().mean(1)
+
+    return Made(forward, tokens=nn.Embedding(5, 3), places=nn.Embedding(4, 3))
+
+
+@entry("sequences", inputs=lambda n: ints(n, 4, high=5), y=(3,), expected="refused")
+def positions_as_factors():
+    """Position embeddings that the data are multiplied by: no datum has a part at the lookup."""
+
+    def forward(self, i):
+        return (self.tokens(i) * self.places(torch.arange(4))).tanh().mean(1)
 
     return Made(forward, tokens=nn.Embedding(5, 3), places=nn.Embedding(4, 3))
 
@@ -1444,6 +1514,39 @@ def stacked_layers():
         "head": torch.randn(4, 3).double(),
     }
     return f, params
+
+
+@entry("functions", x=(4,), y=(3,), unshared=True)
+def vmap_of_module():
+    """vmap over the data of functional_call of a module."""
+    module = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    params = {name: p.detach() for name, p in module.named_parameters()}
+    return vmap(lambda p, x: functional_call(module, p, (x,)), (None, 0)), params
+
+
+@entry("functions", x=(3, 4), y=(3, 3))
+def vmap_of_linear():
+    """vmap over the data of F.linear on a sequence, with a bias."""
+    params = _dense(4, 3)
+    return vmap(lambda p, x: F.linear(x, p["W"], p["b"]).tanh(), (None, 0)), params
+
+
+@entry("functions", x=(1, 4, 4), y=(2, 3, 3))
+def vmap_of_conv():
+    """vmap over the data of a convolution of one image."""
+    params = {"W": torch.randn(2, 1, 2, 2).double()}
+    return vmap(lambda p, x: F.conv2d(x, p["W"]).tanh(), (None, 0)), params
+
+
+@entry("functions", x=(4,), y=(2, 3))
+def ensemble():
+    """vmap over the parameters: an ensemble whose members see the same data."""
+
+    def f(params, x):
+        members = vmap(lambda W, b: torch.tanh(x @ W.T + b))(params["W"], params["b"])
+        return members.transpose(0, 1)
+
+    return f, {"W": torch.randn(2, 3, 4).double(), "b": torch.randn(2, 3).double()}
 
 
 # --- what is special about autograd or the batch ---
@@ -1884,7 +1987,17 @@ def inner(W, b):
 
 @affine
 def bias_subtracted(W, b):
-    return _with(lambda m, x: x @ m.W.T - (m.b - 2 * x[..., :3]) - 2 * x[..., :3], W=W, b=-b)
+    return _with(lambda m, x: x @ m.W.T - m.b, W=W, b=-b)
+
+
+@affine
+def product_subtracted(W, b):
+    return _with(lambda m, x: m.b - x @ m.W.T, W=-W, b=b)
+
+
+@affine
+def product_added_with_a_factor(W, b):
+    return _with(lambda m, x: torch.add(m.b, x @ m.W.T, alpha=-1), W=-W, b=b)
 
 
 @affine

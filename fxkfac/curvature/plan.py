@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import networkx as nx
@@ -57,6 +57,10 @@ class TermPlan:
         names = [p for u in self.uses for p in u.parameters]
         return tuple(dict.fromkeys(names + [p for c in self.columns for p in c.bias.parameters]))
 
+    def touched(self) -> Tensor:
+        """Numbers of the entries that a bias by itself holds, along its own parameters."""
+        return torch.cat([normal_weight(u).flatten() for u in self.uses]).unique()
+
     def entries(self, offsets: dict[str, int]) -> Tensor:
         """Numbers of the term's entries in its block, in the order (group, in, out).
 
@@ -65,8 +69,7 @@ class TermPlan:
         """
         use = self.uses[0]
         if self.is_bias:
-            local = torch.arange(use.view.numel)
-            return _in_block(use, local, offsets).view(1, 1, -1)
+            return _in_block(use, self.touched(), offsets).view(1, 1, -1)
         weight = _in_block(use, normal_weight(use), offsets)
         biases = [_in_block(c.bias, _join(c.bias), offsets) for c in self.columns]
         return torch.cat([weight, *(b.unsqueeze(1) for b in biases)], dim=1)
@@ -118,46 +121,47 @@ class BlockPlan:
 @lru_cache(maxsize=32)  # the same for every batch that runs the same graph
 def plan_blocks(uses: tuple[Use, ...], separate_weight_and_bias: bool) -> tuple[BlockPlan, ...]:
     """Group uses into terms, and terms that touch the same parameters into blocks."""
-    weights = [u for u in uses if not u.is_bias]
-    joining = {} if separate_weight_and_bias else _joining(uses)
-    terms = [TermPlan(tuple(same), _columns(same, uses, joining)) for same in _by_place(weights)]
-    joined = {p for term in terms for c in term.columns for p in c.bias.parameters}
-    alone = [u for u in uses if u.is_bias and not joined & set(u.parameters)]
+    terms = [TermPlan(tuple(same)) for same in _by_place(u for u in uses if not u.is_bias)]
+    biases = _by_place(u for u in uses if u.is_bias)
+    alone: list[Use] = []
+    for same in biases:
+        others = [u for other in biases if other is not same for u in other]
+        k = None if separate_weight_and_bias else _joined_term(same, others, terms, uses)
+        if k is None:
+            alone += same
+        else:
+            terms[k] = replace(terms[k], columns=(*terms[k].columns, _column(same, terms[k], uses)))
     terms += [TermPlan(tuple(same)) for same in _by_parameters(alone)]
     return tuple(_block(group) for group in _connected(terms))
 
 
-def _joining(uses: Sequence[Use]) -> dict[tuple[str, ...], list[Use]]:
-    """Biases all of whose uses share rows with a weight's: by parameters, their uses."""
-    found: dict[tuple[str, ...], list[Use]] = {}
-    touched: dict[str, set[tuple[str, ...]]] = {}
-    for use in uses:
-        for name in use.parameters:
-            touched.setdefault(name, set()).add((*use.parameters, "" if use.join else "alone"))
-        if use.join is not None:
-            found.setdefault(use.parameters, []).append(use)
-    return {
-        names: same
-        for names, same in found.items()
-        if all(touched[n] == {(*names, "")} for n in names)
-        and all(
-            u.join and same[0].join and u.join.entries.equal(same[0].join.entries) for u in same
-        )
-    }
+def _joined_term(
+    same: list[Use], others: list[Use], terms: list[TermPlan], uses: Sequence[Use]
+) -> int | None:
+    """The term that a bias joins: all of its uses share rows with it, and no other use has them."""
+    joins = [u.join for u in same if u.join is not None]
+    if len(joins) < len(same) or any(not j.entries.equal(joins[0].entries) for j in joins):
+        return None
+    if any(_overlap(same[0], other) for other in others):
+        return None
+    weights = {id(uses[j.weight]) for j in joins}
+    for k, term in enumerate(terms):
+        if weights <= {id(u) for u in term.uses}:
+            return k
+    return None
 
 
-def _columns(
-    same: list[Use], uses: Sequence[Use], joining: dict[tuple[str, ...], list[Use]]
-) -> tuple[Column, ...]:
-    """The biases that join a term: all of their weight uses are in it."""
-    place = {id(uses[k]): k for k in range(len(uses))}
-    here = [place[id(u)] for u in same]
-    columns = []
-    for biases in joining.values():
-        at = {b.join.weight: b for b in biases if b.join is not None}
-        if set(at) <= set(here):
-            columns.append(Column(biases[0], tuple(at.get(k) for k in here)))
-    return tuple(columns)
+def _overlap(a: Use, b: Use) -> bool:
+    """Whether two biases hold an entry in common."""
+    common = set(a.parameters) & set(b.parameters)
+    return bool(common) and (
+        a.parameters != b.parameters or bool(torch.isin(normal_weight(a), normal_weight(b)).any())
+    )
+
+
+def _column(same: list[Use], term: TermPlan, uses: Sequence[Use]) -> Column:
+    at = {id(uses[u.join.weight]): u for u in same if u.join is not None}
+    return Column(same[0], tuple(at.get(id(u)) for u in term.uses))
 
 
 def _by_place(weights: Iterable[Use]) -> list[list[Use]]:

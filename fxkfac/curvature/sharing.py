@@ -79,7 +79,7 @@ def output_moment(term: TermPlan, sharing: str, gradients: Gradients) -> Float[T
     """Σ_rows g gᵀ of a term over one batch, for one backpropagated vector."""
     if term.is_bias:
         _require_formable(term)
-        g = sum(_bias_gradient(u, gradients(u)) for u in term.uses)  # Σ_s g, one row per datum
+        g = sum(_bias_gradient(term, u, gradients(u)) for u in term.uses)  # Σ_s g of every datum
         assert isinstance(g, Tensor)
         return (_accurate(g).mT @ _accurate(g)).unsqueeze(0)
     if sharing == "reduce":
@@ -95,7 +95,7 @@ LARGEST_BLOCK = 2**28  # numbers in the exact block of a bias: 1 GiB in float32
 
 
 def _require_formable(term: TermPlan) -> None:
-    numel = term.uses[0].view.numel
+    numel = _bias_places(term, term.uses[0])[1]
     if numel**2 > LARGEST_BLOCK:
         raise FxkfacError(
             f"{', '.join(term.parameters)} is added to the data and has {numel:,} entries: its "
@@ -135,8 +135,9 @@ def _dense(rows: Rows, y: Tensor) -> Tensor:
 
 def _with_columns(term: TermPlan, place: int, x: Tensor) -> Tensor:
     """x̃ = (x 1): one column for each bias that has joined; zero where it is not added."""
-    scales = [c.uses[place] for c in term.columns]
-    ones = [x.new_full((*x.shape[:-1], 1), u.form.scale if u else 0.0) for u in scales]
+    biases = [c.uses[place] for c in term.columns]
+    scales = [u.join.scale if u and u.join else 0.0 for u in biases]
+    ones = [x.new_full((*x.shape[:-1], 1), scale) for scale in scales]
     return torch.cat([x, *ones], dim=-1) if ones else x
 
 
@@ -152,14 +153,16 @@ def _count(rows: Sequence[Rows], like: Sequence[Tensor]) -> Counted:
     return Counted(torch.stack(total).sum(0))
 
 
-def _bias_gradient(use: Use, gradient: Tensor) -> Float[Tensor, "batch numel"]:
+def _bias_gradient(term: TermPlan, use: Use, gradient: Tensor) -> Float[Tensor, "batch numel"]:
     """Every datum's gradient of a bias: Σ_s g, at the places of its entries."""
     g = normal_y(use, gradient, known(use)).sum(2)  # (group, batch, out)
     flat = use.form.scale * g.movedim(0, 1).flatten(1)
-    entries = _bias_entries(use).to(flat.device)
-    return flat.new_zeros(len(flat), use.view.numel).index_add(1, entries, flat)
+    places, numel = _bias_places(term, use)
+    return flat.new_zeros(len(flat), numel).index_add(1, places.to(flat.device), flat)
 
 
 @lru_cache(maxsize=256)  # the same for every vector and every batch
-def _bias_entries(use: Use) -> Tensor:
-    return normal_weight(use).flatten()
+def _bias_places(term: TermPlan, use: Use) -> tuple[Tensor, int]:
+    """Where the entries of one use are among all that the term touches, and how many these are."""
+    touched = term.touched()
+    return torch.searchsorted(touched, normal_weight(use).flatten()), len(touched)

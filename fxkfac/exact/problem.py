@@ -20,7 +20,7 @@ from fxkfac.curvature.losses import Gaussian, likelihood_of
 from fxkfac.errors import DataError, NonFiniteError, OptionError, ParameterError
 from fxkfac.exact.data import Data, merge, size_of
 from fxkfac.exact.functions import jvp, vjp
-from fxkfac.functional import FunctionalModel, Inputs, Params, bind
+from fxkfac.functional import FunctionalModel, Inputs, Params, bind, prediction_of
 
 Model = nn.Module | Callable[..., Any]
 Loss = nn.Module | Likelihood
@@ -124,10 +124,14 @@ def predict(bound: FunctionalModel, names: Iterable[str], inputs: Inputs) -> Pre
     """Run the model with the parameters of these (canonical) names as leaves of a graph."""
     values = bound.current()
     leaves = {name: values[name].requires_grad_() for name in names}
+    for value in values.values():
+        # What a checkpoint saves must not depend on which parameters are asked for.
+        if value.is_floating_point():
+            value.requires_grad_()
     device = next(iter(values.values())).device
     # Fused attention kernels have no second derivative; dropout draws from the caller's RNG.
     with torch.enable_grad(), isolated_rng(device), sdpa_kernel(SDPBackend.MATH):
-        f = bound({**values, **leaves}, inputs)
+        f = prediction_of(bound({**values, **leaves}, inputs))
     require_prediction(f)
     if not f.isfinite().all():
         raise NonFiniteError(

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from fxkfac.graph.ir import Example, Join, OneHot, Use, axis_lengths
+from fxkfac.graph.rules.addition import addition_factor
 from fxkfac.graph.view import LAYOUT_OPS, View
 
 
@@ -47,23 +48,25 @@ def _join(
     path = _path_to_product(node, weights)
     if path is None:
         return None
-    product, layout = path
+    product, layout, factor = path
     weight = weights[product.name]
     entries = _entries(uses[weight], bias, node, product, layout, example)
-    return None if entries is None else Join(weight, entries)
+    return None if entries is None else Join(weight, entries, bias.form.scale / factor)
 
 
-def _path_to_product(node: Node, weights: Mapping[str, int]) -> tuple[Node, list[Node]] | None:
-    """The product that reaches `node` unread by others, and the layout ops between the two."""
+def _path_to_product(
+    node: Node, weights: Mapping[str, int]
+) -> tuple[Node, list[Node], float] | None:
+    """The product that reaches `node` unread by others, the layout ops between, and its factor."""
     if node.name in weights:
-        return node, []
+        return node, [], 1.0
     for below in node.all_input_nodes:
-        layout: list[Node] = []
+        layout, factor = list[Node](), addition_factor(node, below)
         while below.name not in weights and below.target in LAYOUT_OPS and len(below.users) == 1:
             layout.insert(0, below)
             below = below.all_input_nodes[0]
-        if below.name in weights and len(below.users) == 1:
-            return below, layout
+        if factor and below.name in weights and len(below.users) == 1:
+            return below, layout, factor
     return None
 
 

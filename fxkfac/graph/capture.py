@@ -25,10 +25,14 @@ from torch.func import functionalize
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
-from fxkfac.errors import FxkfacError
-from fxkfac.functional import FunctionalModel, nest_names, own_randomness, split_inputs
+from fxkfac.functional import (
+    FunctionalModel,
+    nest_names,
+    own_randomness,
+    prediction_of,
+    split_inputs,
+)
 from fxkfac.graph.cleanup import STOP, rebuild
 from fxkfac.graph.signature import Signature
 from fxkfac.graph.source import is_foreign
@@ -63,18 +67,6 @@ class Captured:
 
     def _nodes(self) -> list[Node]:
         return [n for n in self.module.graph.nodes if n.op == "placeholder"]
-
-
-def prediction_of(output: Any) -> Tensor:
-    """The one tensor in a model's output."""
-    tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
-    if len(tensors) != 1:
-        raise FxkfacError(
-            f"the model returns {type(output).__name__} with {len(tensors)} tensors; expected one "
-            "tensor, the prediction that the loss takes. Wrap the model in a function or module "
-            "that returns that tensor alone."
-        )
-    return tensors[0]
 
 
 def by_export(bound: FunctionalModel, signature: Signature, tensors: list[Tensor]) -> Captured:

@@ -55,7 +55,7 @@ def rebuild(
     """
     root = nn.Module()
     graph = Graph()
-    named = {name: graph.placeholder(_identifier(name)) for name in names}
+    named = {name: graph.placeholder(_identifier(k, name)) for k, name in enumerate(names)}
     tensors = [graph.placeholder(f"input_{k}") for k in range(inputs)]
     copies: dict[Node, Node] = {}
     for node in module.graph.nodes:
@@ -88,7 +88,14 @@ def _placeholder(
     return tensors[role] if isinstance(role, int) else named[role]
 
 
+def written(old: Tensor, new: Tensor) -> Tensor:
+    """What `old.copy_(new)` leaves: the functional `aten.copy` has no derivative of its own."""
+    return new.to(old.dtype).expand_as(old)
+
+
 def _copy(graph: Graph, node: Node, copies: Mapping[Node, Node], stop: bool) -> Node:
+    if node.target is aten.copy.default:
+        return graph.call_function(written, (copies[node.args[0]], copies[node.args[1]]))  # type: ignore[index]
     copy = graph.node_copy(node, copies.__getitem__)
     copy.target = RENAMED.get(node.target, node.target)
     if stop and node.target is not aten.detach.default and _is_tensor(node):
@@ -120,5 +127,6 @@ def _is_tensor(node: Node) -> bool:
     return isinstance(node.meta.get("val"), Tensor)
 
 
-def _identifier(name: str) -> str:
-    return "p_" + re.sub(r"\W", "_", name)
+def _identifier(number: int, name: str) -> str:
+    # Numbered, since fx lowers names to snake case and then takes `W` and `w` for one.
+    return f"p{number}_" + re.sub(r"\W", "_", name).lower()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import graphviz
 import networkx as nx
@@ -17,7 +17,7 @@ from torch import nn
 
 from fxkfac.errors import FxkfacError, OptionError
 from fxkfac.graph import labels
-from fxkfac.graph.fold import folded
+from fxkfac.graph.fold import common_path, folded
 from fxkfac.graph.network import to_networkx
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ FORMATS = (".svg", ".png", ".pdf", ".gv")
 FONT = "Helvetica,Arial,sans-serif"
 GRAPH = {
     "rankdir": "TB", "nodesep": "0.3", "ranksep": "0.32", "pad": "0.1", "dpi": "144",
-    "fontname": FONT, "fontsize": "10", "labelloc": "b", "newrank": "true",
+    "fontname": FONT, "fontsize": "10", "labelloc": "b", "newrank": "true", "remincross": "false",
 }  # fmt: skip
 NODE = {"fontname": FONT, "fontsize": "10", "shape": "box", "height": "0.3"}
 EDGE = {
@@ -125,7 +125,9 @@ def _scopes(program: Program, network: nx.MultiDiGraph) -> dict[str, Scope]:
         scopes[key] = next((s for s in _outward(scopes[key]) if s in drawn), ())
     for key, node in network.nodes(data=True):
         if node["kind"] == "parameter":
-            scopes[key] = scopes.get(_first_reader(network, key), ())
+            beside = _beside(network, key)
+            readers = [beside] if beside in scopes else network.successors(key)
+            scopes[key] = common_path(scopes.get(reader, ()) for reader in readers)
     return scopes
 
 
@@ -133,9 +135,14 @@ def _outward(scope: Scope) -> list[Scope]:
     return [scope[:k] for k in range(len(scope), -1, -1)]
 
 
-def _first_reader(network: nx.MultiDiGraph, parameter: str) -> str:
-    """The op beside which a parameter is drawn; empty where there is none."""
-    return next(iter(network.successors(parameter)), "")
+def _beside(network: nx.MultiDiGraph, parameter: str) -> str:
+    """The op beside which a parameter is drawn, in one stack with the op's others.
+
+    A parameter of ops side by side is drawn above them, in a stack of its own; those without use
+    are in one stack, whose name is empty.
+    """
+    first, *others = [*network.successors(parameter)] or [""]
+    return first if all(nx.has_path(network, first, other) for other in others) else parameter
 
 
 class _Picture:
@@ -148,7 +155,7 @@ class _Picture:
         self.stacks: dict[str, list[str]] = {}  # by the op beside which they stand
         for key, node in network.nodes(data=True):
             if node["kind"] == "parameter":
-                self.stacks.setdefault(_first_reader(network, key), []).append(key)
+                self.stacks.setdefault(_beside(network, key), []).append(key)
         for stack in self.stacks.values():  # ties last: they leave the stack downwards
             stack.sort(key=lambda parameter: network.out_degree(parameter) > 1)
         self.stack_of = {key: stack[0] for stack in self.stacks.values() for key in stack}
@@ -156,12 +163,14 @@ class _Picture:
     def add_cluster(
         self, dot: graphviz.Digraph, scope: Scope, above: Scope = (), depth: int = 0
     ) -> None:
-        """One module with its nodes and modules; one around a single other is left out."""
+        """One module with its nodes and modules; one that only holds others has no box."""
         here = [key for key, place in self.scopes.items() if place == scope]
         inside = [p for p in self.scopes.values() if p[: len(scope)] == scope != p]
         inner = dict.fromkeys(p[: len(scope) + 1] for p in inside)
-        if depth and not here and len(inner) == 1:
-            return self.add_cluster(dot, next(iter(inner)), above, depth)
+        if depth and not here and (len(inner) == 1 or self._is_list(scope)):
+            for below in inner:
+                self.add_cluster(dot, below, above, depth)
+            return
         with dot.subgraph(name=f"cluster_{'.'.join(scope)}") as cluster:
             cluster.attr(
                 label=self._title(scope, above), labelloc="t", labeljust="l", margin="10",
@@ -174,13 +183,25 @@ class _Picture:
 
     def _title(self, scope: Scope, above: Scope) -> str:
         if not scope:
-            program = self.program
-            counts = f"{len(program.parameters)} parameters in {len(program.uses)} uses"
-            return labels.title(self.network.graph["model"], counts, lines=2)
-        model = self.program.model.model
-        path = ".".join(scope)
-        kind = type(model.get_submodule(path)).__name__ if isinstance(model, nn.Module) else ""
+            return labels.title(self.network.graph["model"], self._counts(), lines=2)
+        module = self._module(scope)
+        kind = type(module).__name__ if module is not None else ""
         return labels.title(".".join(scope[len(above) :]), kind)
+
+    def _counts(self) -> str:
+        program = self.program
+        covered, uses = len(program.parameters), len(program.uses)
+        text = f"{covered} parameter{'s' * (covered != 1)} in {uses} use{'s' * (uses != 1)}"
+        lost = f", {len(program.uncovered)} {labels.FALLBACKS[program.unsupported]}"
+        return text + lost if program.uncovered else text
+
+    def _module(self, scope: Scope) -> nn.Module | None:
+        model = self.program.model.model
+        return model.get_submodule(".".join(scope)) if isinstance(model, nn.Module) else None
+
+    def _is_list(self, scope: Scope) -> bool:
+        """Whether this is a module that never runs itself."""
+        return isinstance(self._module(scope), nn.ModuleList | nn.ModuleDict)
 
     def add_node(self, dot: graphviz.Digraph, key: str) -> None:
         """One node; the parameters of one op stand beside it in one stack."""
@@ -191,27 +212,33 @@ class _Picture:
             look = labels.look(node, entering)
         elif self.stack_of[key] == key:
             prefix = "".join(f"{part}." for part in self.scopes[key])
-            stack = self.stacks[_first_reader(self.network, key)]
-            look = labels.stack_look(self.network, stack, prefix)
+            beside = _beside(self.network, key)
+            is_level = beside not in ("", key)
+            look = labels.stack_look(self.network, self.stacks[beside], prefix, is_level)
         else:
             return
         dot.node(key, tooltip=graphviz.escape(remark), **look)
         self._align(dot, key)
 
     def _align(self, dot: graphviz.Digraph, key: str) -> None:
-        """Put the stack of parameters, and the texts on other edges, on the level of the op."""
+        """Put the stack of parameters, and the texts on edges of ties, on the level of the op."""
         with dot.subgraph(graph_attr={"rank": "same"}) as row:
             row.node(key)
-            for stack in self.stacks.get(key, [])[:1]:
+            is_end = any(n["kind"] == "prediction" for n in self._behind(key))
+            for stack in [*self.stacks.get(key, [])[:1], *self.stacks.get("", [])[: int(is_end)]]:
                 row.node(stack)
             for u, v, place in self.network.in_edges(key, keys=True):
                 text = labels.use_text(self.network, u, v, place)
-                if text and not self._is_first(u, v, place):
+                if text and not self._is_level(u, v, place) and _beside(self.network, u) != u:
                     color = labels.color_of(self.network.nodes[u])
                     row.node(f"{u} {v} {place}", **labels.edge_text(text, color))
 
-    def _is_first(self, u: str, v: str, place: int) -> bool:
-        return (v, place) == (_first_reader(self.network, u), 0)
+    def _behind(self, key: str) -> list[dict[str, Any]]:
+        return [self.network.nodes[after] for after in self.network.successors(key)]
+
+    def _is_level(self, u: str, v: str, place: int) -> bool:
+        """Whether a parameter stands beside the op that it enters, and this is its first use."""
+        return (v, place) == (_beside(self.network, u), 0)
 
     def add_edge(self, dot: graphviz.Digraph, u: str, v: str, place: int) -> None:
         """A use, or data and the gradient that flows against them."""
@@ -226,13 +253,15 @@ class _Picture:
         """The first use leaves a parameter to the right; the others go down to their ops."""
         color = labels.color_of(self.network.nodes[u])
         text = labels.use_text(self.network, u, v, place)
-        if self._is_first(u, v, place):
-            tail = f"{self.stack_of[u]}:{u}{'_text' if text else ''}:e"
+        beside = _beside(self.network, u)
+        port, last = f"{self.stack_of[u]}:{u}", u == self.stacks[beside][-1]
+        if self._is_level(u, v, place):
+            dot.edge(f"{port}{'_text' if text else ''}:e", f"{v}:w", color=color)
+        elif beside == u:
+            dot.edge(f"{port}:s", v, color=color, fontcolor=color, label=text)
+        elif text:
+            down = {"weight": "0", "arrowhead": "none"}
+            dot.edge(f"{port}:{'s' if last else 'w'}", f"{u} {v} {place}:w", color=color, **down)
+            dot.edge(f"{u} {v} {place}:e", f"{v}:w", color=color)
         else:
-            is_last = u == self.stacks[_first_reader(self.network, u)][-1]
-            tail = f"{self.stack_of[u]}:{u}:{'s' if is_last else 'w'}"
-            if text:
-                middle = f"{u} {v} {place}"
-                dot.edge(tail, f"{middle}:w", color=color, arrowhead="none")
-                tail = f"{middle}:e"
-        dot.edge(tail, f"{v}:w", color=color)
+            dot.edge(f"{port}:{'s' if last else 'w'}", f"{v}:w", color=color, weight="0")

@@ -222,10 +222,12 @@ class Join:
     Attributes:
         weight: Position of the weight use in `Program.uses`.
         entries: For every (group, out) of the weight use, the number of the bias entry there.
+        scale: What the bias is multiplied by, relative to the product.
     """
 
     weight: int
     entries: Tensor = field(repr=False)
+    scale: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)

@@ -69,6 +69,8 @@ def _op(node: Node, entering: Iterable[dict[str, Any]]) -> dict[str, str]:
     factors = dict.fromkeys((e["group"], e["A"], e["B"]) for e in entering if "A" in e)
     if not factors:
         return _table(node, BLUE, [(f"bias of {escape(node['joins'])}", y, PAPER, PAPER)])
+    if node["tapped"] != node["name"]:
+        y += _small(f"  at {node['tapped']}", SLATE)
     rows = [(f"<I>x</I>  {node['x']}", y, PAPER, PAPER)]
     for group, a, b in factors:
         many = f"{group} × " if group > 1 else ""
@@ -97,20 +99,27 @@ def _cell(text: str, color: str) -> str:
     return f'<TD BGCOLOR="{color}" ALIGN="LEFT">{text}</TD>'
 
 
-def stack_look(network: nx.MultiDiGraph, keys: Iterable[str], prefix: str) -> dict[str, str]:
-    """Parameters, one box under the other; each is a port that has its key as name.
+def stack_look(
+    network: nx.MultiDiGraph, keys: Iterable[str], prefix: str, beside: bool = True
+) -> dict[str, str]:
+    """Parameters as boxes; each is a port that has its key as name.
 
     Args:
         network: What is drawn.
         keys: The parameters.
         prefix: Path of the module around them, which their names need not repeat.
+        beside: They stand beside an op, one under the other, and with the text of the edge that
+            leads there. Otherwise they are four in a row.
     """
-    rows = "".join(f"<TR>{_parameter_cell(network, key, prefix)}</TR>" for key in keys)
+    cells = [_parameter_cell(network, key, prefix, beside) for key in keys]
+    width = 1 if beside else 4
+    lines = ("".join(cells[k : k + width]) for k in range(0, len(cells), width))
+    rows = "".join(f"<TR>{line}</TR>" for line in lines)
     table = f'<TABLE BORDER="0" CELLBORDER="1" CELLSPACING="3" CELLPADDING="4">{rows}</TABLE>'
     return {"shape": "plain", "label": f"<{table}>"}
 
 
-def _parameter_cell(network: nx.MultiDiGraph, key: str, prefix: str) -> str:
+def _parameter_cell(network: nx.MultiDiGraph, key: str, prefix: str, beside: bool) -> str:
     node = network.nodes[key]
     color, fill = STATUS[node["status"]]
     style = "" if node["status"] == "covered" else 'STYLE="dashed"'
@@ -120,13 +129,9 @@ def _parameter_cell(network: nx.MultiDiGraph, key: str, prefix: str) -> str:
     shape = "  ".join([node["shape"], *(axes if len(axes) == 1 else ())])
     name = node["name"].removeprefix(prefix)
     box = f'PORT="{key}" BGCOLOR="{fill}" COLOR="{color}" {style}'
-    text = use_text(network, *uses[0]) if uses else ""
-    beside = (
-        f'<TD PORT="{key}_text" BORDER="0" CELLPADDING="1">{_small(text, color)}</TD>'
-        if text
-        else ""
-    )
-    return f"<TD {box}>{_lines(name, shape, remark)}</TD>{beside}"
+    text = use_text(network, *uses[0]) if beside else ""
+    label = f'<TD PORT="{key}_text" BORDER="0" CELLPADDING="1">{_small(text, color)}</TD>'
+    return f"<TD {box}>{_lines(name, shape, remark)}</TD>{label if text else ''}"
 
 
 def color_of(parameter: Node) -> str:
@@ -144,8 +149,6 @@ def use_text(network: nx.MultiDiGraph, parameter: str, op: str, place: int) -> s
 def axes_text(edge: dict[str, Any]) -> str:
     """What the axes of the stored parameter are for one use; empty for a bias."""
     axes = edge.get("orientation", "")
-    if edge.get("group") == 1:
-        axes = axes.replace("(g o)", "o")
     return f"({axes})" if " " in axes else ""
 
 
@@ -175,9 +178,8 @@ def legend(network: nx.MultiDiGraph) -> str:
     nodes = [node for _, node in network.nodes(data=True)]
     shown = {node["kind"] for node in nodes} | {node.get("status") for node in nodes}
     columns = ([entry for when, entry in column if when in shown] for column in LEGEND)
-    rows = "".join(
-        f"<TR>{''.join(row)}</TR>" for row in zip_longest(*columns, fillvalue="<TD></TD>" * 2)
-    )
+    lines = zip_longest(*columns, fillvalue="<TD></TD><TD></TD>")
+    rows = "".join(f"<TR>{''.join(line)}</TR>" for line in lines)
     return f'<<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="3" CELLPADDING="1">{rows}</TABLE>>'
 
 

@@ -16,12 +16,9 @@ import torch
 from torch.fx import Node
 
 from fxkfac.graph.ir import Example, Form, axis_tokens
+from fxkfac.graph.rules.addition import addition_factor
 from fxkfac.graph.rules.registry import NotLinear
 from fxkfac.graph.view import LAYOUT_OPS, View
-
-aten = torch.ops.aten
-
-ADDITIONS = {aten.add.Tensor: 1.0, aten.sub.Tensor: -1.0}
 
 SUMMED = (
     "its output is the same for all data, so that the gradient there is summed over the data and "
@@ -48,10 +45,8 @@ def _additions(
     for user in node.users:
         if user.target in LAYOUT_OPS and user not in dependent and user.args[0] is node:
             yield from _additions(user, (*layout, user), dependent)
-        elif user.target in ADDITIONS and user in dependent:
-            second = user.args[1] is node
-            alpha = float(user.kwargs.get("alpha", 1.0)) if second else 1.0  # type: ignore[arg-type]
-            yield user, layout, alpha * (ADDITIONS[user.target] if second else 1.0)
+        elif user in dependent and (factor := addition_factor(user, node)):
+            yield user, layout, factor
         else:
             raise NotLinear(SUMMED)
 

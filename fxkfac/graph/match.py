@@ -65,15 +65,28 @@ class Matched:
 
 
 def match(
-    graph: Graph, parameters: Mapping[Node, str], inputs: Sequence[Node], example: Example
+    graph: Graph,
+    parameters: Mapping[Node, str],
+    inputs: Sequence[Node],
+    example: Example,
+    lifted: frozenset[str] = frozenset(),
 ) -> Matched:
-    """Find every use of the parameters, whose placeholders are the keys of `parameters`."""
+    """Find every use of the parameters, whose placeholders are the keys of `parameters`.
+
+    Args:
+        graph: The captured graph.
+        parameters: The parameters' placeholders and names.
+        inputs: The placeholders of the data.
+        example: Shapes and numbers of one run.
+        lifted: Names of ops that meet no data; see `fxkfac.graph.lift`.
+    """
     found: list[Use] = []
     unsupported: list[Unsupported] = []
     dependent = _depend_on(graph, inputs)
     for node, operand, chain in _entries(graph, parameters):
         try:
-            found += _uses(node, operand, chain, parameters, dependent, example)
+            use = _use(node, operand, chain, parameters, example)
+            found += _lifted(use, node, dependent, example) if node.name in lifted else [use]
         except NotLinear as reason:
             unsupported.append(_refuse(node, chain, parameters, str(reason)))
     return Matched(tuple(join_biases(found, graph, example)), tuple(unsupported))
@@ -126,30 +139,27 @@ def _extend(chains: Sequence[Chain], node: Node) -> Chain:
     return (*first, *(n for n in merged if n.op != "placeholder"), node)
 
 
-def _uses(
-    node: Node,
-    operand: Operand,
-    chain: Chain,
-    parameters: Mapping[Node, str],
-    dependent: set[Node],
-    example: Example,
-) -> list[Use]:
-    """The uses that one operand makes: one, or one for each place where it meets data."""
+def _lifted(use: Use, node: Node, dependent: set[Node], example: Example) -> list[Use]:
+    """The same use at each of the places where it meets data."""
+    return [
+        replace(use, node=at.name, form=form, y_shape=tuple(example.shapes[at]))
+        for at, form in lift(node, use.form, dependent, example)
+    ]
+
+
+def _use(
+    node: Node, operand: Operand, chain: Chain, parameters: Mapping[Node, str], example: Example
+) -> Use:
     rule = RULES.get(node.target) if isinstance(node.target, OpOverload) else None
     if rule is None:
         raise NotLinear(f"there is no rule for {node.target}, or it is not linear in the parameter")
     form = rule(call_of(node, example.shapes, example.numbers), operand)
     view, form = _narrow(_view(chain, parameters, example), form, example.shapes[chain[-1]])
     _require_einsum(form)
-    places = [(node, form)] if node in dependent else lift(node, form, dependent, example)
-    return [_use(node, at, placed, view, example) for at, placed in places]
-
-
-def _use(node: Node, at: Node, form: Form, view: View, example: Example) -> Use:
     return Use(
         parameters=view.parameters,
         op=op_name(node),
-        node=at.name,
+        node=node.name,
         view=view,
         form=form,
         source=source_of(node),
@@ -157,7 +167,7 @@ def _use(node: Node, at: Node, form: Form, view: View, example: Example) -> Use:
         tap=-1,
         join=None,
         x_shape=tuple(example.shapes[form.input]) if form.input is not None else (),
-        y_shape=tuple(example.shapes[at]),
+        y_shape=tuple(example.shapes[node]),
     )
 
 

@@ -6,9 +6,8 @@ that the network can be written as GraphML. `to_networkx` says which attributes 
 
 from __future__ import annotations
 
-import operator
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -43,9 +42,10 @@ def to_networkx(program: Program) -> nx.MultiDiGraph:
       done instead), unused, or frozen (its curvature was not asked for).
     - `input`, `buffer` and `prediction`.
     - `op`: a linear op with a tap. `op`, `module`, `function`, `source` and `code` say where it
-      is, `tap` which tap it is. `x`, `y`, `batch`, `orientation`, and the factors' sizes `group`,
-      `d_in` (one more where a bias has joined), `d_out`, `A` and `B` are those of the first weight
-      that enters; `joins` names the weight whose factors a bias shares, which then has no sizes.
+      is. `tap` says which tap it has, and `tapped` the node whose output that is: another one
+      where the op itself meets no data. `x`, `y` (at the tap), `batch`, `orientation`, and the
+      factors' sizes `group`, `d_in` (one more where a bias has joined), `d_out`, `A` and `B` are
+      those of the first weight that enters; `joins` names the weight whose factors a bias shares.
     - `unsupported`: an op that a parameter enters without normal form (see `reason`): no tap.
     - `quiet`: any other op.
 
@@ -54,23 +54,17 @@ def to_networkx(program: Program) -> nx.MultiDiGraph:
     - `data`: forward. `gradient` says that the backpropagated vectors pass here on their way from
       the prediction down to a tap.
     - `parameter`: from a parameter to an op. `view` names the layout ops on the way; an edge that
-      is a use has all of the attributes from `x` to `joins` of its own.
+      is a use has all of the attributes from `tap` to `joins` of its own.
     """
     captured = program.tapped.captured
-    network = nx.MultiDiGraph(
-        model=model_name(program), front_end=captured.front_end, dynamic=program.tapped.dynamic
-    )
+    model, dynamic = program.model.model, program.tapped.dynamic
+    name = getattr(model, "__name__", type(model).__name__)
+    network = nx.MultiDiGraph(model=name, front_end=captured.front_end, dynamic=dynamic)
     builder = _Builder(program, network)
     for node in captured.module.graph.nodes:
         builder.add(node)
     _mark_gradients(network, builder.gradient_stops)
     return network
-
-
-def model_name(program: Program) -> str:
-    """The name of the user's class or function."""
-    model = program.model.model
-    return str(getattr(model, "__name__", type(model).__name__))
 
 
 @dataclass
@@ -89,7 +83,9 @@ class _Builder:
         self.names = dict(zip(placeholders, names, strict=True))
         self.parameters = captured.placeholders()
         self.buffers = set(placeholders[len(self.parameters) :][: len(captured.buffers)])
-        self.places = {(u.node, u.view.chain[-1].name): k for k, u in enumerate(self.program.uses)}
+        # One operand has several uses where its op meets the data at several additions: the first.
+        ops = enumerate(_op_of(use) for use in self.program.uses)
+        self.places = {op: k for k, op in reversed(list(ops))}
         self.reasons = {u.node: u.reason for u in self.program.tapped.unsupported}
 
     def add(self, node: Node) -> None:
@@ -112,15 +108,13 @@ class _Builder:
 
     def _origins(self, node: Node) -> list[Origin]:
         """What a value comes from: itself, except for numbers, copies, and views of parameters."""
-        if _is_number(node):
-            return []
         sources = [source for n in node.all_input_nodes for source in self.origins[n]]
+        if node.target in SHAPE_ONLY or (_is_plain(node) and not sources):
+            return []
         status = {self.network.nodes[key].get("status", "") for key, _ in sources}
         step = LAYOUT_OPS.get(node.target)
-        is_view = (
-            bool(status) and "" not in status and (status == {"frozen"} or "frozen" not in status)
-        )
-        if step is None or not (is_view or (step == "" and len(sources) == 1)):
+        is_view = {"", "frozen"}.isdisjoint(status) or status == {"frozen"}
+        if step is None or not sources or not (is_view or (step == "" and len(sources) == 1)):
             return [(node.name, ())]
         steps = (step,) if step else ()
         return list(dict.fromkeys((key, (*before, *steps)) for key, before in sources))
@@ -137,12 +131,12 @@ class _Builder:
         )
 
     def _add_op(self, node: Node) -> None:
-        source = source_of(node)
+        source, name = source_of(node), getattr(node.target, "__name__", "")
         self.network.add_node(
             node.name,
             kind="quiet",
             name=node.name,
-            op=LAYOUT_OPS.get(node.target) or op_name(node).removeprefix("aten.").partition(".")[0],
+            op=LAYOUT_OPS.get(node.target) or name.partition(".")[0],
             module=module_of(node),
             function=source.function if source else "",
             source=where(source, "") if source else "",
@@ -154,8 +148,7 @@ class _Builder:
         if here:
             first = min(here, key=lambda place: self.program.uses[place].is_bias)
             main = use_attributes(self.program, first)
-            tap = self.program.uses[first].tap
-            self.network.add_node(node.name, **main, kind="op", tap=tap, shape=main["y"])
+            self.network.add_node(node.name, **main, kind="op")
         elif lost := self._lost_at(node):
             reason = self.reasons.get(node.name, f"another use of {lost[0]} has no normal form")
             self.network.add_node(node.name, kind="unsupported", reason=reason)
@@ -178,10 +171,28 @@ class _Builder:
                     self.network.add_edge(key, node.name, kind="data", gradient=False)
 
 
+def _op_of(use: Use) -> tuple[str, str]:
+    """Names of the op that the parameter enters, and of its operand there."""
+    operand = use.view.chain[-1]
+    readers = {node.name: node for node in operand.users}
+    if use.node not in readers:  # tapped at an addition behind the op
+        readers = {n: r for n, r in readers.items() if op_name(r) == use.op and _leads(r, use.node)}
+    return use.node if use.node in readers else next(iter(readers)), operand.name
+
+
+def _leads(node: Node, end: str) -> bool:
+    """Whether only layout ops lie between a node and the one named `end`."""
+    return any(
+        user.name == end or (user.target in LAYOUT_OPS and _leads(user, end)) for user in node.users
+    )
+
+
 def use_attributes(program: Program, place: int) -> dict[str, Any]:
     """Shapes, batch axis, orientation and factor sizes of one use, given by its position."""
     use, joined = program.uses[place], {u.join.weight for u in program.uses if u.join}
-    attributes = {
+    attributes: dict[str, Any] = {
+        "tap": use.tap,
+        "tapped": use.node,
         "x": "1" if use.is_bias else shape_text(use.x_shape, use.form.x, use),
         "y": shape_text(use.y_shape, use.form.y, use),
         "batch": str(use.batch) if use.batch else "unknown",
@@ -231,10 +242,9 @@ def _input_names(program: Program) -> list[str]:
     return [f"input {name}" if name[:1].isdigit() else name for name in names]
 
 
-def _is_number(node: Node) -> bool:
-    if node.op != "call_function" or node.target is operator.getitem:
-        return False
-    return node.target in SHAPE_ONLY or not isinstance(node.target, OpOverload)
+def _is_plain(node: Node) -> bool:
+    """Whether this is a Python function, as those that reckon with sizes are."""
+    return node.op == "call_function" and not isinstance(node.target, OpOverload)
 
 
 def _is_float(node: Node) -> bool:
@@ -272,17 +282,17 @@ def _mark_gradients(network: nx.MultiDiGraph, stops: set[str]) -> None:
     """Mark the data edges between a tap and the prediction through which gradients flow."""
     data = nx.DiGraph((u, v) for u, v, kind in network.edges(data="kind") if kind == "data")
     data.remove_nodes_from(stops)
-    taps = [key for key, kind in network.nodes(data="kind") if kind == "op" and key in data]
+    tapped = {key for _, key in network.nodes(data="tapped") if key in data}
     (prediction,) = (key for key, kind in network.nodes(data="kind") if kind == "prediction")
-    above = _reached(data, taps)
+    above = _reached(data, tapped)
     below = _reached(data.reverse(copy=False), [prediction])
     for u, v, attributes in network.edges(data=True):
         if attributes["kind"] == "data":
             attributes["gradient"] = {u, v} <= above & below
 
 
-def _reached(graph: nx.DiGraph, starts: Sequence[str]) -> set[str]:
+def _reached(graph: nx.DiGraph, starts: Iterable[str]) -> set[str]:
     reached = set(starts)
-    for start in starts:
+    for start in tuple(reached):
         reached |= nx.descendants(graph, start)
     return reached

@@ -85,8 +85,7 @@ class Program:
     signature: Signature
     unsupported: str
     _compile: Compile = field(repr=False)
-    _cache: dict[Hashable, Tapped] = field(repr=False)
-    _first: list[Tapped] = field(default_factory=list, repr=False)
+    _cache: dict[Hashable, Tapped] = field(default_factory=dict, repr=False)
     generator: torch.Generator = field(
         default_factory=lambda: torch.Generator().manual_seed(torch.initial_seed() % 2**63),
         repr=False,
@@ -95,7 +94,7 @@ class Program:
     @property
     def tapped(self) -> Tapped:
         """The tapped graph of the example that was traced."""
-        return self._first[0]
+        return next(iter(self._cache.values()))
 
     @property
     def uses(self) -> tuple[Use, ...]:
@@ -120,6 +119,7 @@ class Program:
     def at(self, inputs: Inputs) -> tuple[Tapped, list[Tensor]]:
         """The tapped graph for these inputs, and their tensors; compiled where it is new."""
         tensors = [t.detach() for t in self.signature.tensors(inputs)]
+        _require_finite(tensors)
         n = self.signature.batch_size(tensors)
         key = (self.signature.key(inputs, tensors), _mode(self.model))
         tapped = self._cache.get((key, n)) or self._cache.get(key)
@@ -128,12 +128,6 @@ class Program:
         if n not in tapped.verified and not self._agrees(tapped, tensors, n):
             return self._compile_for(key, tensors, n, dynamic=False), tensors
         return tapped, tensors
-
-    def compiled_for(self, inputs: Inputs, tensors: list[Tensor]) -> Program:
-        """Compile for the example; called once, by `trace`."""
-        _require_finite(tensors)
-        self._first.append(self.at(inputs)[0])
-        return self
 
     def _compile_for(self, key: Hashable, tensors: list[Tensor], n: int, dynamic: bool) -> Tapped:
         model = FlatModel(self.model, self.signature)
@@ -159,7 +153,6 @@ class Program:
             params: Tensors in the place of the model's own parameters.
         """
         tapped, tensors = self.at(inputs)
-        _require_finite(tensors)
         state = {**self.model.override(params), **self.model.buffers()}
         with torch.enable_grad():
             prediction, xs, taps = tapped.module(*state.values(), *tensors)

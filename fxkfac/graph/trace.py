@@ -67,9 +67,9 @@ def trace(
         raise OptionError(f"unsupported={unsupported!r}; expected one of {', '.join(POLICIES)}.")
     bound = bind(model, params)
     signature = signature_of(inputs, batch_axis)
-    tensors = [t.detach() for t in signature.tensors(inputs)]
-    program = Program(bound, signature, unsupported, compile_graph, {})
-    return program.compiled_for(inputs, tensors)
+    program = Program(bound, signature, unsupported, compile_graph)
+    program.at(inputs)
+    return program
 
 
 def compile_graph(
@@ -117,17 +117,33 @@ def _compile(model: FlatModel, captured: Captured, tensors: list[Tensor], dynami
     generator, state = torch.Generator().manual_seed(0), model.state()
     dynamic, data = _trial(model, captured, state, tensors, dynamic, generator)
     example = record(captured.module, [*state.values(), *data])
-    parameters = _selected(captured, model.bound)
-    matched = match(captured.module.graph, parameters, captured.inputs(), example)
-    quiet, uses = tap_uses(without_dropout(captured.module), matched.uses)
-    n, permute = model.signature.batch_size(data), model.signature.permute
-    located = locate(lambda d: run_graph(quiet, state, d), permute, data, n, uses, generator)
+    matched, uses, located = _match(model, captured, state, data, example, generator, frozenset())
+    if summed := frozenset(u.node for u, c in zip(uses, located.constant, strict=True) if c):
+        matched, uses, located = _match(model, captured, state, data, example, generator, summed)
     uses, unsupported = _covered(uses, located, matched, captured)
     module, uses = tap_uses(captured.module, uses)
     lost = {name for u in unsupported for name in u.parameters}
     covered = [name for name in model.bound.selected if name not in lost]
     require_gradients(model, uses, run_graph(module, state, data), state, data, covered)
     return Tapped(captured, module, uses, unsupported, located.prediction, dynamic, set())
+
+
+def _match(
+    model: FlatModel,
+    captured: Captured,
+    state: State,
+    data: list[Tensor],
+    example: Example,
+    generator: torch.Generator,
+    lifted: frozenset[str],
+) -> tuple[Matched, tuple[Use, ...], Located]:
+    """Match, and find by experiment where the data are in each tap."""
+    graph, parameters = captured.module.graph, _selected(captured, model.bound)
+    matched = match(graph, parameters, captured.inputs(), example, lifted)
+    quiet, uses = tap_uses(without_dropout(captured.module), matched.uses)
+    n, permute = model.signature.batch_size(data), model.signature.permute
+    located = locate(lambda d: run_graph(quiet, state, d), permute, data, n, uses, generator)
+    return matched, uses, located
 
 
 def _trial(

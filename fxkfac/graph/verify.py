@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxkfac.functional import FunctionalModel
-from fxkfac.graph.capture import Captured, Refusal, prediction_of
+from fxkfac.functional import FunctionalModel, prediction_of
+from fxkfac.graph.capture import Captured, Refusal
 from fxkfac.graph.ir import Use
 from fxkfac.graph.locate import Taps
 from fxkfac.graph.normal import parameter_gradient
