@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from fxkfac.errors import FxkfacError, ParameterError, UnknownParameter
@@ -44,6 +43,35 @@ def prediction_of(output: Any) -> Tensor:
             "that returns that tensor alone."
         )
     return tensors[0]
+
+
+@contextmanager
+def in_place_of(tensors: Mapping[int, Tensor], module: nn.Module) -> Iterator[None]:
+    """Put tensors in the place of a module's own, by these ones' `id`, and put all back after.
+
+    `torch.func.functional_call` names each place and fails to put back a module that is registered
+    under two names; this looks at each module once. Whatever ran inside, afterwards the module
+    holds the very objects it held before.
+    """
+    held = [(m, dict(m._parameters), dict(m._buffers), _flat(m)) for m in module.modules()]
+    try:
+        for m, parameters, buffers, flat in held:
+            m._parameters.update({k: tensors.get(id(p), p) for k, p in parameters.items()})  # type: ignore[misc]
+            m._buffers.update({k: tensors.get(id(b), b) for k, b in buffers.items()})
+            if flat is not None:
+                m._flat_weights = [tensors.get(id(p), p) for p in flat]  # type: ignore[assignment]
+        yield
+    finally:
+        for m, parameters, buffers, flat in held:
+            m._parameters.update(parameters)
+            m._buffers.update(buffers)
+            if flat is not None:
+                m._flat_weights = flat  # type: ignore[assignment]
+
+
+def _flat(module: nn.Module) -> list[Tensor] | None:
+    """The list by which recurrent modules hold their parameters a second time."""
+    return getattr(module, "_flat_weights", None)
 
 
 def flatten_names(params: Params, prefix: str = "") -> dict[str, Tensor]:
@@ -109,8 +137,11 @@ class FunctionalModel:
             named = {**full, **{alias: full[name] for alias, name in self.aliases.items()}}
             return self.model(nest_names(named, self.structure), *args, **kwargs)
         # Batch norm and its kin write into buffers while they run: hand them copies.
-        copies = {name: tensors.get(name, b).clone() for name, b in self.buffers().items()}
-        return functional_call(self.model, {**full, **copies}, args, kwargs, tie_weights=True)
+        full |= {name: tensors.get(name, b).clone() for name, b in self.buffers().items()}
+        full |= {alias: full[name] for alias, name in self.aliases.items()}
+        own = dict(self.model.named_parameters(remove_duplicate=False)) | self.buffers()
+        with in_place_of({id(held): full[name] for name, held in own.items()}, self.model):
+            return self.model(*args, **kwargs)
 
     def buffers(self) -> dict[str, Tensor]:
         """The module's buffers by name, as they are now; empty for a function."""

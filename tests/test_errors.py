@@ -640,11 +640,15 @@ class TestMerge:
         with refuses(MergeError, next(iter(other)), "one computation"):
             _ = factors + second
 
-    def test_another_loss(self, program, factors):
-        for loss, y in ((CE(reduction="sum"), Y), (MSE(), rand(5, 3))):
-            second = fxkfac.kfac(program, loss, (X, y))
-            with refuses(MergeError, repr(loss), "CrossEntropyLoss", "one computation"):
-                _ = factors + second
+    @pytest.mark.parametrize(
+        ("loss", "y", "named"),
+        [(CE(reduction="sum"), Y, "'sum'"), (MSE(), rand(5, 3), "MSELoss")],
+        ids=["reduction", "kind"],
+    )
+    def test_another_loss(self, program, factors, loss, y, named):
+        second = fxkfac.kfac(program, loss, (X, y))
+        with refuses(MergeError, named, "CrossEntropyLoss", "one computation"):
+            _ = factors + second
 
     @pytest.mark.parametrize(
         "option",

@@ -126,7 +126,7 @@ def _dense(rows: Rows, y: Tensor) -> Tensor:
     """Rows with every row axis of the output, one-hot vectors written out."""
     assert rows is not None
     if isinstance(rows, OneHotRows):
-        hot = F.one_hot(rows.indices, rows.size).to(y.dtype).unsqueeze(0)
+        hot = rows.scale * F.one_hot(rows.indices, rows.size).to(y.dtype).unsqueeze(0)
         if rows.ignored is not None:
             hot[..., rows.ignored] = 0.0
         rows = hot
@@ -146,7 +146,7 @@ def _count(rows: Sequence[Rows], like: Sequence[Tensor]) -> Counted:
     for r, y in zip(rows, like, strict=True):
         assert isinstance(r, OneHotRows)
         indices = r.indices.expand(y.shape[1:-1]).flatten()
-        counts = _accurate(indices.bincount(minlength=r.size).to(y.dtype))
+        counts = r.scale**2 * _accurate(indices.bincount(minlength=r.size).to(y.dtype))
         if r.ignored is not None:
             counts[r.ignored] = 0.0
         total.append(counts)

@@ -147,7 +147,7 @@ class _Block:
     def _jacobians(self, names: list[str]) -> Tensor:
         """J_n of every datum, [N, dim F, dim θ], in rvec order."""
         prediction = self.problem.prediction
-        J = jacobian_rows(prediction.f, prediction.of(names))
+        J = jacobian_rows(prediction.f, prediction.of(names)).to(prediction.f.dtype)
         return J.reshape(self.problem.size, -1, J.shape[1])
 
 

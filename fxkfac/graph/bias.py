@@ -16,7 +16,7 @@ from torch.fx import Graph, Node
 
 from fxkfac.graph.ir import Example, Join, OneHot, Use, axis_lengths
 from fxkfac.graph.rules.addition import addition_factor
-from fxkfac.graph.view import LAYOUT_OPS, View
+from fxkfac.graph.view import View, is_layout, scale_of
 
 
 def join_biases(uses: list[Use], graph: Graph, example: Example) -> list[Use]:
@@ -62,8 +62,9 @@ def _path_to_product(
         return node, [], 1.0
     for below in node.all_input_nodes:
         layout, factor = list[Node](), addition_factor(node, below)
-        while below.name not in weights and below.target in LAYOUT_OPS and len(below.users) == 1:
+        while below.name not in weights and is_layout(below) and len(below.users) == 1:
             layout.insert(0, below)
+            factor *= scale_of(below)
             below = below.all_input_nodes[0]
         if factor and below.name in weights and len(below.users) == 1:
             return below, layout, factor

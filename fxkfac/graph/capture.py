@@ -28,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 
 from fxkfac.functional import (
     FunctionalModel,
+    in_place_of,
     nest_names,
     own_randomness,
     prediction_of,
@@ -74,7 +75,9 @@ def by_export(bound: FunctionalModel, signature: Signature, tensors: list[Tensor
     params = [] if isinstance(bound.model, nn.Module) else _leaves(bound)
     axes = [None if a is None else {a: Dim.AUTO} for a in signature.axes]
     dynamic = ([None] * len(params), axes)
-    program = export(_Callee(bound, signature), (params, tensors), dynamic_shapes=dynamic)
+    callee = _Callee(bound, signature)
+    with in_place_of({}, callee):  # export, too, leaves its own objects in a shared module
+        program = export(callee, (params, tensors), dynamic_shapes=dynamic)
     program = program.run_decompositions({})
     for node in program.graph_module.graph.nodes:
         if isinstance(node.target, torch._ops.HigherOrderOperator):

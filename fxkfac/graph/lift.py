@@ -18,7 +18,7 @@ from torch.fx import Node
 from fxkfac.graph.ir import Example, Form, axis_tokens
 from fxkfac.graph.rules.addition import addition_factor
 from fxkfac.graph.rules.registry import NotLinear
-from fxkfac.graph.view import LAYOUT_OPS, View
+from fxkfac.graph.view import View, is_layout, scale_of
 
 SUMMED = (
     "its output is the same for all data, so that the gradient there is summed over the data and "
@@ -39,14 +39,14 @@ def lift(node: Node, form: Form, dependent: set[Node], example: Example) -> list
 
 
 def _additions(
-    node: Node, layout: tuple[Node, ...], dependent: set[Node]
+    node: Node, layout: tuple[Node, ...], dependent: set[Node], scale: float = 1.0
 ) -> Iterator[tuple[Node, tuple[Node, ...], float]]:
     """Follow every reader of an output through layout ops to an addition of data."""
     for user in node.users:
-        if user.target in LAYOUT_OPS and user not in dependent and user.args[0] is node:
-            yield from _additions(user, (*layout, user), dependent)
+        if is_layout(user) and user not in dependent and user.args[0] is node:
+            yield from _additions(user, (*layout, user), dependent, scale * scale_of(user))
         elif user in dependent and (factor := addition_factor(user, node)):
-            yield user, layout, factor
+            yield user, layout, scale * factor
         else:
             raise NotLinear(SUMMED)
 

@@ -20,7 +20,7 @@ from fxkfac.graph.ir import Example, Form, Source, Use, letters
 from fxkfac.graph.lift import lift
 from fxkfac.graph.rules.registry import RULES, NotLinear, Operand, call_of, operands
 from fxkfac.graph.source import module_of, source_of
-from fxkfac.graph.view import LAYOUT_OPS, View
+from fxkfac.graph.view import View, is_layout
 
 aten = torch.ops.aten
 
@@ -117,7 +117,7 @@ def _entries(graph: Graph, parameters: Mapping[Node, str]) -> Iterable[tuple[Nod
         entering = [n for n in node.all_input_nodes if n in chains]
         if not entering or node.target in SHAPE_ONLY | LIKE | STOPS:
             continue
-        if node.target in LAYOUT_OPS and len(entering) == len(_tensor_arguments(node)):
+        if is_layout(node) and len(entering) == len(_tensor_arguments(node)):
             chains[node] = _extend([chains[n] for n in entering], node)
         elif isinstance(node.target, OpOverload):
             for operand, argument in operands(call_of(node, {}, {}), chains.__contains__):
@@ -156,6 +156,9 @@ def _use(
     form = rule(call_of(node, example.shapes, example.numbers), operand)
     view, form = _narrow(_view(chain, parameters, example), form, example.shapes[chain[-1]])
     _require_einsum(form)
+    if view.scale is None:
+        raise NotLinear("its parts are multiplied by different numbers")
+    form = replace(form, scale=form.scale * view.scale)
     return Use(
         parameters=view.parameters,
         op=op_name(node),

@@ -23,7 +23,7 @@ from fxkfac.graph.match import LIKE, SHAPE_ONLY, STOPS, op_name
 from fxkfac.graph.normal import normal_weight
 from fxkfac.graph.source import module_of, source_of
 from fxkfac.graph.table import orientation, shape_text, where
-from fxkfac.graph.view import LAYOUT_OPS
+from fxkfac.graph.view import LAYOUT_OPS, is_layout
 
 if TYPE_CHECKING:
     from fxkfac.graph.program import Program
@@ -112,7 +112,7 @@ class _Builder:
         if node.target in SHAPE_ONLY or (_is_plain(node) and not sources):
             return []
         status = {self.network.nodes[key].get("status", "") for key, _ in sources}
-        step = LAYOUT_OPS.get(node.target)
+        step = LAYOUT_OPS[node.target] if is_layout(node) else None
         is_view = {"", "frozen"}.isdisjoint(status) or status == {"frozen"}
         if step is None or not sources or not (is_view or (step == "" and len(sources) == 1)):
             return [(node.name, ())]
@@ -136,7 +136,7 @@ class _Builder:
             node.name,
             kind="quiet",
             name=node.name,
-            op=LAYOUT_OPS.get(node.target) or name.partition(".")[0],
+            op=name.partition(".")[0],
             module=module_of(node),
             function=source.function if source else "",
             source=where(source, "") if source else "",
@@ -182,9 +182,7 @@ def _op_of(use: Use) -> tuple[str, str]:
 
 def _leads(node: Node, end: str) -> bool:
     """Whether only layout ops lie between a node and the one named `end`."""
-    return any(
-        user.name == end or (user.target in LAYOUT_OPS and _leads(user, end)) for user in node.users
-    )
+    return any(user.name == end or (is_layout(user) and _leads(user, end)) for user in node.users)
 
 
 def use_attributes(program: Program, place: int) -> dict[str, Any]:

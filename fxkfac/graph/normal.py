@@ -25,11 +25,13 @@ class OneHotRows:
     Attributes:
         indices: The positions; a row whose index is `ignored` is zero.
         size: Length of each vector.
+        scale: What stands in the place of the one.
     """
 
     indices: Int[Tensor, "batch shared"]
     size: int
     ignored: int | None
+    scale: float
 
 
 def unfold(x: Tensor, patches: Patches) -> Tensor:
@@ -59,7 +61,7 @@ def normal_x(use: Use, x: Tensor | None, batch: BatchAxis | None) -> Tensor | On
         left, right = form.normal_x(batch).split(" -> ")
         pattern = f"{left.removesuffix(' v')} -> {right.removeprefix('() ').removesuffix(' (v)')}"
         indices = rearrange(x, pattern, **form.row_sizes(form.x, batch))
-        return OneHotRows(indices, form.prepare.size, form.prepare.ignored)
+        return OneHotRows(indices, form.prepare.size, form.prepare.ignored, form.scale)
     if isinstance(form.prepare, Patches):
         x = unfold(x, form.prepare)
     x = reduce(x, form.normal_x(batch), "sum", **form.row_sizes(form.x, batch))
@@ -93,7 +95,7 @@ def parameter_gradient(use: Use, x: Tensor | None, gradient: Tensor) -> Float[Te
         kept = rows.indices.expand(normal_y(use, gradient, None).shape[1:-1]).flatten()
         if rows.ignored is not None:
             g = g * (kept != rows.ignored).unsqueeze(-1)
-        part = g.new_zeros(1, rows.size, g.shape[-1]).index_add(1, kept, g)
+        part = g.new_zeros(1, rows.size, g.shape[-1]).index_add(1, kept, rows.scale * g)
     elif rows is None:
         part = use.form.scale * g.sum(1, keepdim=True)
     else:

@@ -59,10 +59,15 @@ LAYOUT_OPS: dict[Any, str] = {
     aten._to_copy.default: "cast",
     aten.to.dtype: "cast",
     aten.to.dtype_layout: "cast",
+    aten.mul.Scalar: "scale",
+    aten.mul.Tensor: "scale",
+    aten.div.Scalar: "scale",
+    aten.div.Tensor: "scale",
+    aten.neg.default: "scale",
 }
 
 # These change values or strides but not which entry is where: skipped when numbers are moved.
-VALUE_ONLY = {"", "cast"}
+VALUE_ONLY = {"", "cast", "scale"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +94,16 @@ class View:
         return tuple(s for n in self.chain if (s := LAYOUT_OPS.get(n.target, "")))
 
     @property
+    def scale(self) -> float | None:
+        """What the parameters' entries are multiplied by; `None` where not all alike."""
+        scales: dict[Node, float | None] = dict.fromkeys(self.chain[: len(self.shapes)], 1.0)
+        for node in self.chain[len(self.shapes) :]:
+            entering = {scales[n] for n in node.all_input_nodes if n in scales}
+            before = entering.pop() if len(entering) == 1 else None
+            scales[node] = None if before is None else before * scale_of(node)
+        return scales[self.chain[-1]]
+
+    @property
     def numel(self) -> int:
         """Number of entries of all the parameters."""
         return sum(torch.Size(shape).numel() for shape in self.shapes)
@@ -105,6 +120,23 @@ class View:
         for axis in self.narrowed:
             operand = operand.narrow(axis, 0, 1)
         return operand
+
+
+def is_layout(node: Node) -> bool:
+    """Whether a node only selects, rearranges or scales entries of its first argument."""
+    if LAYOUT_OPS.get(node.target) == "scale":
+        return not any(isinstance(argument, Node) for argument in node.args[1:])
+    return node.target in LAYOUT_OPS
+
+
+def scale_of(node: Node) -> float:
+    """What a layout op multiplies every entry by."""
+    if LAYOUT_OPS[node.target] != "scale":
+        return 1.0
+    if node.target is aten.neg.default:
+        return -1.0
+    factor = float(node.args[1])  # type: ignore[arg-type]
+    return 1 / factor if node.target in (aten.div.Scalar, aten.div.Tensor) else factor
 
 
 def _move(node: Node, known: Mapping[Node, Any]) -> Any:
