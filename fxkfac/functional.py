@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,18 +20,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxkfac.errors import FxkfacError, ParameterError, UnknownParameter
+from fxkfac.isolation import in_place_of
 
 Params = Mapping[str, Any]  # a possibly nested mapping of names to tensors
 Inputs = Any  # a tensor, a tuple or list of tensors, or a dict of keyword arguments
-
-
-@contextmanager
-def own_randomness(seed: int) -> Iterator[None]:
-    """Draw random numbers from `seed`, and give the global state back as it was."""
-    cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=cuda):
-        torch.manual_seed(seed)
-        yield
 
 
 def prediction_of(output: Any) -> Tensor:
@@ -43,35 +36,6 @@ def prediction_of(output: Any) -> Tensor:
             "that returns that tensor alone."
         )
     return tensors[0]
-
-
-@contextmanager
-def in_place_of(tensors: Mapping[int, Tensor], module: nn.Module) -> Iterator[None]:
-    """Put tensors in the place of a module's own, by these ones' `id`, and put all back after.
-
-    `torch.func.functional_call` names each place and fails to put back a module that is registered
-    under two names; this looks at each module once. Whatever ran inside, afterwards the module
-    holds the very objects it held before.
-    """
-    held = [(m, dict(m._parameters), dict(m._buffers), _flat(m)) for m in module.modules()]
-    try:
-        for m, parameters, buffers, flat in held:
-            m._parameters.update({k: tensors.get(id(p), p) for k, p in parameters.items()})  # type: ignore[misc]
-            m._buffers.update({k: tensors.get(id(b), b) for k, b in buffers.items()})
-            if flat is not None:
-                m._flat_weights = [tensors.get(id(p), p) for p in flat]  # type: ignore[assignment]
-        yield
-    finally:
-        for m, parameters, buffers, flat in held:
-            m._parameters.update(parameters)
-            m._buffers.update(buffers)
-            if flat is not None:
-                m._flat_weights = flat  # type: ignore[assignment]
-
-
-def _flat(module: nn.Module) -> list[Tensor] | None:
-    """The list by which recurrent modules hold their parameters a second time."""
-    return getattr(module, "_flat_weights", None)
 
 
 def flatten_names(params: Params, prefix: str = "") -> dict[str, Tensor]:
@@ -101,6 +65,11 @@ def nest_names(flat: Mapping[str, Tensor], like: Params, prefix: str = "") -> di
     }
 
 
+def _call(function: Callable[..., Any], inputs: Inputs) -> Any:
+    args, kwargs = split_inputs(inputs)
+    return function(*args, **kwargs)
+
+
 def split_inputs(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword arguments of the model's call."""
     if isinstance(inputs, Mapping):
@@ -120,6 +89,7 @@ class FunctionalModel:
         tensors: All parameters by name, one name per storage; the user's own tensors.
         aliases: Every further name of a tied parameter, mapped to the name in `tensors`.
         selected: The names whose curvature is asked for, in the model's order.
+        replaced: Names whose tensors in `tensors` stand in the place of the module's own.
     """
 
     model: nn.Module | Callable[..., Any]
@@ -127,29 +97,41 @@ class FunctionalModel:
     tensors: dict[str, Tensor]
     aliases: dict[str, str]
     selected: tuple[str, ...]
+    replaced: frozenset[str] = frozenset()
 
     def __call__(self, tensors: Mapping[str, Tensor], inputs: Inputs) -> Any:
         """Run the model with `tensors` in the place of its parameters and buffers of that name."""
-        args, kwargs = split_inputs(inputs)
-        full = {n: tensors[n] if n in tensors else t.detach() for n, t in self.tensors.items()}
+        with self.holding(tensors) as model:
+            return model(inputs)
+
+    @contextmanager
+    def holding(self, tensors: Mapping[str, Tensor]) -> Iterator[Callable[[Inputs], Any]]:
+        """The model as a function of its inputs, while it holds `tensors`."""
+        missing = [name for name in self.tensors if name not in tensors]
+        full = {**self.current(missing), **tensors}
+        full |= {alias: full[name] for alias, name in self.aliases.items()}
         if not isinstance(self.model, nn.Module):
             assert self.structure is not None
-            named = {**full, **{alias: full[name] for alias, name in self.aliases.items()}}
-            return self.model(nest_names(named, self.structure), *args, **kwargs)
+            nested = nest_names(full, self.structure)
+            yield lambda inputs: _call(partial(self.model, nested), inputs)
+            return
         # Batch norm and its kin write into buffers while they run: hand them copies.
-        full |= {name: tensors.get(name, b).clone() for name, b in self.buffers().items()}
-        full |= {alias: full[name] for alias, name in self.aliases.items()}
+        full |= {name: full.get(name, b).clone() for name, b in self.buffers().items()}
         own = dict(self.model.named_parameters(remove_duplicate=False)) | self.buffers()
         with in_place_of({id(held): full[name] for name, held in own.items()}, self.model):
-            return self.model(*args, **kwargs)
+            yield lambda inputs: _call(self.model, inputs)
 
     def buffers(self) -> dict[str, Tensor]:
         """The module's buffers by name, as they are now; empty for a function."""
         return dict(self.model.named_buffers()) if isinstance(self.model, nn.Module) else {}
 
-    def current(self) -> dict[str, Tensor]:
-        """The parameters as they are now, detached from any graph."""
-        return {name: tensor.detach() for name, tensor in self.tensors.items()}
+    def current(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """Parameters (all, without names) as they are now, detached from any graph."""
+        held = dict(self.tensors)
+        if isinstance(self.model, nn.Module):
+            live = dict(self.model.named_parameters(remove_duplicate=False))
+            held |= {name: live[name] for name in held if name not in self.replaced}
+        return {name: held[name].detach() for name in (held if names is None else names)}
 
     def resolve(self, name: str) -> str:
         """The canonical name of a parameter. Raises `UnknownParameter` with near misses."""
@@ -168,6 +150,11 @@ class FunctionalModel:
                 raise ParameterError(
                     f"params[{name!r}] has shape {tuple(value.shape)}, but the model was bound "
                     f"with {tuple(expected.shape)}. Pass tensors of that shape, or trace anew."
+                )
+            if (value.dtype, value.device) != (expected.dtype, expected.device):
+                raise ParameterError(
+                    f"params[{name!r}] is {value.dtype} on {value.device}, but the model was bound "
+                    f"with {expected.dtype} on {expected.device}. Convert it, or trace anew."
                 )
             values[canonical] = value.detach()
         return values
@@ -232,7 +219,8 @@ def _bind_module(module: nn.Module, params: Any) -> FunctionalModel:
     if isinstance(params, Mapping):
         flat = {bound.resolve(name) for name in flatten_names(params)}
         tensors = {**tensors, **{n: t for n, t in bound.override(params).items() if n in flat}}
-        return FunctionalModel(module, None, tensors, aliases, _in_order(tensors, flat))
+        chosen = _in_order(tensors, flat)
+        return FunctionalModel(module, None, tensors, aliases, chosen, frozenset(flat))
     return FunctionalModel(
         module, None, tensors, aliases, _in_order(tensors, select(bound, params))
     )

@@ -141,14 +141,13 @@ def test_another_order_and_parts_of_the_data(name):
     assert_same(at.kfac(take(data, [3, 0, 6, 2, 1, 5, 4])), whole)
     parts = [take(data, [0, 1, 2]), take(data, [3, 4, 5, 6])]
     assert_same(at.kfac(parts[0]) + at.kfac(parts[1]), whole)
-    assert_same(at.kfac(parts), whole)
 
 
 @entries({name: e for name, e in PLAIN.items() if e.reduce})
 def test_the_batch_axis(name):
     """Reduce sums over the shared axes alone: right only where the batch axis is."""
-    at, data = traced(name), ZOO[name].data(5)
-    singles = [at.entry.take(data, [k]) for k in range(5)]
+    at, data = traced(name), ZOO[name].data(3)
+    singles = [at.entry.take(data, [k]) for k in range(3)]
     assert_same(at.kfac(singles, sharing="reduce"), at.kfac(data, sharing="reduce"))
 
 

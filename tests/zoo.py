@@ -365,7 +365,8 @@ def in_place_arithmetic():
     def forward(self, x):
         h = self.first(x)
         h.mul_(2.0).add_(x.mean(-1, keepdim=True))
-        h[:, 0] = h[:, 1] * h[:, 2]
+        h[:, 0] = x[:, 1] * x[:, 2]
+        h[:, 1:3] += x[:, :2]
         return self.second(h.tanh_())
 
     return Made(forward, first=nn.Linear(4, 5), second=nn.Linear(5, 3))
@@ -492,6 +493,16 @@ def parametrized():
 @entry("module style", x=(4,), y=(3,), unshared=True)
 def checkpointed():
     """A block whose activations are computed again in the backward pass."""
+    return Made(
+        lambda m, x: m.head(checkpoint(m.body, x, use_reentrant=False).tanh()),
+        body=nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4)),
+        head=nn.Linear(4, 3),
+    )
+
+
+@entry("module style", x=(4,), y=(3,), options={"params": ["body.0.*"]}, unshared=True)
+def checkpointed_in_part():
+    """A block that is computed again in the backward pass, of which one layer is asked for."""
     return Made(
         lambda m, x: m.head(checkpoint(m.body, x, use_reentrant=False).tanh()),
         body=nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4)),

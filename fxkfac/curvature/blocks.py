@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fxkfac.curvature.plan import TermPlan
 from fxkfac.errors import FxkfacError
-from fxkfac.linalg import kronecker_dense, kronecker_solve
+from fxkfac.linalg import kronecker_dense, kronecker_solve, require_regular
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -98,8 +98,9 @@ class Block:
     def solve(self, vector: Float[Tensor, " numel"], damping: float) -> Float[Tensor, " numel"]:
         """(block + damping · I)⁻¹ vector; exact, by eigenvalues for a single product."""
         if len(self.terms) > 1:
-            damped = self.dense() + damping * torch.eye(self.numel).to(vector)
-            return torch.linalg.solve(damped, vector)
+            eigenvalues, Q = torch.linalg.eigh(self.dense())
+            require_regular(eigenvalues, damping)
+            return Q @ ((Q.mT @ vector) / (eigenvalues.clamp_min(0) + damping))
         entries = self.terms[0].entries.to(vector.device)
         solution = kronecker_solve(*self.terms[0].grouped(), vector[entries], damping)
         return torch.empty_like(vector).index_put((entries,), solution)
@@ -130,4 +131,5 @@ class Diagonal:
 
     def solve(self, vector: Float[Tensor, " numel"], damping: float) -> Float[Tensor, " numel"]:
         """(block + damping · I)⁻¹ vector."""
+        require_regular(self.diagonal.flatten(), damping)
         return vector / (self.diagonal.flatten() + damping)

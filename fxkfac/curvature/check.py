@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxkfac.curvature.data import batches
 from fxkfac.curvature.likelihoods import Likelihood
 from fxkfac.curvature.losses import likelihood_of
 from fxkfac.errors import TapMismatch
-from fxkfac.functional import Params, own_randomness
+from fxkfac.functional import Params
 from fxkfac.graph.program import Program
 from fxkfac.graph.verify import FlatModel, relative_error, tap_gradients, tolerance
+from fxkfac.isolation import own_randomness
 
 
 def check(
@@ -36,11 +38,11 @@ def check(
     Raises:
         TapMismatch: A gradient differs by more than half of the digits of its dtype.
     """
-    inputs, targets = data
+    ((inputs, targets),) = batches([data])
     likelihood = likelihood_of(loss)
     names = program.parameters
     state = {**program.model.override(params), **program.model.buffers()}
-    model = FlatModel(program.model, program.signature)
+    model = FlatModel(program.model, program.signature.with_constants(inputs))
     with own_randomness(0):
         run = program.run(inputs, params)
         likelihood.validate(run.prediction.detach(), targets)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fxkfac.curvature.blocks import Block, Diagonal, Kronecker
+from fxkfac.curvature.likelihoods import Likelihood
 from fxkfac.curvature.plan import BlockPlan, TermPlan
 from fxkfac.curvature.sharing import Counted
 from fxkfac.errors import MergeError, OptionError, UnknownParameter
@@ -57,7 +58,7 @@ class Settings:
     mc_samples: int
     separate_weight_and_bias: bool
     loss: str
-    parameters: tuple[str, ...]
+    parameters: Mapping[str, tuple[int, ...]]  # the covered ones and their shapes
 
 
 @dataclass(frozen=True)
@@ -68,18 +69,21 @@ class Factors(Mapping[str, Block | Diagonal]):
         settings: How it was computed.
         n: Number of data seen.
         count: What `reduction="mean"` divides by, over all data seen.
-        reduction: R, for all data seen (paper, Equation 1).
     """
 
     settings: Settings
     n: int
     count: float
-    reduction: float
     model: FunctionalModel = field(repr=False)
-    reduction_of: object = field(repr=False)  # the likelihood, which knows R for a count
+    likelihood: Likelihood = field(repr=False)
     plans: Mapping[str, BlockPlan] = field(repr=False)
     sums: Mapping[str, tuple[Sums, ...]] = field(repr=False)
     diagonals: Mapping[str, Tensor] = field(repr=False)
+
+    @property
+    def reduction(self) -> float:
+        """R, for all data seen (paper, Equation 1)."""
+        return self.likelihood.reduction_factor(self.count)
 
     def __getitem__(self, name: str) -> Block | Diagonal:
         name = self.model.aliases.get(name, name)
@@ -126,12 +130,10 @@ class Factors(Mapping[str, Block | Diagonal]):
                 f"these factors were computed with {self.settings}, the others with "
                 f"{other.settings}; only parts of one computation add up."
             )
-        count = self.count + other.count
         return replace(
             self,
             n=self.n + other.n,
-            count=count,
-            reduction=self.reduction_of.reduction_factor(count),  # type: ignore[attr-defined]
+            count=self.count + other.count,
             sums={
                 name: tuple(a + b for a, b in zip(mine, other.sums[name], strict=True))
                 for name, mine in self.sums.items()
@@ -178,6 +180,8 @@ class Factors(Mapping[str, Block | Diagonal]):
         """
         if damping < 0:
             raise OptionError(f"damping={damping}; expected zero or a positive number.")
+        if not any(name in gradients for block in self.values() for name in block.params):
+            raise unknown(next(iter(gradients), ""), self.settings.parameters)
         solved: dict[str, Tensor] = {}
         for block in self.values():
             if not set(block.params) & set(gradients):

@@ -20,13 +20,14 @@ from fxkfac.curvature.data import Data, batches
 from fxkfac.curvature.diagonal import by_datum, squared_gradients
 from fxkfac.curvature.factors import Factors, Settings, Sums
 from fxkfac.curvature.likelihoods import Likelihood
-from fxkfac.curvature.losses import likelihood_of
+from fxkfac.curvature.losses import likelihood_of, loss_text
 from fxkfac.curvature.plan import BlockPlan, plan_blocks
 from fxkfac.curvature.sharing import SHARINGS, Counted, input_moment, output_moment
 from fxkfac.errors import DataError, NonFiniteError, OptionError
-from fxkfac.functional import Params, own_randomness
+from fxkfac.functional import Params
 from fxkfac.graph.ir import Use
 from fxkfac.graph.program import Program, Run
+from fxkfac.isolation import own_randomness
 
 
 def kfac(
@@ -79,8 +80,8 @@ def kfac(
         sharing,
         mc_samples,
         separate_weight_and_bias,
-        f"{type(loss).__name__}(reduction={likelihood.reduction!r})",
-        (*program.parameters, *(program.uncovered if program.unsupported == "diagonal" else ())),
+        loss_text(loss),
+        {name: tuple(program.model.tensors[name].shape) for name in _covered(program)},
     )
     source = generator or program.generator
     total: Factors | None = None
@@ -156,19 +157,22 @@ def _batch(
         plans = plan_blocks(run.tapped.uses, settings.separate_weight_and_bias)
         sums = {plan.name: s for plan, s in zip(plans, _sums(batch, plans), strict=True)}
         diagonals = _diagonals(batch, inputs, params)
-    _require_finite(sums, number)
-    count = float(likelihood.count(prediction, targets))
+    _require_finite(sums, diagonals, number)
     return Factors(
         settings=settings,
         n=run.n,
-        count=count,
-        reduction=likelihood.reduction_factor(count),
+        count=float(likelihood.count(prediction, targets)),
         model=program.model,
-        reduction_of=likelihood,
+        likelihood=likelihood,
         plans={plan.name: plan for plan in plans},
         sums=sums,
         diagonals=diagonals,
     )
+
+
+def _covered(program: Program) -> tuple[str, ...]:
+    """Names of the parameters that get a block."""
+    return (*program.parameters, *(program.uncovered if program.unsupported == "diagonal" else ()))
 
 
 def _run(program: Program, inputs: Any, params: Params | None, number: int) -> Run:
@@ -228,14 +232,22 @@ def positions_in_datum(run: Run) -> Tensor:
     return positions.view(shape)
 
 
-def _require_finite(sums: Mapping[str, Iterable[Sums]], number: int) -> None:
+def _require_finite(
+    sums: Mapping[str, Iterable[Sums]], diagonals: Mapping[str, Tensor], number: int
+) -> None:
+    for name, exact in diagonals.items():
+        _require_finite_factor("the diagonal", name, exact, number)
     for name, terms in sums.items():
         for term in terms:
             a = term.a.diagonal if isinstance(term.a, Counted) else term.a.diagonal(dim1=1, dim2=2)
             # A NaN or Inf in any row shows on the diagonal, since that sums squares.
             for factor, diagonal in (("A", a), ("B", term.b.diagonal(dim1=1, dim2=2))):
-                if not torch.isfinite(diagonal).all():
-                    raise NonFiniteError(
-                        f"factor {factor} of {name!r} holds NaN or Inf after batch {number}; "
-                        "expected finite numbers. Compute in a wider dtype, or look at this layer."
-                    )
+                _require_finite_factor(f"factor {factor}", name, diagonal, number)
+
+
+def _require_finite_factor(what: str, name: str, numbers: Tensor, number: int) -> None:
+    if not torch.isfinite(numbers).all():
+        raise NonFiniteError(
+            f"{what} of {name!r} holds NaN or Inf after batch {number}; expected finite numbers. "
+            "Compute in a wider dtype, or look at this layer."
+        )

@@ -53,6 +53,21 @@ def likelihood_of(loss: Any) -> Likelihood:
     )
 
 
+def loss_text(loss: Any) -> str:
+    """A loss with all of its options: equal for two losses that are the same function."""
+    options = vars(loss) if isinstance(loss, Likelihood) else _module_options(loss)
+    said = [
+        f"{key}={value.tolist() if isinstance(value, Tensor) else value!r}"
+        for key, value in sorted(options.items())
+    ]
+    return f"{type(loss).__name__}({', '.join(said)})"
+
+
+def _module_options(loss: nn.Module) -> dict[str, Any]:
+    public = {k: v for k, v in vars(loss).items() if not k.startswith("_") and k != "training"}
+    return public | dict(loss.named_buffers())
+
+
 class Gaussian(Likelihood):
     """nn.MSELoss: c = ½‖f - y‖², a Gaussian with unit covariance. Every element is a site."""
 

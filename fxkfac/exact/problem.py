@@ -120,6 +120,11 @@ class Problem:
         )
 
 
+def copied(inputs: Inputs) -> Inputs:
+    """The same inputs, which a model may write into."""
+    return pytree.tree_map_only(Tensor, Tensor.clone, inputs)
+
+
 def predict(bound: FunctionalModel, names: Iterable[str], inputs: Inputs) -> Prediction:
     """Run the model with the parameters of these (canonical) names as leaves of a graph."""
     values = bound.current()
@@ -131,7 +136,7 @@ def predict(bound: FunctionalModel, names: Iterable[str], inputs: Inputs) -> Pre
     device = next(iter(values.values())).device
     # Fused attention kernels have no second derivative; dropout draws from the caller's RNG.
     with torch.enable_grad(), isolated_rng(device), sdpa_kernel(SDPBackend.MATH):
-        f = prediction_of(bound({**values, **leaves}, inputs))
+        f = prediction_of(bound({**values, **leaves}, copied(inputs)))
     require_prediction(f)
     if not f.isfinite().all():
         raise NonFiniteError(

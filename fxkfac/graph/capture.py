@@ -7,6 +7,7 @@ they are tried in order, and each one's refusal is kept.
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -26,17 +27,11 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
-from fxkfac.functional import (
-    FunctionalModel,
-    in_place_of,
-    nest_names,
-    own_randomness,
-    prediction_of,
-    split_inputs,
-)
+from fxkfac.functional import FunctionalModel, nest_names, prediction_of, split_inputs
 from fxkfac.graph.cleanup import STOP, rebuild
 from fxkfac.graph.signature import Signature
 from fxkfac.graph.source import is_foreign
+from fxkfac.isolation import in_place_of, own_randomness
 
 
 class Refusal(Exception):
@@ -118,7 +113,8 @@ class _Callee(nn.Module):
             return prediction_of(self.model(*args, **kwargs))
         named = dict(zip(bound.tensors, params, strict=True))
         named |= {alias: named[name] for alias, name in bound.aliases.items()}
-        return prediction_of(bound.model(nest_names(named, bound.structure), *args, **kwargs))
+        with fx_traceback.preserve_node_meta(), _RecordSource():  # export records modules' alone
+            return prediction_of(bound.model(nest_names(named, bound.structure), *args, **kwargs))
 
 
 def _leaves(bound: FunctionalModel) -> list[Tensor]:
@@ -137,7 +133,8 @@ def by_make_fx(mode: str) -> Callable[[FunctionalModel, Signature, list[Tensor]]
             with _RecordSource():
                 return prediction_of(bound(named, signature.inputs(list(values[len(names) :]))))
 
-        example = [*_leaves(bound), *bound.buffers().values(), *tensors]
+        data = [t.clone() for t in tensors]  # the model may write into its inputs
+        example = [*_leaves(bound), *bound.buffers().values(), *data]
         with fx_traceback.preserve_node_meta():
             module = make_fx(flat, tracing_mode=mode)(*example)  # type: ignore[arg-type]
             if _mutates(module):
@@ -196,10 +193,16 @@ FRONT_ENDS: dict[str, Callable[[FunctionalModel, Signature, list[Tensor]], Captu
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Tracing and trial runs draw random numbers and warn about their own doings; nobody else's."""
-    with own_randomness(0), warnings.catch_warnings(), _transforms_closed():
-        warnings.simplefilter("ignore")
-        yield
+    """Tracing and trial runs draw random numbers and speak of their own doings; nobody else's."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with own_randomness(0), warnings.catch_warnings(), _transforms_closed():
+            warnings.simplefilter("ignore")
+            with torch.enable_grad():
+                yield
+    finally:
+        logging.disable(disabled)
 
 
 @contextmanager

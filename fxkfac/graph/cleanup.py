@@ -85,7 +85,9 @@ def _placeholder(
 ) -> Node:
     if isinstance(role, Tensor):
         return _constant(graph, root, role)
-    return tensors[role] if isinstance(role, int) else named[role]
+    place = tensors[role] if isinstance(role, int) else named[role]
+    place.meta = dict(node.meta)
+    return place
 
 
 def written(old: Tensor, new: Tensor) -> Tensor:

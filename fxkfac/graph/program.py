@@ -122,28 +122,21 @@ class Program:
         _require_finite(tensors)
         n = self.signature.batch_size(tensors)
         key = (self.signature.key(inputs, tensors), _mode(self.model))
+        model = FlatModel(self.model, self.signature.with_constants(inputs))
         tapped = self._cache.get((key, n)) or self._cache.get(key)
         if tapped is None:
-            return self._compile_for(key, tensors, n, dynamic=True), tensors
-        if n not in tapped.verified and not self._agrees(tapped, tensors, n):
-            return self._compile_for(key, tensors, n, dynamic=False), tensors
+            return self._compile_for(key, model, tensors, n, dynamic=True), tensors
+        if n not in tapped.verified and not _agrees(model, tapped, tensors, n):
+            return self._compile_for(key, model, tensors, n, dynamic=False), tensors
         return tapped, tensors
 
-    def _compile_for(self, key: Hashable, tensors: list[Tensor], n: int, dynamic: bool) -> Tapped:
-        model = FlatModel(self.model, self.signature)
+    def _compile_for(
+        self, key: Hashable, model: FlatModel, tensors: list[Tensor], n: int, dynamic: bool
+    ) -> Tapped:
         tapped = self._compile(model, tensors, self.unsupported, dynamic)
         tapped.verified.add(n)
         self._cache[key if tapped.dynamic else (key, n)] = tapped
         return tapped
-
-    def _agrees(self, tapped: Tapped, tensors: list[Tensor], n: int) -> bool:
-        """Compare graph and model at a batch size that is seen for the first time."""
-        model = FlatModel(self.model, self.signature)
-        with quietly():
-            wrong = is_model(model, tapped.captured, model.state(), tensors)
-        if not wrong:
-            tapped.verified.add(n)
-        return not wrong
 
     def run(self, inputs: Inputs, params: Mapping[str, Any] | None = None) -> Run:
         """Run the tapped graph on one batch.
@@ -172,6 +165,15 @@ class Program:
 
     def __str__(self) -> str:
         return program_table(self)
+
+
+def _agrees(model: FlatModel, tapped: Tapped, tensors: list[Tensor], n: int) -> bool:
+    """Compare graph and model at a batch size that is seen for the first time."""
+    with quietly():
+        wrong = is_model(model, tapped.captured, model.state(), tensors)
+    if not wrong:
+        tapped.verified.add(n)
+    return not wrong
 
 
 def _mode(bound: FunctionalModel) -> Hashable:

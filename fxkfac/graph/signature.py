@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,6 +45,12 @@ class Signature:
         total = len(tensors) + len(self.constants)
         leaves = [self.constants[k] if k in self.constants else next(rest) for k in range(total)]
         return pytree.tree_unflatten(leaves, self.spec)
+
+    def with_constants(self, inputs: Any) -> Signature:
+        """The same signature with the leaves of `inputs` that are not tensors."""
+        leaves = pytree.tree_leaves(_as_tuple(inputs))
+        constants = {k: leaf for k, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)}
+        return replace(self, constants=constants)
 
     def batch_size(self, tensors: list[Tensor]) -> int:
         """Number of data N. Raises `DataError` where the tensors disagree, or hold none."""

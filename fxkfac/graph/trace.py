@@ -98,10 +98,10 @@ def compile_graph(
         best = best or tapped
         if not tapped.unsupported or policy != "error":
             return replace(tapped, refusals=refusals)
-    if best is not None:
-        raise UnsupportedUse(_unsupported_message(best.unsupported))
     if dynamic and model.signature.batch_size(tensors) == 1:
         return compile_graph(model, tensors, policy, dynamic=False)
+    if best is not None:
+        raise UnsupportedUse(_unsupported_message(best.unsupported))
     raise CaptureError(_capture_message(model.bound, refusals))
 
 
@@ -165,7 +165,10 @@ def _trial(
     other = model.signature.vary(tensors, TRIAL_SIZE + (n == TRIAL_SIZE), generator)
     if dynamic and not is_model(model, captured, state, other):
         return True, other
-    return False, model.signature.vary(tensors, n, generator)
+    same = model.signature.vary(tensors, n, generator)
+    if wrong := is_model(model, captured, state, same):
+        raise Refusal(f"on data unlike the example {wrong}")
+    return False, same
 
 
 def _selected(captured: Captured, bound: FunctionalModel) -> dict[Node, str]:

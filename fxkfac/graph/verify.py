@@ -7,14 +7,14 @@ and before the gradients put together from its taps were autograd's own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fxkfac.functional import FunctionalModel, prediction_of
+from fxkfac.functional import FunctionalModel, Inputs, prediction_of
 from fxkfac.graph.capture import Captured, Refusal
 from fxkfac.graph.ir import Use
 from fxkfac.graph.locate import Taps
@@ -37,21 +37,29 @@ class FlatModel:
 
     def predict(self, state: State, data: Sequence[Tensor]) -> Tensor:
         """The model's prediction, from the same random numbers each time."""
+        with self.bound.holding(state) as model:
+            return self._predict(model, data)
+
+    def _predict(self, model: Callable[[Inputs], Any], data: Sequence[Tensor]) -> Tensor:
         torch.manual_seed(0)
-        with torch.enable_grad():  # the model may take gradients inside
-            return prediction_of(self.bound(state, self.signature.inputs(list(data))))
+        copies = [t.clone() for t in data]  # the model may write into its inputs
+        with torch.enable_grad():  # and take gradients inside
+            return prediction_of(model(self.signature.inputs(copies)))
 
     def gradients(
         self, state: State, data: Sequence[Tensor], cotangent: Tensor, names: Sequence[str]
     ) -> dict[str, Tensor]:
         """Every named parameter's gradient of ⟨cotangent, prediction⟩, by autograd."""
         leaves = {n: state[n].detach().requires_grad_() for n in names}
-        prediction = self.predict({**state, **leaves}, data)
-        if not prediction.requires_grad or not leaves:
-            return {n: torch.zeros_like(t) for n, t in leaves.items()}
-        gradients = torch.autograd.grad(
-            prediction, list(leaves.values()), cotangent, allow_unused=True, materialize_grads=True
-        )
+        # A checkpoint runs parts of the model again: while it still holds these tensors.
+        with self.bound.holding({**state, **leaves}) as model:
+            prediction = self._predict(model, data)
+            if not prediction.requires_grad or not leaves:
+                return {n: torch.zeros_like(t) for n, t in leaves.items()}
+            wanted = list(leaves.values())
+            gradients = torch.autograd.grad(
+                prediction, wanted, cotangent, allow_unused=True, materialize_grads=True
+            )
         return dict(zip(leaves, gradients, strict=True))
 
 

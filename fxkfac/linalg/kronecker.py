@@ -21,6 +21,16 @@ def kronecker_dense(
     return product.flatten(3, 4).flatten(1, 2)
 
 
+def require_regular(eigenvalues: Tensor, damping: float) -> None:
+    """Raise `OptionError` for a singular matrix without damping: zero up to rounding."""
+    rounding = torch.finfo(eigenvalues.dtype).eps * eigenvalues.numel()
+    if damping == 0 and bool((eigenvalues <= rounding * eigenvalues.max()).any()):
+        raise OptionError(
+            "the block is singular: its smallest eigenvalue is zero up to rounding; expected a "
+            "regular one, or damping > 0. Pass a positive damping."
+        )
+
+
 def kronecker_solve(
     A: Float[Tensor, "group d_in d_in"],
     B: Float[Tensor, "group d_out d_out"],
@@ -39,7 +49,6 @@ def kronecker_solve(
     (lambda_A, Q_A), (lambda_B, Q_B) = torch.linalg.eigh(A), torch.linalg.eigh(B)
     # Positive semi-definite by construction: what is below zero is rounding.
     eigenvalues = lambda_A.clamp_min(0).unsqueeze(-1) * lambda_B.clamp_min(0).unsqueeze(-2)
-    if damping == 0 and bool((eigenvalues <= 0).any()):
-        raise OptionError("the block is singular; pass a positive damping.")
+    require_regular(eigenvalues, damping)
     rotated = Q_A.mT @ G @ Q_B
     return Q_A @ (rotated / (eigenvalues + damping)) @ Q_B.mT

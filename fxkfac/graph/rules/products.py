@@ -141,11 +141,11 @@ def _equation(call: Call) -> tuple[list[list[str]], list[str]]:
 
 
 def _spell(term: str, ndim: int) -> list[str]:
-    """`...ij` of a 4-D tensor becomes e1 e0 ai aj (the ellipsis is aligned at its right)."""
+    """`...ij` of a 4-D tensor becomes e1 e0 axi axj (the ellipsis is aligned at its right)."""
     before, dots, after = term.partition("...")
     n = ndim - len(before) - len(after)
     ellipsis = [f"e{k}" for k in reversed(range(n))] if dots else []
-    return [*(f"a{c}" for c in before), *ellipsis, *(f"a{c}" for c in after)]
+    return [*(f"ax{c}" for c in before), *ellipsis, *(f"ax{c}" for c in after)]
 
 
 def _units(
