@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
 
 from fxkfac.curvature.backpropagation import backpropagated_vectors
 from fxkfac.curvature.likelihoods import Likelihood, isolated_rng, require_prediction
