@@ -15,6 +15,7 @@ from fxkfac.curvature.likelihoods import Likelihood
 from fxkfac.curvature.losses import Categorical, Gaussian, likelihood_of
 from fxkfac.errors import (
     DataError,
+    FxkfacError,
     LossError,
     NonFiniteError,
     OptionError,
@@ -713,8 +714,8 @@ class TestErrors:
 
     def test_prediction(self):
         params = {"W": rand(3, 4)}
-        with pytest.raises(DataError, match="prediction is a tuple; expected a tensor"):
-            exact.ggn(lambda p, x: (x @ p["W"].T,), CE(), self.data, params=params)
+        with pytest.raises(FxkfacError, match="returns tuple with 2 tensors; expected one tensor"):
+            exact.ggn(lambda p, x: (x @ p["W"].T, x), CE(), self.data, params=params)
         with pytest.raises(NonFiniteError, match="prediction holds NaN"):
             exact.ggn(lambda p, x: x @ p["W"].T / 0, CE(), self.data, params=params)
 

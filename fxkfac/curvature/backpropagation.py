@@ -25,7 +25,7 @@ def backpropagated_vectors(
     likelihood: Likelihood,
     prediction: Tensor,
     target: Any,
-    datum: Tensor,
+    datum: Tensor | None,
     mc_samples: int,
     generator: torch.Generator,
 ) -> Iterator[Tensor]:
@@ -37,7 +37,8 @@ def backpropagated_vectors(
         prediction: f, of all data, the data along whatever axis.
         target: y, as the likelihood takes it.
         datum: int64, in the prediction's shape: the position 0..dim F - 1 of every element within
-            its own datum. For a prediction [N, C] it is `arange(C)`, broadcast.
+            its own datum. For a prediction [N, C] it is `arange(C)`, broadcast. `None` for the
+            flavours that are not in `BY_POSITION`.
         mc_samples: M, the number of vectors of 'mc' and 'curvature-propagation'.
         generator: Where labels and signs are drawn from.
 
@@ -48,9 +49,13 @@ def backpropagated_vectors(
     require_fisher(fisher)
     if not isinstance(mc_samples, int) or isinstance(mc_samples, bool) or mc_samples < 1:
         raise OptionError(f"mc_samples is {mc_samples!r}; expected a whole number, at least 1.")
-    assert datum.shape == prediction.shape
+    assert datum is None or datum.shape == prediction.shape
     f = prediction.detach()
     return _VECTORS[fisher](_Backpropagation(likelihood, f, target, datum, mc_samples, generator))
+
+
+# Flavours whose vectors are non-zero at one position of each datum: they must know which is whose.
+BY_POSITION = frozenset({"type-2", "type-1"})
 
 
 def require_fisher(fisher: str) -> None:
@@ -67,13 +72,14 @@ class _Backpropagation:
     likelihood: Likelihood
     f: Tensor
     y: Any
-    datum: Tensor
+    datum: Tensor | None
     mc_samples: int
     generator: torch.Generator
 
 
 def _type2(at: _Backpropagation) -> Iterator[Tensor]:
     S = _hessian_sqrt(at)
+    assert at.datum is not None
     for e in range(int(at.datum.max()) + 1):
         # S_n acts on each datum alone: one product gives ▲_{n,e} = S_n e for every n.
         yield S((at.datum == e).to(at.f.dtype))
@@ -124,6 +130,7 @@ def _hessian_sqrt(at: _Backpropagation) -> Callable[[Tensor], Tensor]:
 def _sites(at: _Backpropagation) -> tuple[Tensor, list[int]]:
     """Which site of its datum an element belongs to (broadcasts to f), and all of them."""
     axes = at.likelihood.event_axes(at.f)
+    assert at.datum is not None
     # A site is known by the first of its elements.
     site = at.datum.amin(axes, keepdim=True) if axes else at.datum
     return site, site.unique().tolist()

@@ -18,7 +18,7 @@ from fxkfac.curvature.blocks import Block, Diagonal, Kronecker
 from fxkfac.curvature.likelihoods import Likelihood
 from fxkfac.curvature.plan import BlockPlan, TermPlan
 from fxkfac.curvature.sharing import Counted
-from fxkfac.errors import MergeError, OptionError, UnknownParameter
+from fxkfac.errors import MergeError, UnknownParameter
 from fxkfac.functional import FunctionalModel, unknown
 
 if TYPE_CHECKING:
@@ -178,8 +178,6 @@ class Factors(Mapping[str, Block | Diagonal]):
             UnknownParameter: A block's other parameter has no gradient here.
             OptionError: The damping is negative, or zero where a block is singular.
         """
-        if damping < 0:
-            raise OptionError(f"damping={damping}; expected zero or a positive number.")
         if not any(name in gradients for block in self.values() for name in block.params):
             raise unknown(next(iter(gradients), ""), self.settings.parameters)
         solved: dict[str, Tensor] = {}

@@ -15,7 +15,11 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from fxkfac.curvature.backpropagation import backpropagated_vectors, require_fisher
+from fxkfac.curvature.backpropagation import (
+    BY_POSITION,
+    backpropagated_vectors,
+    require_fisher,
+)
 from fxkfac.curvature.data import Data, batches
 from fxkfac.curvature.diagonal import by_datum, squared_gradients
 from fxkfac.curvature.factors import Factors, Settings, Sums
@@ -95,6 +99,7 @@ def kfac(
             error.add_note(f"The factors of the first {total.n} data are in this error's .factors.")
         raise
     assert total is not None  # `batches` refuses empty data
+    likelihood.reduction_factor(total.count)  # refuses data without a single target that counts
     return total
 
 
@@ -117,7 +122,7 @@ class _Batch:
             self.likelihood,
             self.run.prediction.detach(),
             self.targets,
-            positions_in_datum(self.run),
+            positions_in_datum(self.run) if self.settings.fisher in BY_POSITION else None,
             self.settings.mc_samples,
             self.generator,
         )

@@ -57,7 +57,8 @@ def locate(
         g = (before[use.tap], after[use.tap])
         pairs = [g, (first[2][use.tap].detach(), second[2][use.tap].detach())]
         axes.append(_batch_axis(use, pairs, (first[1][k], second[1][k]), n, order))
-        constant.append(axes[-1] is None and bool(g[0].any()) and _close(*g))
+        summed = at is not None and axes[-1] is None and bool(g[0].any()) and _close(*g)
+        constant.append(summed)
     return Located(at, tuple(axes), tuple(constant))
 
 

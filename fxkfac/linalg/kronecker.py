@@ -22,7 +22,9 @@ def kronecker_dense(
 
 
 def require_regular(eigenvalues: Tensor, damping: float) -> None:
-    """Raise `OptionError` for a singular matrix without damping: zero up to rounding."""
+    """Raise `OptionError` for negative damping, and for a singular matrix without any."""
+    if damping < 0:
+        raise OptionError(f"damping={damping}; expected zero or a positive number.")
     rounding = torch.finfo(eigenvalues.dtype).eps * eigenvalues.numel()
     if damping == 0 and bool((eigenvalues <= rounding * eigenvalues.max()).any()):
         raise OptionError(
@@ -44,8 +46,6 @@ def kronecker_solve(
     Raises:
         OptionError: The damping is negative, or zero where the product is singular.
     """
-    if damping < 0:
-        raise OptionError(f"damping={damping}; expected zero or a positive number.")
     (lambda_A, Q_A), (lambda_B, Q_B) = torch.linalg.eigh(A), torch.linalg.eigh(B)
     # Positive semi-definite by construction: what is below zero is rounding.
     eigenvalues = lambda_A.clamp_min(0).unsqueeze(-1) * lambda_B.clamp_min(0).unsqueeze(-2)

@@ -1,5 +1,6 @@
 """The traps of capturing a model: each is seen through, or refused by name; none is silent."""
 
+import contextlib
 import re
 
 import pytest
@@ -144,8 +145,11 @@ class TestValuesOfTheExample:
         def model(params, x):
             return x @ params["W"] + shift(x)
 
-        with pytest.raises(CaptureError, match="model"):
-            fxkfac.trace(model, X, {"W": rand(4, 3)})
+        program = None
+        with contextlib.suppress(CaptureError):
+            program = fxkfac.trace(model, X, {"W": rand(4, 3)})
+        if program is not None:  # a front end that saw the value computed is right on other data
+            assert max(fxkfac.check(program, MSE(), (X + 1, Y)).values()) < 1e-12
 
     def test_refused_also_where_parameters_may_be_left_out(self):
         def model(params, x):
