@@ -121,11 +121,10 @@ class TestOneDatum:
             found = turned(block) if vec == "rvec" else torch.kron(block.A, block.B)
             close(found, truth(model, loss, data, joint(layer), vec=vec))
 
+    @pytest.mark.parametrize("traced", [nn.Tanh], indirect=True)  # one activation is enough here
     @pytest.mark.parametrize("loss", [MSE(), CE(reduction="sum")], ids=str)
     def test_mc_converges_to_it(self, traced, loss):
         model, program = traced
-        if not isinstance(model[1], nn.Tanh):
-            pytest.skip("one activation is enough for the sampled Fisher")
         data = self.datum(loss)
         factors = fxkfac.kfac(
             program, loss, data, fisher="mc", mc_samples=25_000, generator=generator()

@@ -192,14 +192,16 @@ def _sums(batch: _Batch, plans: Sequence[BlockPlan]) -> list[tuple[Sums, ...]]:
     terms = [term for plan in plans for term in plan.terms]
     sharing = batch.settings.sharing
     moments = [input_moment(t, sharing, batch.input, batch.output) for t in terms]
+
+    def output_moments(gradients: Sequence[Tensor]) -> list[Tensor]:
+        return [output_moment(term, sharing, lambda use: gradients[use.tap]) for term in terms]
+
     total: list[Tensor] = []
     for gradients in _gradients(batch):
-        of_use = lambda use, g=gradients: g[use.tap]  # noqa: E731
-        parts = [output_moment(term, sharing, of_use) for term in terms]
+        parts = output_moments(gradients)
         total = [t + p for t, p in zip(total, parts, strict=True)] if total else parts
     if not total:  # forward-only: nothing is sent back
-        zeros = [torch.zeros_like(y) for y in batch.run.taps]
-        total = [output_moment(term, sharing, lambda use: zeros[use.tap]) for term in terms]
+        total = output_moments([torch.zeros_like(y) for y in batch.run.taps])
     rest = iter(Sums(a, b, rows) for (a, rows), b in zip(moments, total, strict=True))
     return [tuple(next(rest) for _ in plan.terms) for plan in plans]
 

@@ -1,0 +1,51 @@
+"""The registry of rules: one rule per overload, under the overload's own name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._ops import OpOverload
+
+from fxkfac.graph.ir import BatchAxis, Form
+from fxkfac.graph.rules import RULES, Call, Operand, rule
+
+
+def test_rules_are_registered_under_aten_overloads() -> None:
+    assert len(RULES) >= 15
+    assert all(isinstance(overload, OpOverload) for overload in RULES)
+    assert all(function.__doc__ for function in RULES.values())
+
+
+def test_registering_twice_is_an_error() -> None:
+    def again(call: Call, operand: Operand) -> Form:
+        raise AssertionError
+
+    before = dict(RULES)
+    with pytest.raises(ValueError, match=r"aten\.linear\.default has a rule already: linear"):
+        rule(torch.ops.aten.linear.default)(again)
+    assert before == RULES
+
+
+def test_a_form_tells_the_kinds_of_its_axes_from_where_their_names_occur() -> None:
+    grouped = Form("(g o) i k", "n (g i) p k", "n (g o) p", sizes={"g": 2})
+    assert (grouped.group, grouped.d_in, grouped.d_out) == (["g"], ["i", "k"], ["o"])
+    assert grouped.rows == ["n", "p"]
+    assert grouped.normal_weight == "(g o) i k -> (g) (i k) (o)"
+    assert grouped.normal_y() == "n (g o) p -> (g) n p (o)"
+    assert grouped.orientation() == "(g o) i i"
+
+
+def test_the_batch_axis_is_split_off_and_the_rest_is_shared() -> None:
+    form = Form("o i", "r0 r1 i", "r0 r1 o")
+    at = BatchAxis("r1", outer=3, inner=1)
+    assert form.normal_x(at) == (
+        "r0 (r1_outer r1_batch r1_inner) i -> () r1_batch (r0 r1_outer r1_inner) (i)"
+    )
+    assert form.row_sizes(form.x, at) == {"r1_outer": 3, "r1_inner": 1}
+    assert str(at) == "3·N"
+
+
+def test_rows_that_an_input_lacks_have_length_one() -> None:
+    lifted = Form("v d", "r0 v", "s0 r0 d")
+    assert lifted.normal_x() == "r0 v -> () 1 r0 (v)"
+    assert lifted.normal_x(BatchAxis("s0", 1, 1)) == "r0 v -> () 1 (r0) (v)"
