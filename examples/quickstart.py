@@ -93,9 +93,13 @@ def compare(
     for name, computed in factors.items():
         block = computed.dense(*names)
         error = (block - exact[name]).norm() / exact[name].norm()
-        what = "empirical Fisher" if name == "empirical" else "GGN"
-        print(f"  {name:<24}{what:<20}{error:.3f}")
+        print(f"  {name:<24}{reference(name):<20}{error:.3f}")
     return {name: (exact[name], computed.dense(*names)) for name, computed in factors.items()}
+
+
+def reference(fisher: str) -> str:
+    """The exact matrix that a flavour approximates."""
+    return "empirical Fisher" if fisher == "empirical" else "GGN"
 
 
 def natural_gradient_step(
@@ -142,7 +146,7 @@ def heat_maps(pairs: dict[str, tuple[Tensor, Tensor]], shape: tuple[int, int], p
         ):
             image = axis.imshow(matrix, cmap="RdBu_r", vmin=-limit, vmax=limit)
             axis.set(title=title, xticks=[], yticks=[])
-        row[0].set_ylabel(name, fontsize=12)
+        row[0].set_ylabel(f"{name}\nagainst the {reference(name)}", fontsize=11)
         figure.colorbar(image, ax=row, shrink=0.8)
     figure.suptitle("Curvature of head.weight (10×8): exact GGN and empirical Fisher, and KFAC")
     figure.savefig(path, dpi=110)

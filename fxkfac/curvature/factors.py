@@ -168,7 +168,7 @@ class Factors(Mapping[str, Block | Diagonal]):
         return canonical
 
     def solve(self, gradients: Mapping[str, Tensor], damping: float) -> dict[str, Tensor]:
-        """The natural gradient: (block + damping · I)⁻¹ gradient, block by block.
+        """The natural gradient: (block + damping · I)⁻¹ gradient, in the order of `gradients`.
 
         Args:
             gradients: The gradient of every parameter of every block that is to be solved.
@@ -194,7 +194,7 @@ class Factors(Mapping[str, Block | Diagonal]):
             parts = block.solve(flat, damping).split([torch.Size(s).numel() for s in block.shapes])
             for name, shape, part in zip(block.params, block.shapes, parts, strict=True):
                 solved[name] = part.view(shape)
-        return solved
+        return {name: solved[name] for name in gradients if name in solved}
 
 
 def _fill(

@@ -10,7 +10,7 @@ from torch import nn
 
 import fxkfac
 from fxkfac import exact
-from fxkfac.errors import CaptureError, FxkfacError
+from fxkfac.errors import BatchAxisError, CaptureError, FxkfacError
 
 F64 = torch.float64
 MSE, CE = nn.MSELoss, nn.CrossEntropyLoss
@@ -435,6 +435,20 @@ class TestBatchSizes:
             proves(program, rand(size, 4, seed=size), rand(size, 3))
             assert len(program.run(rand(size, 4)).prediction) == size
 
+    def test_a_branch_that_depends_on_the_size(self):
+        """The example and the trials are all in one branch, the next batch is not."""
+
+        def model(params, x):
+            y = x @ params["W"]
+            return torch.tanh(y) if len(x) > 5 else y
+
+        params = {"W": rand(4, 3)}
+        program = fxkfac.trace(model, rand(2, 4), params)
+        for size in (2, 7, 4, 6):
+            x = rand(size, 4, seed=size)
+            close(program.run(x).prediction, model(params, x))
+            proves(program, x, rand(size, 3))
+
     def test_several_sizes_in_one_pass(self):
         model = seeded(Recurrent)
         x, y = rand(7, 2, 4, seed=1), rand(7, 3, seed=2)
@@ -720,6 +734,23 @@ class TestAttention:
         factors = fxkfac.kfac(program, MSE(), (x, rand(3, 2, 4)), sharing="reduce")
         mean = torch.cat([x.mean(1), torch.ones(3, 1, dtype=F64)], dim=1)
         close(factors["attention.in_proj_weight"].A, 2 / 24 * mean.T @ mean)
+
+
+class TestAmbiguousAxes:
+    def test_zeros_fit_every_layout(self):
+        """Neither a zero state nor a zero gradient tells (N, 2) from (2, N)."""
+
+        def model(params, x):
+            state = x.new_zeros(2 * len(x), 3) @ params["U"]
+            return x @ params["W"] + 0 * state[: len(x)]
+
+        program = fxkfac.trace(model, X, {"W": rand(4, 3), "U": rand(3, 3)})
+        found = {use.parameter: use.batch for use in program.uses}
+        assert str(found["W"]) == "N"
+        assert found["U"] is None
+        assert not fxkfac.kfac(program, MSE(), (X, Y)).dense("U").any()
+        with pytest.raises(BatchAxisError, match="U enters"):
+            fxkfac.kfac(program, MSE(), (X, Y), sharing="reduce")
 
 
 class Cell(nn.Module):
