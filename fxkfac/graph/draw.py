@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 FORMATS = (".svg", ".png", ".pdf", ".gv")
 FONT = "Helvetica,Arial,sans-serif"
 GRAPH = {
-    "rankdir": "TB", "nodesep": "0.3", "ranksep": "0.32", "pad": "0.1", "dpi": "144",
+    "rankdir": "TB", "nodesep": "0.3", "ranksep": "0.32", "pad": "0.1",
     "fontname": FONT, "fontsize": "10", "labelloc": "b", "newrank": "true", "remincross": "false",
 }  # fmt: skip
 NODE = {"fontname": FONT, "fontsize": "10", "shape": "box", "height": "0.3"}
@@ -62,7 +62,8 @@ def draw(program: Program, path: str | os.PathLike[str]) -> str:
             f"path={name!r} ends in {ending!r}; expected one of {', '.join(FORMATS)}. "
             "The ending says the format."
         )
-    source = dot_source(program).encode()
+    # Only pixels need a resolution; graphviz clips an SVG that has one.
+    source = dot_source(program, **({"dpi": "144"} if ending == ".png" else {})).encode()
     if ending == ".gv":
         return _write(name, source)
     try:
@@ -95,10 +96,10 @@ def _write(path: str, content: bytes) -> str:
     return path
 
 
-def dot_source(program: Program) -> str:
-    """The picture in the language of graphviz."""
+def dot_source(program: Program, **attributes: str) -> str:
+    """The picture in the language of graphviz, with further attributes of the whole graph."""
     network = folded(to_networkx(program))
-    dot = graphviz.Digraph(graph_attr=GRAPH, node_attr=NODE, edge_attr=EDGE)
+    dot = graphviz.Digraph(graph_attr=GRAPH | attributes, node_attr=NODE, edge_attr=EDGE)
     dot.attr(label=labels.legend(network))
     picture = _Picture(program, network, _scopes(program, network))
     for key, node in network.nodes(data=True):

@@ -20,6 +20,7 @@ RED, PALE_RED = "#C2410C", "#FDE6D5"  # the gradient, and B, which comes from it
 GOLD, PALE_GOLD = "#8F5F00", "#FBEDBB"  # parameters
 VIOLET, PALE_VIOLET = "#86198F", "#F5E1F7"  # parameters without rule, and the ops they enter
 QUIET = "#E6EAEF"
+GAP = "&#8194;"  # an en space: renderers of SVG drop plain spaces at the beginning of a text
 NESTING = ("#FAFBFC", "#F3F5F8", "#ECEFF3")  # modules inside modules
 
 STATUS = {
@@ -65,27 +66,34 @@ def _quiet(node: Node) -> dict[str, str]:
 
 def _op(node: Node, entering: Iterable[dict[str, Any]]) -> dict[str, str]:
     """A linear op. Left what comes in, and A; right what goes out, and B."""
-    y = f"<I>y</I>  {node['y']}"
+    y = f"<I>y</I>{GAP}{node['y']}"
     factors = dict.fromkeys((e["group"], e["A"], e["B"]) for e in entering if "A" in e)
     if not factors:
         return _table(node, BLUE, [(f"bias of {escape(node['joins'])}", y, PAPER, PAPER)])
     if node["tapped"] != node["name"]:
         y += _small(f"  at {node['tapped']}", SLATE)
-    rows = [(f"<I>x</I>  {node['x']}", y, PAPER, PAPER)]
+    rows = [(f"<I>x</I>{GAP}{node['x']}", y, PAPER, PAPER)]
     for group, a, b in factors:
         many = f"{group} × " if group > 1 else ""
-        rows.append((f"<B>A</B>  {many}{a}", f"<B>B</B>  {many}{b}", PALE_BLUE, PALE_RED))
+        rows.append(
+            (
+                f"<B>A</B>{GAP}{many}{a}",
+                f"<B>B</B>{GAP}{many}{b}",
+                PALE_BLUE,
+                PALE_RED,
+            )
+        )
     return _table(node, BLUE, rows)
 
 
 def _unsupported(node: Node) -> dict[str, str]:
     """An op that a parameter enters without normal form."""
-    y = f"<I>y</I>  {node['shape']}" if node["shape"] else ""
+    y = f"<I>y</I>{GAP}{node['shape']}" if node["shape"] else ""
     return _table(node, VIOLET, [("no tap here", y, PAPER, PAPER)])
 
 
 def _table(node: Node, color: str, rows: list[Row]) -> dict[str, str]:
-    head = f"<B>{escape(node['op'])}</B>   {_small(node['source'], '#DCE3EC')}"
+    head = f"<B>{escape(node['op'])}</B>{GAP}{_small(node['source'], '#DCE3EC')}"
     body = "".join(f"<TR>{_cell(a, c)}{_cell(b, d)}</TR>" for a, b, c, d in rows)
     label = (
         f'<<TABLE BORDER="1" CELLBORDER="0" CELLSPACING="0" CELLPADDING="4" COLOR="{color}" '

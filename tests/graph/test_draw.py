@@ -112,3 +112,15 @@ def test_unwritable_path_is_named(tmp_path):
 
 def test_drawing_is_the_same_every_time():
     assert dot_source(attention()) == dot_source(attention())
+
+
+@needs_dot
+def test_an_svg_shows_all_of_itself(tmp_path):
+    """Graphviz scales an SVG that has a resolution, but not its view box: browsers clip it."""
+    root = ElementTree.parse(mlp().draw(str(tmp_path / "mlp.svg"))).getroot()
+    width, height = (float(root.attrib[side].removesuffix("pt")) for side in ("width", "height"))
+    shown = [float(number) for number in root.attrib["viewBox"].split()]
+    assert shown[:2] == [0, 0]
+    assert shown[2:] == pytest.approx([width, height], abs=1)
+    transform = root.find("{http://www.w3.org/2000/svg}g").attrib["transform"]
+    assert "scale(1 1)" in transform
