@@ -18,7 +18,14 @@ aten = torch.ops.aten
 
 STOP = "fxkfac_stop"  # mark of nodes through which the user lets no gradient pass
 
+
+def length(t: Tensor, axis: int) -> int:
+    """The length of an axis; `aten.sym_size` is the same, but `vmap` has no rule for it."""
+    return t.shape[axis]
+
+
 RENAMED: dict[Any, Any] = {
+    aten.sym_size.int: length,
     aten.view.default: aten.reshape.default,
     aten._unsafe_view.default: aten.reshape.default,
     aten._efficientzerotensor.default: aten.zeros.default,

@@ -16,6 +16,7 @@ from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
 from fxkfac.graph.bias import join_biases
+from fxkfac.graph.cleanup import length
 from fxkfac.graph.ir import Example, Form, Source, Use, letters
 from fxkfac.graph.lift import lift
 from fxkfac.graph.rules.registry import RULES, NotLinear, Operand, call_of, operands
@@ -25,7 +26,7 @@ from fxkfac.graph.view import View, is_layout
 aten = torch.ops.aten
 
 # Ops that look at a tensor's shape, not at its values, and so do not use it.
-SHAPE_ONLY = {aten.sym_size.int, aten.sym_stride.int, aten.sym_numel.default}
+SHAPE_ONLY = {length, aten.sym_stride.int, aten.sym_numel.default}
 # Ops that stop the gradient: what is behind them is no use of the parameter.
 STOPS = {aten.detach.default}
 # Ops that make a tensor of the argument's shape and nothing else of it.

@@ -48,6 +48,11 @@ class Tapped:
     verified: set[int] = field(repr=False)
     refusals: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def uncovered(self) -> tuple[str, ...]:
+        """Names of the parameters with a use that has no normal form."""
+        return tuple(dict.fromkeys(p for u in self.unsupported for p in u.parameters))
+
 
 @dataclass(frozen=True)
 class Run:
@@ -114,7 +119,7 @@ class Program:
     @property
     def uncovered(self) -> tuple[str, ...]:
         """Names of the parameters with a use that has no normal form."""
-        return tuple(dict.fromkeys(p for u in self.tapped.unsupported for p in u.parameters))
+        return self.tapped.uncovered
 
     def at(self, inputs: Inputs) -> tuple[Tapped, list[Tensor]]:
         """The tapped graph for these inputs, and their tensors; compiled where it is new."""

@@ -77,6 +77,8 @@ def compile_graph(
 ) -> Tapped:
     """Try the front ends in order; take the first whose graph is proven to be the model.
 
+    Where it has uses without normal form, the others may take the op apart: the one that covers
+    most parameters is taken.
     With `dynamic` false the graph is taken for this batch size alone.
     """
     refusals: dict[str, str] = {}
@@ -95,11 +97,15 @@ def compile_graph(
         except Exception as error:  # front ends raise whatever their depths raise
             refusals[name] = _shorten(error)
             continue
-        best = best or tapped
-        if not tapped.unsupported or policy != "error":
-            return replace(tapped, refusals=refusals)
-    if dynamic and model.signature.batch_size(tensors) == 1:
+        tapped = replace(tapped, refusals=dict(refusals))
+        if not tapped.unsupported:
+            return tapped
+        if best is None or len(tapped.uncovered) < len(best.uncovered):
+            best = tapped
+    if dynamic and model.signature.batch_size(tensors) == 1 and (best is None or policy == "error"):
         return compile_graph(model, tensors, policy, dynamic=False)
+    if best is not None and policy != "error":
+        return best
     if best is not None:
         raise UnsupportedUse(_unsupported_message(best.unsupported))
     raise CaptureError(_capture_message(model.bound, refusals))

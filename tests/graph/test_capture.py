@@ -937,3 +937,38 @@ class TestInputs:
     def test_a_wrong_type_is_refused_by_name(self):
         with pytest.raises(FxkfacError, match="axis 0"):
             fxkfac.trace(self.scaled, "no tensors at all", WEIGHTS)
+
+
+class TestTheFrontEndThatCoversMost:
+    """An op that one front end keeps whole and that has no rule is taken apart by another one."""
+
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm, self.head = nn.LSTM(4, 3, batch_first=True), nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.head(self.lstm(x)[0][:, -1])
+
+    @pytest.mark.parametrize("policy", ["error", "diagonal"])
+    def test_lstm(self, policy):
+        model = seeded(self.Recurrent)
+        program = fxkfac.trace(model, rand(5, 6, 4), unsupported=policy)
+        assert program.uncovered == ()
+        assert {"lstm.weight_hh_l0", "lstm.bias_hh_l0"} <= set(program.parameters)
+        proves(program, rand(3, 6, 4, seed=1), rand(3, 3))
+
+    def test_the_diagonal_of_a_graph_that_asks_for_lengths(self):
+        class Model(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.first, self.gain = nn.Linear(2, 3), nn.Parameter(rand(3))
+
+            def forward(self, x):
+                h = self.first(x.view(len(x), 2, 2)) * self.gain
+                return h.reshape(x.shape[0], 6)
+
+        model = seeded(Model)
+        program = fxkfac.trace(model, X, unsupported="diagonal")
+        found = fxkfac.kfac(program, MSE(), (X, rand(len(X), 6)))["gain"].diagonal
+        close(found, exact.ggn(model, MSE(), (X, rand(len(X), 6)), "gain").diagonal())
