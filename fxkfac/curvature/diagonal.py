@@ -10,8 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 from torch.func import grad, vmap
+from torch.fx import GraphModule
 
-from fxkfac.errors import BatchAxisError
+from fxkfac.errors import BatchAxisError, FxkfacError
+from fxkfac.functional import Inputs
 from fxkfac.graph.program import Program, Run
 from fxkfac.graph.verify import relative_error, tolerance
 
@@ -20,7 +22,7 @@ def squared_gradients(
     program: Program,
     run: Run,
     state: Mapping[str, Tensor],
-    data: Sequence[Tensor],
+    inputs: Inputs,
     names: Sequence[str],
     vectors: Iterable[Tensor],
 ) -> dict[str, Tensor]:
@@ -30,7 +32,7 @@ def squared_gradients(
         program: The traced program.
         run: Its run on the batch.
         state: All parameters and buffers.
-        data: The batch's input tensors.
+        inputs: The batch.
         names: The parameters.
         vectors: The backpropagated vectors ▲, of the prediction's shape.
 
@@ -38,8 +40,10 @@ def squared_gradients(
         BatchAxisError: The data are coupled, as by batch norm in train mode, so that no gradient
             is one datum's own.
     """
-    axes = program.signature.axes
-    module = run.tapped.captured.module
+    signature = program.signature.with_constants(inputs)
+    data, axes = [t.detach() for t in signature.tensors(inputs)], signature.axes
+    first = signature.inputs(signature.permute(data, torch.tensor([0])))
+    module = _for_one_datum(program, first)
 
     def of_one(chosen: Mapping[str, Tensor], *datum: Tensor) -> Tensor:
         single = [t if a is None else t.unsqueeze(a) for t, a in zip(datum, axes, strict=True)]
@@ -50,11 +54,7 @@ def squared_gradients(
     alone = vmap(of_one, in_dims, randomness="same")(chosen, *data)
     own = by_datum(run, run.prediction.detach())
     if relative_error(alone, own) > tolerance(own):
-        raise BatchAxisError(
-            "a datum by itself gives another prediction than within its batch, so its gradient is "
-            "not its own; is batch norm in train mode? Call model.eval() before tracing, or trace "
-            "with unsupported='skip'."
-        )
+        raise BatchAxisError(f"a datum by itself gives another prediction {COUPLED}")
     per_datum = vmap(
         grad(lambda p, v, *datum: (of_one(p, *datum) * v).sum()),
         (None, 0, *axes),
@@ -65,6 +65,24 @@ def squared_gradients(
         gradients = per_datum(chosen, by_datum(run, vector), *data)
         total = {name: t + gradients[name].square().sum(0) for name, t in total.items()}
     return total
+
+
+COUPLED = (
+    "than within its batch, so its gradient is not its own; is batch norm in train mode? Call "
+    "model.eval() before tracing, or trace with unsupported='skip'."
+)
+
+
+def _for_one_datum(program: Program, inputs: Inputs) -> GraphModule:
+    """A graph that is good for a batch of one."""
+    try:
+        return program.at(inputs)[0].captured.module
+    except FxkfacError:
+        raise
+    except Exception as error:  # the model's own, which may want more than one datum
+        raise BatchAxisError(
+            f"a datum by itself gives {error}, another result {COUPLED}"
+        ) from error
 
 
 def by_datum(run: Run, t: Tensor) -> Tensor:

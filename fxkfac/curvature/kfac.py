@@ -225,8 +225,7 @@ def _diagonals(batch: _Batch, inputs: Any, params: Params | None) -> dict[str, T
     if program.unsupported != "diagonal" or not program.uncovered:
         return {}
     state = {**program.model.override(params), **program.model.buffers()}
-    data = [t.detach() for t in program.signature.tensors(inputs)]
-    return squared_gradients(program, batch.run, state, data, program.uncovered, batch.vectors())
+    return squared_gradients(program, batch.run, state, inputs, program.uncovered, batch.vectors())
 
 
 def positions_in_datum(run: Run) -> Tensor:
