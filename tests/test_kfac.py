@@ -724,3 +724,32 @@ class TestFallbacks:
         assert any("scale" in line for line in lines)
         others = fxkfac.kfac(diagonal, CE(), data)
         close(factors["linear.weight"].dense(), others["linear.weight"].dense())
+
+
+class TestHalfPrecision:
+    """A bfloat16 number holds whole numbers up to 256: counts and sums must not be such numbers."""
+
+    def test_counts_and_factors_are_float32(self):
+        class Model(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.table, self.shift = nn.Embedding(2, 3), nn.Parameter(torch.zeros(3))
+
+            def forward(self, x):
+                return torch.tanh(self.table(x)) + self.shift
+
+        torch.manual_seed(0)
+        model = Model().bfloat16()
+        x = torch.zeros(1001, dtype=torch.long)
+        y = torch.zeros(1001, 3, dtype=torch.bfloat16)
+        program = fxkfac.trace(model, torch.tensor([0, 1, 1]))
+        factors = fxkfac.kfac(program, MSE(reduction="sum"), (x, y))
+        table, shift = factors["table.weight"], factors["shift"]
+        assert table.A.dtype == table.B.dtype == shift.B.dtype == torch.float32
+        assert table.A.tolist() == [2 * 1001, 0]
+        assert shift.A.item() == 2 * 1001
+        assert torch.equal(shift.B, torch.eye(3))
+        assert factors.dense("shift").tolist() == (2 * 1001 * torch.eye(3)).tolist()
+        step = factors.solve({"shift": torch.ones(3, dtype=torch.bfloat16)}, damping=1.0)
+        assert step["shift"].dtype == torch.bfloat16
+        close(step["shift"].float(), torch.full((3,), 1 / 2003), rtol=1e-2, atol=0.0)

@@ -17,7 +17,7 @@ from torch import Tensor
 from fxkfac.curvature.blocks import Block, Diagonal, Kronecker
 from fxkfac.curvature.likelihoods import Likelihood
 from fxkfac.curvature.plan import BlockPlan, TermPlan
-from fxkfac.curvature.sharing import Counted
+from fxkfac.curvature.sharing import Counted, accurate_dtype
 from fxkfac.errors import MergeError, UnknownParameter
 from fxkfac.functional import FunctionalModel, unknown
 
@@ -130,6 +130,14 @@ class Factors(Mapping[str, Block | Diagonal]):
                 f"these factors were computed with {self.settings}, the others with "
                 f"{other.settings}; only parts of one computation add up."
             )
+        if {n: p.structure for n, p in self.plans.items()} != {
+            n: p.structure for n, p in other.plans.items()
+        }:
+            raise MergeError(
+                "these factors and the others come from graphs that use the parameters in other "
+                "ways, as control flow that depends on shapes may make them; expected the same "
+                "uses. Compute factors for inputs of one shape at a time."
+            )
         return replace(
             self,
             n=self.n + other.n,
@@ -152,7 +160,9 @@ class Factors(Mapping[str, Block | Diagonal]):
         chosen = [self._canonical(name) for name in names or self.settings.parameters]
         sizes = [self.model.tensors[name].numel() for name in chosen]
         first = self.model.tensors[chosen[0]]
-        total = first.new_zeros(sum(sizes), sum(sizes), requires_grad=False)
+        total = torch.zeros(
+            sum(sizes), sum(sizes), dtype=accurate_dtype(first), device=first.device
+        )
         ends = torch.tensor([0, *sizes]).cumsum(0).tolist()
         spans = {name: slice(*span) for name, span in zip(chosen, pairwise(ends), strict=True)}
         for block in self.values():
@@ -191,9 +201,10 @@ class Factors(Mapping[str, Block | Diagonal]):
                     f"{missing}, which are in the same block; pass them all."
                 )
             flat = torch.cat([gradients[name].detach().flatten() for name in block.params])
+            flat = flat.to(accurate_dtype(flat))
             parts = block.solve(flat, damping).split([torch.Size(s).numel() for s in block.shapes])
             for name, shape, part in zip(block.params, block.shapes, parts, strict=True):
-                solved[name] = part.view(shape)
+                solved[name] = part.view(shape).to(gradients[name].dtype)
         return {name: solved[name] for name in gradients if name in solved}
 
 

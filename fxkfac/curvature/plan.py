@@ -113,6 +113,11 @@ class BlockPlan:
         return starts
 
     @property
+    def structure(self) -> tuple[tuple[tuple[str, ...], bool, int], ...]:
+        """What must be equal for the sums of two graphs to be sums of the same terms."""
+        return tuple((t.parameters, t.is_bias, len(t.columns)) for t in self.terms)
+
+    @property
     def numel(self) -> int:
         """Number of entries of all parameters."""
         return sum(torch.Size(shape).numel() for shape in self.shapes)

@@ -57,7 +57,7 @@ def input_moment(
     if term.is_bias:
         y = outputs(term.uses[0])
         n = normal_y(term.uses[0], y, known(term.uses[0])).shape[1]
-        return _accurate(y.new_full((1, 1, 1), n)), n
+        return torch.full((1, 1, 1), n, dtype=accurate_dtype(y), device=y.device), n
     at = [known(u) if sharing == "reduce" else None for u in term.uses]
     rows = [normal_x(u, inputs(u), b) for u, b in zip(term.uses, at, strict=True)]
     like = [normal_y(u, outputs(u), b) for u, b in zip(term.uses, at, strict=True)]
@@ -65,14 +65,14 @@ def input_moment(
     if sharing == "expand" and all(isinstance(r, OneHotRows) for r in rows):
         return _count(rows, like), total
     dense = [
-        _with_columns(term, k, _dense(r, y))
+        _with_columns(term, k, _accurate(_dense(r, y)))
         for k, (r, y) in enumerate(zip(rows, like, strict=True))
     ]
     if sharing == "reduce":
         x = torch.cat(dense, dim=2).mean(2)  # x̂ = mean_s x
-        return _accurate(x).mT @ _accurate(x), x.shape[1]
+        return x.mT @ x, x.shape[1]
     x = torch.cat([d.flatten(1, -2) for d in dense], dim=1)
-    return _accurate(x).mT @ _accurate(x), total
+    return x.mT @ x, total
 
 
 def output_moment(term: TermPlan, sharing: str, gradients: Gradients) -> Float[Tensor, "g o o"]:
@@ -81,10 +81,10 @@ def output_moment(term: TermPlan, sharing: str, gradients: Gradients) -> Float[T
         _require_formable(term)
         g = sum(_bias_gradient(term, u, gradients(u)) for u in term.uses)  # Σ_s g of every datum
         assert isinstance(g, Tensor)
-        return (_accurate(g).mT @ _accurate(g)).unsqueeze(0)
+        return (g.mT @ g).unsqueeze(0)
     if sharing == "reduce":
-        rows = torch.cat([normal_y(u, gradients(u), known(u)) for u in term.uses], dim=2)
-        g = _accurate(rows.sum(2))  # ĝ = Σ_s g
+        parts = [normal_y(u, gradients(u), known(u)) for u in term.uses]
+        g = _accurate(torch.cat(parts, dim=2)).sum(2)  # ĝ = Σ_s g
     else:
         parts = [normal_y(u, gradients(u), None).flatten(1, -2) for u in term.uses]
         g = _accurate(torch.cat(parts, dim=1))
@@ -118,8 +118,13 @@ def known(use: Use) -> BatchAxis:
 
 
 def _accurate(x: Tensor) -> Tensor:
-    """Outer products in half precision ruin eigenvectors: float32 or better."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    """Outer products and counts in half precision are ruined: float32 or better."""
+    return x.to(accurate_dtype(x))
+
+
+def accurate_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a tensor's products are summed: float32 or better."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _dense(rows: Rows, y: Tensor) -> Tensor:
@@ -146,7 +151,7 @@ def _count(rows: Sequence[Rows], like: Sequence[Tensor]) -> Counted:
     for r, y in zip(rows, like, strict=True):
         assert isinstance(r, OneHotRows)
         indices = r.indices.expand(y.shape[1:-1]).flatten()
-        counts = r.scale**2 * _accurate(indices.bincount(minlength=r.size).to(y.dtype))
+        counts = r.scale**2 * indices.bincount(minlength=r.size).to(accurate_dtype(y))
         if r.ignored is not None:
             counts[r.ignored] = 0.0
         total.append(counts)
@@ -155,7 +160,7 @@ def _count(rows: Sequence[Rows], like: Sequence[Tensor]) -> Counted:
 
 def _bias_gradient(term: TermPlan, use: Use, gradient: Tensor) -> Float[Tensor, "batch numel"]:
     """Every datum's gradient of a bias: Σ_s g, at the places of its entries."""
-    g = normal_y(use, gradient, known(use)).sum(2)  # (group, batch, out)
+    g = _accurate(normal_y(use, gradient, known(use))).sum(2)  # (group, batch, out)
     flat = use.form.scale * g.movedim(0, 1).flatten(1)
     places, numel = _bias_places(term, use)
     return flat.new_zeros(len(flat), numel).index_add(1, places.to(flat.device), flat)
