@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def own_randomness(seed: int) -> Iterator[None]:
-    """Draw random numbers from `seed`, and give the global state back as it was."""
+def own_randomness(seed: int | None = None) -> Iterator[None]:
+    """Give the global random state back as it was; in between draw from `seed`, if there is one."""
     cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=cuda):
-        torch.manual_seed(seed)
+        if seed is not None:
+            torch.manual_seed(seed)
         yield
 
 

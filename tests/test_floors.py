@@ -19,7 +19,7 @@ ALLOWED = {
     "linalg": {"errors"},
     "graph": {"errors", "isolation", "functional"},
     "curvature": {"errors", "isolation", "functional", "graph", "linalg"},
-    "exact": {"errors", "functional", "linalg", "curvature"},
+    "exact": {"errors", "isolation", "functional", "linalg", "curvature"},
 }
 LEAVES = {"cli", "__main__", "examples"}  # nobody imports these
 

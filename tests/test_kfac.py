@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.distributions as D
+from drawn import F64, classes, generator, rand, seeded
 from torch import nn
 
 import fxkfac
@@ -12,7 +13,6 @@ from fxkfac import exact
 from fxkfac.curvature.likelihoods import Likelihood
 from fxkfac.errors import FxkfacError
 
-F64 = torch.float64
 MSE, CE, BCE = nn.MSELoss, nn.CrossEntropyLoss, nn.BCEWithLogitsLoss
 close = torch.testing.assert_close
 
@@ -24,25 +24,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def rand(*shape, seed=0):
-    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
-
-
-def classes(*shape, C=3, seed=1):
-    return torch.randint(C, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def seeded(make, seed=0):
-    """A module in double precision, its parameters drawn from `seed`."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return make().double()
 
 
 def off(found, expected):

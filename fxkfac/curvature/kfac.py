@@ -109,6 +109,7 @@ class _Batch:
 
     program: Program
     run: Run
+    inputs: Mapping[Use, Tensor | None]
     settings: Settings
     likelihood: Likelihood
     targets: Tensor
@@ -129,7 +130,7 @@ class _Batch:
 
     def input(self, use: Use) -> Tensor | None:
         """The tapped input of a use."""
-        x = self.run.inputs[self.run.tapped.uses.index(use)]
+        x = self.inputs[use]
         return None if x is None else x.detach()
 
     def output(self, use: Use) -> Tensor:
@@ -158,7 +159,8 @@ def _batch(
                 "Look at the parameters, or at the data of this batch."
             )
         likelihood.validate(prediction, targets)
-        batch = _Batch(program, run, settings, likelihood, targets, generator, number)
+        tapped = dict(zip(run.tapped.uses, run.inputs, strict=True))
+        batch = _Batch(program, run, tapped, settings, likelihood, targets, generator, number)
         plans = plan_blocks(run.tapped.uses, settings.separate_weight_and_bias)
         sums = {plan.name: s for plan, s in zip(plans, _sums(batch, plans), strict=True)}
         diagonals = _diagonals(batch, inputs, params)

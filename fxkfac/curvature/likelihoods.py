@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from fxkfac.errors import DataError, FxkfacError, LossError, NonFiniteError
+from fxkfac.isolation import own_randomness
 
 Target = Any  # a tensor for the torch losses; whatever `nll` takes for a user's own
 
@@ -105,7 +105,7 @@ class Likelihood:
         """ỹ drawn from r(· | f); the same state of `generator` draws the same ỹ."""
         seed = torch.randint(2**62, (), generator=generator, device=generator.device)
         # torch.distributions knows only the global generator, which is the caller's.
-        with isolated_rng(f.device, int(seed)):
+        with own_randomness(int(seed)):
             return self.distribution(f.detach()).sample()
 
     def sampled_gradient(self, f: Tensor, y: Target, sampled: Target) -> Tensor:
@@ -202,21 +202,6 @@ def _require_convex(likelihood: Likelihood, eigenvalues: Tensor) -> None:
             f"{row} has the eigenvalue {eigenvalues.min().item():.3g}, so it has no real square "
             "root. Use fisher='mc' or 'empirical', or define `hessian_sqrt`."
         )
-
-
-@contextmanager
-def isolated_rng(device: torch.device, seed: int | None = None) -> Iterator[None]:
-    """Put the global RNG states (CPU and `device`) back on leaving; seed them on entering."""
-    on_cpu = device.type in ("cpu", "meta")
-    kind = "cuda" if on_cpu else device.type  # with no devices, the kind is not looked at
-    with torch.random.fork_rng([] if on_cpu else [device], device_type=kind):
-        if seed is not None:
-            torch.default_generator.manual_seed(seed)
-            if not on_cpu:  # torch.manual_seed would seed every other device, too
-                module = torch.get_device_module(device)
-                with module.device(device):
-                    module.manual_seed(seed)
-        yield
 
 
 def sum_rows(values: Tensor) -> Tensor:

@@ -16,12 +16,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from fxkfac.curvature.backpropagation import backpropagated_vectors
-from fxkfac.curvature.likelihoods import Likelihood, isolated_rng, require_prediction
+from fxkfac.curvature.likelihoods import Likelihood, require_prediction
 from fxkfac.curvature.losses import Gaussian, likelihood_of
 from fxkfac.errors import DataError, NonFiniteError, OptionError, ParameterError
 from fxkfac.exact.data import Data, merge, size_of
 from fxkfac.exact.functions import jvp, vjp
 from fxkfac.functional import FunctionalModel, Inputs, Params, bind, prediction_of
+from fxkfac.isolation import own_randomness
 
 Model = nn.Module | Callable[..., Any]
 Loss = nn.Module | Likelihood
@@ -134,9 +135,8 @@ def predict(bound: FunctionalModel, names: Iterable[str], inputs: Inputs) -> Pre
         # What a checkpoint saves must not depend on which parameters are asked for.
         if value.is_floating_point():
             value.requires_grad_()
-    device = next(iter(values.values())).device
     # Fused attention kernels have no second derivative; dropout draws from the caller's RNG.
-    with torch.enable_grad(), isolated_rng(device), sdpa_kernel(SDPBackend.MATH):
+    with torch.enable_grad(), own_randomness(), sdpa_kernel(SDPBackend.MATH):
         f = prediction_of(bound({**values, **leaves}, copied(inputs)))
     require_prediction(f)
     if not f.isfinite().all():

@@ -114,7 +114,8 @@ class Program:
     @property
     def parameters(self) -> tuple[str, ...]:
         """Names of the parameters that are covered by uses, or used nowhere."""
-        return tuple(n for n in self.model.selected if n not in self.uncovered)
+        lost = set(self.uncovered)
+        return tuple(name for name in self.model.selected if name not in lost)
 
     @property
     def uncovered(self) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ three trustworthy.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,6 @@ from fxkfac.graph.locate import Located, locate
 from fxkfac.graph.match import Matched, Unsupported, match
 from fxkfac.graph.program import Program, Tapped
 from fxkfac.graph.signature import BatchAxes, Signature, signature_of
-from fxkfac.graph.source import module_of, source_of
 from fxkfac.graph.tap import tap_uses, without_dropout
 from fxkfac.graph.verify import FlatModel, State, is_model, require_gradients, run_graph
 
@@ -118,79 +117,75 @@ def _to_capture(signature: Signature, tensors: list[Tensor], dynamic: bool) -> l
     return signature.vary(tensors, 2, torch.Generator().manual_seed(0))
 
 
+@dataclass(frozen=True)
+class _Trial:
+    """A captured graph that gives the model's predictions, and data for the experiments on it."""
+
+    model: FlatModel
+    captured: Captured
+    dynamic: bool  # whether the graph is good for other batch sizes
+    state: State
+    data: list[Tensor]
+    generator: torch.Generator
+
+
 def _compile(model: FlatModel, captured: Captured, tensors: list[Tensor], dynamic: bool) -> Tapped:
     """Match, tap, locate and verify one captured graph."""
-    generator, state = torch.Generator().manual_seed(0), model.state()
-    dynamic, data = _trial(model, captured, state, tensors, dynamic, generator)
-    example = record(captured.module, [*state.values(), *data])
-    matched, uses, located = _match(model, captured, state, data, example, generator, frozenset())
+    trial = _try(model, captured, tensors, dynamic)
+    example = record(captured.module, [*trial.state.values(), *trial.data])
+    matched, uses, located = _match(trial, example, frozenset())
     if summed := frozenset(u.node for u, c in zip(uses, located.constant, strict=True) if c):
-        matched, uses, located = _match(model, captured, state, data, example, generator, summed)
-    uses, unsupported = _covered(uses, located, matched, captured)
+        matched, uses, located = _match(trial, example, summed)
+    uses, unsupported = _covered(uses, located, matched)
     module, uses = tap_uses(captured.module, uses)
-    lost = {name for u in unsupported for name in u.parameters}
+    tapped = Tapped(captured, module, uses, unsupported, located.prediction, trial.dynamic, set())
+    lost = set(tapped.uncovered)
     covered = [name for name in model.bound.selected if name not in lost]
-    require_gradients(model, uses, run_graph(module, state, data), state, data, covered)
-    return Tapped(captured, module, uses, unsupported, located.prediction, dynamic, set())
+    taps = run_graph(module, trial.state, trial.data)
+    require_gradients(model, uses, taps, trial.state, trial.data, covered)
+    return tapped
 
 
-def _match(
-    model: FlatModel,
-    captured: Captured,
-    state: State,
-    data: list[Tensor],
-    example: Example,
-    generator: torch.Generator,
-    lifted: frozenset[str],
-) -> tuple[Matched, tuple[Use, ...], Located]:
-    """Match, and find by experiment where the data are in each tap."""
-    graph, parameters = captured.module.graph, _selected(captured, model.bound)
-    matched = match(graph, parameters, captured.inputs(), example, lifted)
-    quiet, uses = tap_uses(without_dropout(captured.module), matched.uses)
-    n, permute = model.signature.batch_size(data), model.signature.permute
-    located = locate(lambda d: run_graph(quiet, state, d), permute, data, n, uses, generator)
-    return matched, uses, located
-
-
-def _trial(
-    model: FlatModel,
-    captured: Captured,
-    state: State,
-    tensors: list[Tensor],
-    dynamic: bool,
-    generator: torch.Generator,
-) -> tuple[bool, list[Tensor]]:
-    """Compare graph and model on the example and at another batch size.
-
-    Returns:
-        Whether the graph is good for other batch sizes, and data for the experiments.
-    """
+def _try(model: FlatModel, captured: Captured, tensors: list[Tensor], dynamic: bool) -> _Trial:
+    """Compare graph and model on the example and at another batch size."""
+    generator, state = torch.Generator().manual_seed(0), model.state()
     n = model.signature.batch_size(tensors)
     if wrong := is_model(model, captured, state, tensors):
         raise Refusal(wrong)
     other = model.signature.vary(tensors, TRIAL_SIZE + (n == TRIAL_SIZE), generator)
     if dynamic and not is_model(model, captured, state, other):
-        return True, other
+        return _Trial(model, captured, True, state, other, generator)
     same = model.signature.vary(tensors, n, generator)
     if wrong := is_model(model, captured, state, same):
         raise Refusal(f"on data unlike the example {wrong}")
-    return False, same
+    return _Trial(model, captured, False, state, same, generator)
 
 
-def _selected(captured: Captured, bound: FunctionalModel) -> dict[Node, str]:
-    names = captured.placeholders()
-    return {node: name for node, name in names.items() if name in bound.selected}
+def _match(
+    trial: _Trial, example: Example, lifted: frozenset[str]
+) -> tuple[Matched, tuple[Use, ...], Located]:
+    """Match, and find by experiment where the data are in each tap."""
+    captured, bound, signature = trial.captured, trial.model.bound, trial.model.signature
+    selected = {n: name for n, name in captured.placeholders().items() if name in bound.selected}
+    matched = match(captured.module.graph, selected, captured.inputs(), example, lifted)
+    quiet, uses = tap_uses(without_dropout(captured.module), matched.uses)
+    located = locate(
+        lambda data: run_graph(quiet, trial.state, data),
+        signature.permute,
+        trial.data,
+        signature.batch_size(trial.data),
+        uses,
+        trial.generator,
+    )
+    return matched, uses, located
 
 
 def _covered(
-    uses: Sequence[Use], located: Located, matched: Matched, captured: Captured
+    uses: Sequence[Use], located: Located, matched: Matched
 ) -> tuple[tuple[Use, ...], tuple[Unsupported, ...]]:
     """Give the uses their batch axes; a parameter with one use without normal form loses all."""
-    nodes = {n.name: n for n in captured.module.graph.nodes}
     summed = [
-        Unsupported(
-            u.parameters, u.op, u.node, SUMMED, source_of(nodes[u.node]), module_of(nodes[u.node])
-        )
+        Unsupported(u.parameters, u.op, u.node, SUMMED, u.source, u.module)
         for u, constant in zip(uses, located.constant, strict=True)
         if constant
     ]

@@ -6,9 +6,10 @@ import torch.distributions as D
 from torch import nn
 from torch.autograd.functional import hessian as autograd_hessian
 
-from fxkfac.curvature.likelihoods import Likelihood, isolated_rng
+from fxkfac.curvature.likelihoods import Likelihood
 from fxkfac.curvature.losses import Bernoulli, Categorical, Gaussian, likelihood_of
 from fxkfac.errors import DataError, LossError, NonFiniteError
+from fxkfac.isolation import own_randomness
 
 F64 = torch.float64
 
@@ -300,7 +301,7 @@ class TestSampling:
         state = torch.get_rng_state()
 
         def fail():
-            with isolated_rng(torch.device("cpu"), 3):
+            with own_randomness(3):
                 torch.rand(3)
                 raise RuntimeError
 
@@ -310,7 +311,7 @@ class TestSampling:
 
     def test_isolated_rng_without_a_seed_continues_the_callers_stream(self):
         torch_state = torch.get_rng_state()
-        with isolated_rng(torch.device("cpu")):
+        with own_randomness():
             inside = torch.rand(3)
         assert torch.equal(inside, torch.rand(3))
         torch.set_rng_state(torch_state)

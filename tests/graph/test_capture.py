@@ -6,33 +6,15 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from drawn import F64, classes, generator, rand, seeded
 from torch import nn
 
 import fxkfac
 from fxkfac import exact
 from fxkfac.errors import BatchAxisError, CaptureError, FxkfacError
 
-F64 = torch.float64
 MSE, CE = nn.MSELoss, nn.CrossEntropyLoss
 close = torch.testing.assert_close
-
-
-def rand(*shape, seed=0):
-    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
-
-
-def classes(*shape, C=3, seed=1):
-    return torch.randint(C, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def seeded(make, seed=0):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return make().double()
 
 
 def line_of(code):
