@@ -1,26 +1,35 @@
 """fxkfac: a torch.fx compiler that makes Kronecker-factored curvature visible and usable."""
 
 from fxkfac import errors, exact
-from fxkfac.curvature.blocks import Block, Diagonal, Kronecker
+from fxkfac.curvature.blocks import Block, Dense, Diagonal, Kronecker
 from fxkfac.curvature.check import check
 from fxkfac.curvature.factors import Factors
 from fxkfac.curvature.kfac import kfac
 from fxkfac.curvature.likelihoods import Likelihood
+from fxkfac.curvature.total import Total, sum_of
 from fxkfac.errors import FxkfacError
+from fxkfac.graph.coverage import Coverage
 from fxkfac.graph.program import Program
 from fxkfac.graph.trace import trace
+from fxkfac.taylor import Taylor, laplacian
 
 __all__ = [
     "Block",
+    "Coverage",
+    "Dense",
     "Diagonal",
     "Factors",
     "FxkfacError",
     "Kronecker",
     "Likelihood",
     "Program",
+    "Taylor",
+    "Total",
     "check",
     "errors",
     "exact",
     "kfac",
+    "laplacian",
+    "sum_of",
     "trace",
 ]

@@ -151,33 +151,35 @@ def exponential(params, x):
     return x @ params["W"] * scale
 
 
-def scaled(params, x):
-    return (x @ params["W"]) * params["gain"]  # HERE: mul
+def divided(params, x):
+    return (x @ params["W"]) / params["gain"]  # HERE: div
+
+
+class Exponential(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.zeros(3))
+
+    def forward(self, x):
+        return x * self.log_scale.exp()  # HERE: module
 
 
 class TestUnsupportedUse:
     REMEDY = ("unsupported='diagonal'", "unsupported='skip'", "params")
 
-    def test_norm_weight(self):
-        model = seeded(lambda: nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3)))
-        with refuses(UnsupportedUse, "1.weight", "layer_norm", "'1'", *self.REMEDY):
+    def test_module_in_the_users_own_line(self):
+        model = seeded(lambda: nn.Sequential(nn.Linear(4, 3), Exponential()))
+        at = f"{__file__}:{line_of('module')} in forward"
+        with refuses(UnsupportedUse, "1.log_scale", "aten.exp", at, *self.REMEDY):
             fxkfac.trace(model, X)
 
-    def test_norm_weight_in_the_users_own_line(self):
-        class Normed(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.linear, self.norm = nn.Linear(4, 3), nn.LayerNorm(3)
-
-            def forward(self, x):
-                return self.norm(self.linear(x))  # HERE: norm
-
-        at = f"{__file__}:{line_of('norm')} in forward"
-        with refuses(UnsupportedUse, "norm.weight", "aten.layer_norm", at, *self.REMEDY):
-            fxkfac.trace(seeded(Normed), X)
+    def test_module_of_torchs(self):
+        model = seeded(lambda: nn.EmbeddingBag(5, 3, mode="max"))
+        with refuses(UnsupportedUse, "weight", "embedding_bag", *self.REMEDY):
+            fxkfac.trace(model, torch.arange(4).view(2, 2))
 
     @pytest.mark.parametrize(
-        ("f", "name", "op"), [(exponential, "log_scale", "exp"), (scaled, "gain", "mul")]
+        ("f", "name", "op"), [(exponential, "log_scale", "exp"), (divided, "gain", "div")]
     )
     def test_function(self, f, name, op):
         params = {"W": rand(4, 3), name: rand(3)}
@@ -188,7 +190,7 @@ class TestUnsupportedUse:
 
     def test_all_uses_are_listed(self):
         def f(params, x):
-            return (x @ params["W"]) * params["gain"] + params["shift"].exp()
+            return (x @ params["W"]) / params["gain"] + params["shift"].exp()
 
         with refuses(UnsupportedUse, "2 uses", "gain enters", "shift enters"):
             fxkfac.trace(f, X, {"W": rand(4, 3), "gain": rand(3), "shift": rand(3)})
@@ -529,7 +531,7 @@ class TestOptions:
             fxkfac.kfac(program, CE(), (X, Y), fisher=fisher, mc_samples=samples)
 
     def test_unsupported(self):
-        with refuses(OptionError, "unsupported='ignore'", "error, diagonal, skip"):
+        with refuses(OptionError, "unsupported='ignore'", "error, diagonal, dense, identity, skip"):
             fxkfac.trace(seeded(mlp), X, unsupported="ignore")
 
     def test_negative_damping(self, factors):
@@ -619,7 +621,7 @@ class TestBatchAxis:
         def make():
             return nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 3))
 
-        program = fxkfac.trace(seeded(make).train(), X, unsupported="diagonal")
+        program = fxkfac.trace(seeded(make).train(), X, structure={"1.weight": "diagonal"})
         with refuses(BatchAxisError, "by itself", "batch norm", "model.eval()"):
             fxkfac.kfac(program, CE(), (X, Y))
 

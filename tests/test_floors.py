@@ -17,6 +17,7 @@ ALLOWED = {
     "isolation": set(),
     "functional": {"errors", "isolation"},
     "linalg": {"errors"},
+    "taylor": {"errors"},
     "graph": {"errors", "isolation", "functional"},
     "curvature": {"errors", "isolation", "functional", "graph", "linalg"},
     "exact": {"errors", "isolation", "functional", "linalg", "curvature"},

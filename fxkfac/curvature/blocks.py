@@ -10,7 +10,14 @@ from torch import Tensor
 
 from fxkfac.curvature.plan import TermPlan
 from fxkfac.errors import FxkfacError
-from fxkfac.linalg import kronecker_dense, kronecker_solve, require_regular
+from fxkfac.linalg import (
+    damped,
+    kronecker_dense,
+    kronecker_solve,
+    kronecker_sum_solve,
+    require_positive,
+    require_regular,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -95,8 +102,16 @@ class Block:
                 total.index_put_((e[:, None], e[None, :]), product, accumulate=True)
         return total
 
-    def solve(self, vector: Float[Tensor, " numel"], damping: float) -> Float[Tensor, " numel"]:
-        """(block + damping · I)⁻¹ vector; exact, by eigenvalues for a single product."""
+    def solve(
+        self, vector: Float[Tensor, " numel"], damping: float, damp: str = "block"
+    ) -> Float[Tensor, " numel"]:
+        """(block + damping · I)⁻¹ vector; exact, by eigenvalues for a single product.
+
+        With `damp="factors"` √damping · I is added to both factors of every term instead; one
+        product, or a sum of two, is then inverted exactly without being written out.
+        """
+        if damp == "factors":
+            return self._solve_factors(vector, damping)
         if len(self.terms) > 1:
             eigenvalues, Q = torch.linalg.eigh(self.dense())
             require_regular(eigenvalues, damping)
@@ -105,15 +120,45 @@ class Block:
         solution = kronecker_solve(*self.terms[0].grouped(), vector[entries], damping)
         return torch.empty_like(vector).index_put((entries,), solution)
 
+    def _solve_factors(self, vector: Tensor, damping: float) -> Tensor:
+        require_positive(damping)
+        entries = self.terms[0].entries
+        laid_out = [_laid_out(term, entries, self.params) for term in self.terms]
+        pairs = [(damped(A, damping), damped(B, damping)) for A, B in laid_out]
+        G = vector[entries.to(vector.device)]
+        if len(pairs) == 1:
+            solution = kronecker_solve(*pairs[0], G, 0.0)
+        elif len(pairs) == 2:
+            solution = kronecker_sum_solve(pairs[0], pairs[1], G)
+        else:
+            raise FxkfacError(
+                f"the block of {', '.join(self.params)} is a sum of {len(pairs)} Kronecker "
+                "products; expected at most two for damp='factors'. Use damp='block'."
+            )
+        return torch.empty_like(vector).index_put((entries.to(vector.device),), solution)
+
+
+def _laid_out(term: Kronecker, entries: Tensor, params: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+    """A and B of a term, as factors of a matrix whose entries lie as in another term."""
+    A, B = term.grouped()
+    if term.entries.equal(entries):
+        return A, B
+    if term.entries.mT.equal(entries):  # the weight is used the other way round, too
+        return B, A
+    raise FxkfacError(
+        f"the Kronecker products of the block of {', '.join(params)} are of different parts of "
+        "the parameter, so that their factors do not add up; use damp='block'."
+    )
+
 
 @dataclass(frozen=True)
 class Diagonal:
-    """The exact diagonal of a block, for parameters without normal form.
+    """The exact diagonal of a block; or the identity, where that was asked for.
 
     Attributes:
         params: The one parameter's name.
         shapes: Its shape.
-        diagonal: R Σ_n Σ_c (∂ ⟨▲_{n,c}, f_n⟩ / ∂θ)², of the parameter's shape.
+        diagonal: R Σ_n Σ_c (∂ ⟨▲_{n,c}, f_n⟩ / ∂θ)², of the parameter's shape; or ones.
     """
 
     params: tuple[str, ...]
@@ -129,7 +174,41 @@ class Diagonal:
         """The diagonal as a matrix."""
         return torch.diag(self.diagonal.flatten())
 
-    def solve(self, vector: Float[Tensor, " numel"], damping: float) -> Float[Tensor, " numel"]:
-        """(block + damping · I)⁻¹ vector."""
+    def solve(
+        self, vector: Float[Tensor, " numel"], damping: float, damp: str = "block"
+    ) -> Float[Tensor, " numel"]:
+        """(block + damping · I)⁻¹ vector; there are no factors that could be damped instead."""
         require_regular(self.diagonal.flatten(), damping)
         return vector / (self.diagonal.flatten() + damping)
+
+
+@dataclass(frozen=True)
+class Dense:
+    """One parameter's exact block.
+
+    Attributes:
+        params: The one parameter's name.
+        shapes: Its shape.
+        matrix: R Σ_n Σ_c vec(G_{n,c}) vec(G_{n,c})ᵀ over the parameter's rvec, as stored.
+    """
+
+    params: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    matrix: Tensor
+
+    @property
+    def numel(self) -> int:
+        """Number of entries of the parameter."""
+        return len(self.matrix)
+
+    def dense(self) -> Float[Tensor, "numel numel"]:
+        """The matrix."""
+        return self.matrix
+
+    def solve(
+        self, vector: Float[Tensor, " numel"], damping: float, damp: str = "block"
+    ) -> Float[Tensor, " numel"]:
+        """(block + damping · I)⁻¹ vector; there are no factors that could be damped instead."""
+        eigenvalues, Q = torch.linalg.eigh(self.matrix)
+        require_regular(eigenvalues, damping)
+        return Q @ ((Q.mT @ vector) / (eigenvalues.clamp_min(0) + damping))

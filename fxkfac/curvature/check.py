@@ -17,7 +17,7 @@ from fxkfac.curvature.losses import likelihood_of
 from fxkfac.errors import TapMismatch
 from fxkfac.functional import Params
 from fxkfac.graph.program import Program
-from fxkfac.graph.verify import FlatModel, relative_error, tap_gradients, tolerance
+from fxkfac.graph.verify import FlatModel, gradient_errors, tap_gradients, tolerance
 from fxkfac.isolation import own_randomness
 
 
@@ -47,11 +47,11 @@ def check(
         run = program.run(inputs, params)
         likelihood.validate(run.prediction.detach(), targets)
         cotangent = _loss_gradient(loss, likelihood, run.prediction.detach(), targets)
-        taps = (run.prediction, run.inputs, run.taps)
-        found = tap_gradients(run.tapped.uses, taps, cotangent, names, state)
         tensors = program.signature.tensors(inputs)
+        taps = (run.prediction, run.inputs, run.taps)
+        found = tap_gradients(run.tapped, taps, cotangent, names, state, tensors)
         expected = model.gradients(state, tensors, cotangent, names)
-    errors = {name: relative_error(found[name], expected[name]) for name in names}
+    errors = gradient_errors(found, expected)
     wrong = {n: e for n, e in errors.items() if not e <= tolerance(expected[n])}
     if wrong:
         listed = ", ".join(f"{name} ({error:.1e})" for name, error in wrong.items())

@@ -1,39 +1,40 @@
-"""The exact diagonal of the curvature, for parameters that have no normal form.
+"""The exact diagonal or dense block, for parameters that have no normal form.
 
-diag C = R Σ_n Σ_c (∂ ⟨▲_{n,c}, f_n⟩ / ∂θ)²
+G_{n,c} = ∂ ⟨▲_{n,c}, f_n⟩ / ∂θ,   diag C = R Σ_n Σ_c G²,   C = R Σ_n Σ_c vec(G) vec(G)ᵀ
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 from torch.func import grad, vmap
 from torch.fx import GraphModule
 
+from fxkfac.curvature.perdatum import zero_moment
 from fxkfac.errors import BatchAxisError, FxkfacError
 from fxkfac.functional import Inputs
 from fxkfac.graph.program import Program, Run
 from fxkfac.graph.verify import relative_error, tolerance
 
 
-def squared_gradients(
+def gradient_moments(
     program: Program,
     run: Run,
     state: Mapping[str, Tensor],
     inputs: Inputs,
-    names: Sequence[str],
+    structures: Mapping[str, str],
     vectors: Iterable[Tensor],
 ) -> dict[str, Tensor]:
-    """Σ_n Σ_c (∂ ⟨▲_{n,c}, f_n⟩ / ∂θ)² for the named parameters, without R.
+    """Σ_n Σ_c G² or Σ_n Σ_c vec(G) vec(G)ᵀ for the named parameters, without R.
 
     Args:
         program: The traced program.
         run: Its run on the batch.
         state: All parameters and buffers.
         inputs: The batch.
-        names: The parameters.
+        structures: The parameters, and "diagonal" or "dense" for each.
         vectors: The backpropagated vectors ▲, of the prediction's shape.
 
     Raises:
@@ -49,7 +50,7 @@ def squared_gradients(
         single = [t if a is None else t.unsqueeze(a) for t, a in zip(datum, axes, strict=True)]
         return module(*{**state, **chosen}.values(), *single).flatten()
 
-    chosen = {name: state[name] for name in names}
+    chosen = {name: state[name] for name in structures}
     in_dims = (None, *axes)
     alone = vmap(of_one, in_dims, randomness="same")(chosen, *data)
     own = by_datum(run, run.prediction.detach())
@@ -60,11 +61,16 @@ def squared_gradients(
         (None, 0, *axes),
         randomness="same",
     )
-    total = {name: torch.zeros_like(state[name]) for name in names}
+    total = {name: zero_moment(state[name], kind) for name, kind in structures.items()}
     for vector in vectors:
         gradients = per_datum(chosen, by_datum(run, vector), *data)
-        total = {name: t + gradients[name].square().sum(0) for name, t in total.items()}
-    return total
+        for name, kind in structures.items():
+            G = gradients[name].flatten(1).to(total[name].dtype)
+            total[name] = total[name] + (G.mT @ G if kind == "dense" else G.square().sum(0))
+    return {
+        name: t if structures[name] == "dense" else t.view(state[name].shape)
+        for name, t in total.items()
+    }
 
 
 COUPLED = (

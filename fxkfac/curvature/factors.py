@@ -8,21 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fxkfac.curvature.blocks import Block, Diagonal, Kronecker
+from fxkfac.curvature.blocks import Block, Dense, Diagonal, Kronecker
+from fxkfac.curvature.curvature import AnyBlock, Curvature
 from fxkfac.curvature.likelihoods import Likelihood
 from fxkfac.curvature.plan import BlockPlan, TermPlan
 from fxkfac.curvature.sharing import Counted, accurate_dtype
-from fxkfac.errors import MergeError, UnknownParameter
+from fxkfac.errors import MergeError
 from fxkfac.functional import FunctionalModel, unknown
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
 
 
 @dataclass(frozen=True)
@@ -58,11 +54,12 @@ class Settings:
     mc_samples: int
     separate_weight_and_bias: bool
     loss: str
-    parameters: Mapping[str, tuple[int, ...]]  # the covered ones and their shapes
+    parameters: Mapping[str, tuple[int, ...]]  # those with a block, and their shapes
+    structures: Mapping[str, str]  # what each one's block is made of
 
 
 @dataclass(frozen=True)
-class Factors(Mapping[str, Block | Diagonal]):
+class Factors(Curvature):
     """The curvature of a model: a mapping from the name of a weight to its block.
 
     Attributes:
@@ -78,18 +75,31 @@ class Factors(Mapping[str, Block | Diagonal]):
     likelihood: Likelihood = field(repr=False)
     plans: Mapping[str, BlockPlan] = field(repr=False)
     sums: Mapping[str, tuple[Sums, ...]] = field(repr=False)
-    diagonals: Mapping[str, Tensor] = field(repr=False)
+    exact: Mapping[str, Tensor] = field(repr=False)
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The parameters that have a block, and their shapes."""
+        return self.settings.parameters
+
+    @property
+    def like(self) -> Tensor:
+        """A parameter, for the dtype and device of all."""
+        return self.model.tensors[self.model.selected[0]]
+
+    def canonical(self, name: str) -> str:
+        """The name of a tied parameter that the blocks know it by."""
+        return self.model.aliases.get(name, name)
 
     @property
     def reduction(self) -> float:
         """R, for all data seen (paper, Equation 1)."""
         return self.likelihood.reduction_factor(self.count)
 
-    def __getitem__(self, name: str) -> Block | Diagonal:
+    def __getitem__(self, name: str) -> AnyBlock:
         name = self.model.aliases.get(name, name)
-        if name in self.diagonals:
-            raw = self.diagonals[name]
-            return Diagonal((name,), (tuple(raw.shape),), self.reduction * raw)
+        if (block := self._unfactored(name)) is not None:
+            return block
         if name not in self.plans:
             raise unknown(name, self)
         plan = self.plans[name]
@@ -98,6 +108,20 @@ class Factors(Mapping[str, Block | Diagonal]):
             for term, s in zip(plan.terms, self.sums[name], strict=True)
         ]
         return Block(plan.parameters, plan.shapes, tuple(terms))
+
+    def _unfactored(self, name: str) -> AnyBlock | None:
+        """An exact block, or the identity; `None` for a parameter that is in another's block."""
+        kind = self.settings.structures.get(name)
+        if kind in (None, "kronecker"):
+            return None
+        shape = self.settings.parameters[name]
+        if kind == "identity":
+            first = self.like
+            ones = torch.ones(shape, dtype=accurate_dtype(first), device=first.device)
+            return Diagonal((name,), (shape,), ones)
+        raw = self.reduction * self.exact[name]
+        made = Dense if kind == "dense" else Diagonal
+        return made((name,), (shape,), raw)
 
     def _kronecker(self, plan: BlockPlan, term: TermPlan, sums: Sums) -> Kronecker:
         a = sums.a.diagonal if isinstance(sums.a, Counted) else sums.a
@@ -114,10 +138,11 @@ class Factors(Mapping[str, Block | Diagonal]):
         )
 
     def __iter__(self) -> Iterator[str]:
-        return iter([*self.plans, *self.diagonals])
+        same = [name for name, kind in self.settings.structures.items() if kind == "identity"]
+        return iter([*self.plans, *self.exact, *same])
 
     def __len__(self) -> int:
-        return len(self.plans) + len(self.diagonals)
+        return len(list(iter(self)))
 
     def __add__(self, other: Factors) -> Factors:
         """The factors of both data sets together, exactly.
@@ -146,76 +171,5 @@ class Factors(Mapping[str, Block | Diagonal]):
                 name: tuple(a + b for a, b in zip(mine, other.sums[name], strict=True))
                 for name, mine in self.sums.items()
             },
-            diagonals={name: d + other.diagonals[name] for name, d in self.diagonals.items()},
+            exact={name: e + other.exact[name] for name, e in self.exact.items()},
         )
-
-    def dense(self, *names: str) -> Float[Tensor, "numel numel"]:
-        """The curvature of the named parameters (all, without names) as one matrix.
-
-        The order is that of their concatenated rvec, as stored; zeros between blocks.
-
-        Raises:
-            UnknownParameter: A name is not among the parameters covered.
-        """
-        chosen = [self._canonical(name) for name in names or self.settings.parameters]
-        sizes = [self.model.tensors[name].numel() for name in chosen]
-        first = self.model.tensors[chosen[0]]
-        total = torch.zeros(
-            sum(sizes), sum(sizes), dtype=accurate_dtype(first), device=first.device
-        )
-        ends = torch.tensor([0, *sizes]).cumsum(0).tolist()
-        spans = {name: slice(*span) for name, span in zip(chosen, pairwise(ends), strict=True)}
-        for block in self.values():
-            inside = [name for name in block.params if name in spans]
-            if inside:
-                _fill(total, block, inside, spans)
-        return total
-
-    def _canonical(self, name: str) -> str:
-        canonical = self.model.aliases.get(name, name)
-        if canonical not in self.settings.parameters:
-            raise unknown(name, self.settings.parameters)
-        return canonical
-
-    def solve(self, gradients: Mapping[str, Tensor], damping: float) -> dict[str, Tensor]:
-        """The natural gradient: (block + damping · I)⁻¹ gradient, in the order of `gradients`.
-
-        Args:
-            gradients: The gradient of every parameter of every block that is to be solved.
-            damping: Added to every eigenvalue.
-
-        Raises:
-            UnknownParameter: A block's other parameter has no gradient here.
-            OptionError: The damping is negative, or zero where a block is singular.
-        """
-        if not any(name in gradients for block in self.values() for name in block.params):
-            raise unknown(next(iter(gradients), ""), self.settings.parameters)
-        solved: dict[str, Tensor] = {}
-        for block in self.values():
-            if not set(block.params) & set(gradients):
-                continue
-            missing = [name for name in block.params if name not in gradients]
-            if missing:
-                raise UnknownParameter(
-                    f"gradients hold {sorted(set(gradients) & set(block.params))} but not "
-                    f"{missing}, which are in the same block; pass them all."
-                )
-            flat = torch.cat([gradients[name].detach().flatten() for name in block.params])
-            flat = flat.to(accurate_dtype(flat))
-            parts = block.solve(flat, damping).split([torch.Size(s).numel() for s in block.shapes])
-            for name, shape, part in zip(block.params, block.shapes, parts, strict=True):
-                solved[name] = part.view(shape).to(gradients[name].dtype)
-        return {name: solved[name] for name in gradients if name in solved}
-
-
-def _fill(
-    total: Tensor, block: Block | Diagonal, inside: list[str], spans: Mapping[str, slice]
-) -> None:
-    sizes = [torch.Size(s).numel() for s in block.shapes]
-    starts = dict(zip(block.params, torch.tensor([0, *sizes]).cumsum(0).tolist(), strict=False))
-    length = dict(zip(block.params, sizes, strict=True))
-    matrix = block.dense()
-    for row in inside:
-        for column in inside:
-            part = matrix.narrow(0, starts[row], length[row])
-            total[spans[row], spans[column]] = part.narrow(1, starts[column], length[column])

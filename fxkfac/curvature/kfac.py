@@ -21,16 +21,18 @@ from fxkfac.curvature.backpropagation import (
     require_fisher,
 )
 from fxkfac.curvature.data import Data, batches
-from fxkfac.curvature.diagonal import by_datum, squared_gradients
+from fxkfac.curvature.diagonal import by_datum, gradient_moments
 from fxkfac.curvature.factors import Factors, Settings, Sums
 from fxkfac.curvature.likelihoods import Likelihood
 from fxkfac.curvature.losses import likelihood_of, loss_text
+from fxkfac.curvature.perdatum import exact_moment, exact_names
 from fxkfac.curvature.plan import BlockPlan, plan_blocks
 from fxkfac.curvature.sharing import SHARINGS, Counted, input_moment, output_moment
 from fxkfac.errors import DataError, NonFiniteError, OptionError
 from fxkfac.functional import Params
 from fxkfac.graph.ir import Use
 from fxkfac.graph.program import Program, Run
+from fxkfac.graph.structure import EXACT, NONE
 from fxkfac.isolation import own_randomness
 
 
@@ -67,7 +69,8 @@ def kfac(
         The factors: a mapping from the name of a weight to its block.
 
     Raises:
-        OptionError: `fisher`, `sharing` or `mc_samples` is out of range.
+        OptionError: `fisher`, `sharing` or `mc_samples` is out of range, or do not go together
+            with the structure of a block.
         LossError: The loss has no likelihood here, or is not convex where that is needed.
         DataError: No data, or inputs and targets that do not fit.
         NonFiniteError: NaN or Inf in a prediction or factor, with the batch and the layer.
@@ -79,13 +82,15 @@ def kfac(
     require_fisher(fisher)
     if sharing not in SHARINGS:
         raise OptionError(f"sharing={sharing!r}; expected 'expand' or 'reduce'.")
+    structures = _structures(program, fisher)
     settings = Settings(
         fisher,
         sharing,
         mc_samples,
         separate_weight_and_bias,
         loss_text(loss),
-        {name: tuple(program.model.tensors[name].shape) for name in _covered(program)},
+        {name: program.shapes[name] for name in structures},
+        structures,
     )
     source = generator or program.generator
     total: Factors | None = None
@@ -161,10 +166,13 @@ def _batch(
         likelihood.validate(prediction, targets)
         tapped = dict(zip(run.tapped.uses, run.inputs, strict=True))
         batch = _Batch(program, run, tapped, settings, likelihood, targets, generator, number)
-        plans = plan_blocks(run.tapped.uses, settings.separate_weight_and_bias)
-        sums = {plan.name: s for plan, s in zip(plans, _sums(batch, plans), strict=True)}
-        diagonals = _diagonals(batch, inputs, params)
-    _require_finite(sums, diagonals, number)
+        apart = frozenset(n for n, kind in settings.structures.items() if kind != "kronecker")
+        plans = plan_blocks(run.tapped.uses, settings.separate_weight_and_bias, apart)
+        from_taps, from_graph = exact_names(program, run.tapped, settings.structures)
+        terms, exact = _sums(batch, plans, from_taps)
+        sums = {plan.name: s for plan, s in zip(plans, terms, strict=True)}
+        exact |= _without_taps(batch, inputs, params, from_graph)
+    _require_finite(sums, exact, number)
     return Factors(
         settings=settings,
         n=run.n,
@@ -173,13 +181,22 @@ def _batch(
         likelihood=likelihood,
         plans={plan.name: plan for plan in plans},
         sums=sums,
-        diagonals=diagonals,
+        exact=exact,
     )
 
 
-def _covered(program: Program) -> tuple[str, ...]:
-    """Names of the parameters that get a block."""
-    return (*program.parameters, *(program.uncovered if program.unsupported == "diagonal" else ()))
+def _structures(program: Program, fisher: str) -> dict[str, str]:
+    """The structure of every parameter that gets a block."""
+    chosen = {name: c for name, c in program.structures.items() if c.structure not in NONE}
+    if fisher == "forward-only":
+        lost = [name for name, c in chosen.items() if c.structure in EXACT and not c.is_scale]
+        if lost:
+            raise OptionError(
+                f"fisher='forward-only' sends nothing back, but the blocks of {lost[:4]} are made "
+                "of gradients; expected Kronecker factors. Leave them out, or use another fisher."
+            )
+        return {n: "kronecker" if c.is_scale else c.structure for n, c in chosen.items()}
+    return {name: c.structure for name, c in chosen.items()}
 
 
 def _run(program: Program, inputs: Any, params: Params | None, number: int) -> Run:
@@ -189,8 +206,10 @@ def _run(program: Program, inputs: Any, params: Params | None, number: int) -> R
         raise DataError(f"batch {number}: {error}") from None
 
 
-def _sums(batch: _Batch, plans: Sequence[BlockPlan]) -> list[tuple[Sums, ...]]:
-    """Raw sums of every term of every block."""
+def _sums(
+    batch: _Batch, plans: Sequence[BlockPlan], names: Sequence[str]
+) -> tuple[list[tuple[Sums, ...]], dict[str, Tensor]]:
+    """Raw sums of every term of every block, and of the exact blocks of `names`."""
     terms = [term for plan in plans for term in plan.terms]
     sharing = batch.settings.sharing
     moments = [input_moment(t, sharing, batch.input, batch.output) for t in terms]
@@ -198,14 +217,23 @@ def _sums(batch: _Batch, plans: Sequence[BlockPlan]) -> list[tuple[Sums, ...]]:
     def output_moments(gradients: Sequence[Tensor]) -> list[Tensor]:
         return [output_moment(term, sharing, lambda use: gradients[use.tap]) for term in terms]
 
+    uses, settings = batch.run.tapped.uses, batch.settings
+    like = {
+        n: (settings.structures[n], settings.parameters[n], [u for u in uses if n in u.parameters])
+        for n in names
+    }
     total: list[Tensor] = []
+    exact: dict[str, Tensor] = {}
     for gradients in _gradients(batch):
+        for name in names:
+            part = exact_moment(name, *like[name], batch.input, lambda u: gradients[u.tap])  # noqa: B023
+            exact[name] = exact[name] + part if name in exact else part
         parts = output_moments(gradients)
         total = [t + p for t, p in zip(total, parts, strict=True)] if total else parts
     if not total:  # forward-only: nothing is sent back
         total = output_moments([torch.zeros_like(y) for y in batch.run.taps])
     rest = iter(Sums(a, b, rows) for (a, rows), b in zip(moments, total, strict=True))
-    return [tuple(next(rest) for _ in plan.terms) for plan in plans]
+    return [tuple(next(rest) for _ in plan.terms) for plan in plans], exact
 
 
 def _gradients(batch: _Batch) -> Iterator[tuple[Tensor, ...]]:
@@ -222,12 +250,16 @@ def _gradients(batch: _Batch) -> Iterator[tuple[Tensor, ...]]:
         )
 
 
-def _diagonals(batch: _Batch, inputs: Any, params: Params | None) -> dict[str, Tensor]:
-    program = batch.program
-    if program.unsupported != "diagonal" or not program.uncovered:
+def _without_taps(
+    batch: _Batch, inputs: Any, params: Params | None, names: Sequence[str]
+) -> dict[str, Tensor]:
+    """Exact blocks of parameters that have no normal form."""
+    if not names:
         return {}
+    program = batch.program
     state = {**program.model.override(params), **program.model.buffers()}
-    return squared_gradients(program, batch.run, state, inputs, program.uncovered, batch.vectors())
+    kinds = {name: batch.settings.structures[name] for name in names}
+    return gradient_moments(program, batch.run, state, inputs, kinds, batch.vectors())
 
 
 def positions_in_datum(run: Run) -> Tensor:
@@ -241,10 +273,10 @@ def positions_in_datum(run: Run) -> Tensor:
 
 
 def _require_finite(
-    sums: Mapping[str, Iterable[Sums]], diagonals: Mapping[str, Tensor], number: int
+    sums: Mapping[str, Iterable[Sums]], exact: Mapping[str, Tensor], number: int
 ) -> None:
-    for name, exact in diagonals.items():
-        _require_finite_factor("the diagonal", name, exact, number)
+    for name, block in exact.items():
+        _require_finite_factor("the exact block", name, block, number)
     for name, terms in sums.items():
         for term in terms:
             a = term.a.diagonal if isinstance(term.a, Counted) else term.a.diagonal(dim1=1, dim2=2)

@@ -124,10 +124,16 @@ class BlockPlan:
 
 
 @lru_cache(maxsize=32)  # the same for every batch that runs the same graph
-def plan_blocks(uses: tuple[Use, ...], separate_weight_and_bias: bool) -> tuple[BlockPlan, ...]:
-    """Group uses into terms, and terms that touch the same parameters into blocks."""
-    terms = [TermPlan(tuple(same)) for same in _by_place(u for u in uses if not u.is_bias)]
-    biases = _by_place(u for u in uses if u.is_bias)
+def plan_blocks(
+    uses: tuple[Use, ...], separate_weight_and_bias: bool, exact: frozenset[str] = frozenset()
+) -> tuple[BlockPlan, ...]:
+    """Group uses into terms, and terms that touch the same parameters into blocks.
+
+    Uses of the parameters in `exact`, which have no Kronecker factors, are left out.
+    """
+    factored = [u for u in uses if not exact & set(u.parameters)]
+    terms = [TermPlan(tuple(same)) for same in _by_place(u for u in factored if not u.is_bias)]
+    biases = _by_place(u for u in factored if u.is_bias)
     alone: list[Use] = []
     for same in biases:
         others = [u for other in biases if other is not same for u in other]

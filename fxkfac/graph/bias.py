@@ -14,7 +14,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from fxkfac.graph.ir import Example, Join, OneHot, Use, axis_lengths
+from fxkfac.graph.ir import Example, Form, Join, OneHot, Use, axis_lengths
 from fxkfac.graph.rules.addition import addition_factor
 from fxkfac.graph.view import View, is_layout, scale_of
 
@@ -25,7 +25,7 @@ def join_biases(uses: list[Use], graph: Graph, example: Example) -> list[Use]:
     weights = {
         use.node: place
         for place, use in enumerate(uses)
-        if not use.is_bias and not isinstance(use.form.prepare, OneHot)
+        if not use.is_bias and _has_column(use.form)
     }
     joined, taken = [], set[int]()
     for use in uses:
@@ -35,6 +35,11 @@ def join_biases(uses: list[Use], graph: Graph, example: Example) -> list[Use]:
             use = replace(use, join=join)
         joined.append(use)
     return joined
+
+
+def _has_column(form: Form) -> bool:
+    """Whether a bias may be one more column: not beside one-hot rows, patches of y, or a scale."""
+    return not isinstance(form.prepare, OneHot) and form.folded is None and not form.is_elementwise
 
 
 def _join(

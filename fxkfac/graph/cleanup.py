@@ -14,6 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
+from fxkfac.graph.decompose import decompose
+from fxkfac.graph.merge import drop_zeros, merge_common
+
 aten = torch.ops.aten
 
 STOP = "fxkfac_stop"  # mark of nodes through which the user lets no gradient pass
@@ -72,13 +75,16 @@ def rebuild(
             copies[node] = _constant(graph, root, _attribute(module, str(node.target)))
         elif node.target in ASSERTIONS or node.op == "output":
             continue
-        elif saved_detach and node.target is aten.detach.default and not _stops(node):
+        elif node.target is aten.alias.default or (saved_detach and _is_saved(node)):
             copies[node] = copies[node.all_input_nodes[0]]
         else:
             copies[node] = _copy(graph, node, copies, stop=saved_detach and _stops(node))
     graph.output(copies[next(n for n in module.graph.nodes if n.name == result)])
     graph.eliminate_dead_code()
-    graph.lint()
+    drop_zeros(graph)
+    decompose(graph, tensors)
+    merge_common(graph)
+    graph.eliminate_dead_code()
     return GraphModule(root, graph)
 
 
@@ -130,6 +136,11 @@ def _attribute(module: nn.Module, path: str) -> Any:
 
 def _stops(node: Node) -> bool:
     return bool((node.meta.get("custom") or {}).get(STOP))
+
+
+def _is_saved(node: Node) -> bool:
+    """Whether a `detach` is one that autograd put there, not the user."""
+    return node.target is aten.detach.default and not _stops(node)
 
 
 def _is_tensor(node: Node) -> bool:

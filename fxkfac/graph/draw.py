@@ -193,7 +193,7 @@ class _Picture:
         program = self.program
         covered, uses = len(program.parameters), len(program.uses)
         text = f"{covered} parameter{'s' * (covered != 1)} in {uses} use{'s' * (uses != 1)}"
-        lost = f", {len(program.uncovered)} {labels.FALLBACKS[program.unsupported]}"
+        lost = f", {len(program.uncovered)} {labels.STRUCTURES[program.unsupported]}"
         return text + lost if program.uncovered else text
 
     def _module(self, scope: Scope) -> nn.Module | None:

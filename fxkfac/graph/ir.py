@@ -65,6 +65,19 @@ class Patches:
 
 
 @dataclass(frozen=True)
+class Folded:
+    """The output is folded from patches, as a transposed convolution does.
+
+    Attributes:
+        patches: How a gradient at the output is taken as patches.
+        places: Spatial sizes of the input, one patch each.
+    """
+
+    patches: Patches
+    places: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class OneHot:
     """The input is a tensor of indices that stands for its one-hot encoding.
 
@@ -85,6 +98,7 @@ class Form:
             holds two axes of the einsum; `1` is an axis of length one.
         input: The node of the input, `None` where it is the constant one.
         prepare: What happens to the input before the axis list `x` holds.
+        folded: What happens to a gradient at the output before the axis list `y` holds.
         sizes: Lengths of axes inside brackets that the shapes do not tell.
         scale: The op computes `scale` times the einsum.
     """
@@ -94,6 +108,7 @@ class Form:
     y: str
     input: Node | None = None
     prepare: Patches | OneHot | None = None
+    folded: Folded | None = None
     sizes: Mapping[str, int] = field(default_factory=dict)
     scale: float = 1.0
 
@@ -157,6 +172,11 @@ class Form:
             return sizes
         split = {f"{batch.axis}_outer": batch.outer, f"{batch.axis}_inner": batch.inner}
         return sizes | split
+
+    @property
+    def is_elementwise(self) -> bool:
+        """Whether every entry of the weight is multiplied by one number: a scale."""
+        return bool(self.x or self.input) and not self.d_in and not self.d_out
 
     def orientation(self) -> str:
         """A short name for the printed table, such as `o i` or `g i o`."""

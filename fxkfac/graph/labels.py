@@ -28,7 +28,13 @@ STATUS = {
     "unsupported": (VIOLET, PALE_VIOLET),
     "unused": (SLATE, PAPER),
 }
-FALLBACKS = {"diagonal": "exact diagonal", "skip": "left out", "error": "no rule"}
+STRUCTURES = {
+    "diagonal": "exact diagonal",
+    "dense": "exact block",
+    "identity": "identity",
+    "skip": "left out",
+    "error": "no rule",
+}
 SMALL = "8.5"
 
 Row = tuple[str, str, str, str]  # left and right cell, and their colours
@@ -131,7 +137,7 @@ def _parameter_cell(network: nx.MultiDiGraph, key: str, prefix: str, beside: boo
     node = network.nodes[key]
     color, fill = STATUS[node["status"]]
     style = "" if node["status"] == "covered" else 'STYLE="dashed"'
-    remark = FALLBACKS.get(node["fallback"], "no use" if node["status"] == "unused" else "")
+    remark = STRUCTURES.get(node["structure"], "no use" if node["status"] == "unused" else "")
     uses = list(network.out_edges(key, keys=True))
     axes = {axes_text(network.edges[use]) for use in uses}
     shape = "  ".join([node["shape"], *(axes if len(axes) == 1 else ())])

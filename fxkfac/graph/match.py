@@ -17,7 +17,7 @@ from torch.fx import Graph, Node
 
 from fxkfac.graph.bias import join_biases
 from fxkfac.graph.cleanup import length
-from fxkfac.graph.ir import Example, Form, Source, Use, letters
+from fxkfac.graph.ir import Example, Form, OneHot, Source, Use, letters
 from fxkfac.graph.lift import lift
 from fxkfac.graph.rules.registry import RULES, NotLinear, Operand, call_of, operands
 from fxkfac.graph.source import module_of, source_of
@@ -72,11 +72,11 @@ def match(
     example: Example,
     lifted: frozenset[str] = frozenset(),
 ) -> Matched:
-    """Find every use of the parameters, whose placeholders are the keys of `parameters`.
+    """Find every use of the parameters, whose nodes are the keys of `parameters`.
 
     Args:
         graph: The captured graph.
-        parameters: The parameters' placeholders and names.
+        parameters: The nodes of parameters and derived weights, and their names.
         inputs: The placeholders of the data.
         example: Shapes and numbers of one run.
         lifted: Names of ops that meet no data; see `fxkfac.graph.lift`.
@@ -119,7 +119,7 @@ def _entries(graph: Graph, parameters: Mapping[Node, str]) -> Iterable[tuple[Nod
         if not entering or node.target in SHAPE_ONLY | LIKE | STOPS:
             continue
         if is_layout(node) and len(entering) == len(_tensor_arguments(node)):
-            chains[node] = _extend([chains[n] for n in entering], node)
+            chains[node] = _extend([chains[n] for n in entering], node, parameters)
         elif isinstance(node.target, OpOverload):
             for operand, argument in operands(call_of(node, {}, {}), chains.__contains__):
                 yield node, operand, chains[argument]
@@ -133,11 +133,11 @@ def _tensor_arguments(node: Node) -> list[Node]:
     return list(dict.fromkeys(first if isinstance(first, list | tuple) else [first]))
 
 
-def _extend(chains: Sequence[Chain], node: Node) -> Chain:
+def _extend(chains: Sequence[Chain], node: Node, parameters: Mapping[Node, str]) -> Chain:
     """Put chains together: placeholders first, then layout ops without repetition."""
     merged = dict.fromkeys(n for chain in chains for n in chain)
-    first = [n for n in merged if n.op == "placeholder"]
-    return (*first, *(n for n in merged if n.op != "placeholder"), node)
+    first = [n for n in merged if n in parameters]
+    return (*first, *(n for n in merged if n not in parameters), node)
 
 
 def _lifted(use: Use, node: Node, dependent: set[Node], example: Example) -> list[Use]:
@@ -192,7 +192,10 @@ def _narrow(view: View, form: Form, shape: Size) -> tuple[View, Form]:
     if len(tokens) != index.ndim:  # bracketed axes are never expanded ones
         return view, form
     for axis, size in enumerate(shape):
-        if size > 1 and bool((index.narrow(axis, 0, 1) == index).all()):
+        repeats = size > 1 and bool((index.narrow(axis, 0, 1) == index).all())
+        if repeats and isinstance(form.prepare, OneHot) and tokens[axis] == "v":
+            raise NotLinear("every index looks up the same entries; use them without an index")
+        if repeats:
             narrowed.append(axis)
             tokens[axis] = "1"
     weight = " ".join(tokens)

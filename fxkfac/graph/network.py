@@ -217,6 +217,8 @@ def _parameter(program: Program, name: str) -> dict[str, Any]:
     tensor = program.model.tensors[name]
     used = {p for use in program.uses for p in use.parameters}
     reasons = [u.reason for u in program.tapped.unsupported if name in u.parameters]
+    choice = program.structures.get(name)
+    structure = choice.structure if choice else ""
     status = "unsupported" if reasons else "covered" if name in used else "unused"
     return {
         "kind": "parameter",
@@ -225,7 +227,7 @@ def _parameter(program: Program, name: str) -> dict[str, Any]:
         "numel": tensor.numel(),
         "status": status if name in program.model.selected else "frozen",
         "reason": reasons[0] if reasons else "",
-        "fallback": program.unsupported if reasons else "",
+        "structure": structure,
     }
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor
 
-from fxkfac.graph.ir import BatchAxis, OneHot, Patches, Use
+from fxkfac.graph.ir import BatchAxis, Folded, OneHot, Patches, Use
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -61,6 +61,7 @@ def normal_x(use: Use, x: Tensor | None, batch: BatchAxis | None) -> Tensor | On
         left, right = form.normal_x(batch).split(" -> ")
         pattern = f"{left.removesuffix(' v')} -> {right.removeprefix('() ').removesuffix(' (v)')}"
         indices = rearrange(x, pattern, **form.row_sizes(form.x, batch))
+        indices = indices.remainder(form.prepare.size)  # W[-1] is the last one
         return OneHotRows(indices, form.prepare.size, form.prepare.ignored, form.scale)
     if isinstance(form.prepare, Patches):
         x = unfold(x, form.prepare)
@@ -70,7 +71,18 @@ def normal_x(use: Use, x: Tensor | None, batch: BatchAxis | None) -> Tensor | On
 
 def normal_y(use: Use, y: Tensor, batch: BatchAxis | None) -> Tensor:
     """The output of a use, or a gradient at it, in normal form."""
+    if use.form.folded is not None:
+        y = _unfolded(y, use.form.folded)
     return rearrange(y, use.form.normal_y(batch), **use.form.row_sizes(use.form.y, batch))
+
+
+def _unfolded(y: Tensor, folded: Folded) -> Tensor:
+    """The patches of a gradient, one for each place of the input; output padding adds none."""
+    y = unfold(y, folded.patches)
+    d = len(folded.places)
+    for k, size in enumerate(folded.places):
+        y = y.narrow(k - 2 * d, 0, size)
+    return y
 
 
 def normal_weight(use: Use) -> Tensor:

@@ -13,10 +13,12 @@ from torch.fx import GraphModule
 from fxkfac.errors import DataError
 from fxkfac.functional import FunctionalModel, Inputs
 from fxkfac.graph.capture import Captured, quietly
+from fxkfac.graph.coverage import Coverage, coverage
 from fxkfac.graph.ir import Use
 from fxkfac.graph.locate import Layout
 from fxkfac.graph.match import Unsupported
 from fxkfac.graph.signature import Signature
+from fxkfac.graph.structure import Choice, Structures
 from fxkfac.graph.table import program_table
 from fxkfac.graph.verify import FlatModel, is_model
 
@@ -37,6 +39,8 @@ class Tapped:
         dynamic: Whether the graph runs at other batch sizes.
         verified: Batch sizes at which the prediction was compared with the model's.
         refusals: Front ends that were tried before, and why they did not do.
+        coupled: Whether one datum's prediction depends on the others'.
+        derived: For every weight that is computed from parameters, its node and shape.
     """
 
     captured: Captured
@@ -47,6 +51,8 @@ class Tapped:
     dynamic: bool
     verified: set[int] = field(repr=False)
     refusals: Mapping[str, str] = field(default_factory=dict)
+    coupled: bool = False
+    derived: Mapping[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
 
     @property
     def uncovered(self) -> tuple[str, ...]:
@@ -83,12 +89,12 @@ class Program:
     Attributes:
         model: The user's model as a pure function.
         signature: How inputs are nested, and their batch axes.
-        unsupported: What is done with uses that have no normal form.
+        asked: The structures that the user asked for.
     """
 
     model: FunctionalModel
     signature: Signature
-    unsupported: str
+    asked: Structures
     _compile: Compile = field(repr=False)
     _cache: dict[Hashable, Tapped] = field(default_factory=dict, repr=False)
     generator: torch.Generator = field(
@@ -122,6 +128,34 @@ class Program:
         """Names of the parameters with a use that has no normal form."""
         return self.tapped.uncovered
 
+    @property
+    def unsupported(self) -> str:
+        """What is done with parameters that have a use without normal form."""
+        return self.asked.unsupported
+
+    @property
+    def structures(self) -> dict[str, Choice]:
+        """What the block of every selected parameter is made of, and why."""
+        return self.structures_for(self.tapped)
+
+    def structures_for(self, tapped: Tapped) -> dict[str, Choice]:
+        """The same for one of the program's graphs."""
+        return self.asked.choose(tapped, self._sizes())
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all selected parameters and of the weights derived from them."""
+        own = {name: tuple(self.model.tensors[name].shape) for name in self.asked.selected}
+        return own | {name: shape for name, (_, shape) in self.tapped.derived.items()}
+
+    def coverage(self) -> Coverage:
+        """Who got what: a row for every parameter; `print` shows it with shares in per cent."""
+        own = {name: c for name, c in self.structures.items() if name in self.asked.selected}
+        return coverage(own, self._sizes())
+
+    def _sizes(self) -> dict[str, int]:
+        return {name: torch.Size(shape).numel() for name, shape in self.shapes.items()}
+
     def at(self, inputs: Inputs) -> tuple[Tapped, list[Tensor]]:
         """The tapped graph for these inputs, and their tensors; compiled where it is new."""
         tensors = [t.detach() for t in self.signature.tensors(inputs)]
@@ -139,7 +173,7 @@ class Program:
     def _compile_for(
         self, key: Hashable, model: FlatModel, tensors: list[Tensor], n: int, dynamic: bool
     ) -> Tapped:
-        tapped = self._compile(model, tensors, self.unsupported, dynamic)
+        tapped = self._compile(model, tensors, self.asked, dynamic)
         tapped.verified.add(n)
         self._cache[key if tapped.dynamic else (key, n)] = tapped
         return tapped

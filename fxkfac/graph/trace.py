@@ -7,26 +7,27 @@ three trustworthy.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
-from fxkfac.errors import CaptureError, FxkfacError, OptionError, UnsupportedUse
+from fxkfac.errors import CaptureError, FxkfacError, UnsupportedUse
 from fxkfac.functional import FunctionalModel, Inputs, Params, bind
 from fxkfac.graph.capture import FRONT_ENDS, Captured, Refusal, quietly
+from fxkfac.graph.derived import derived_weights
 from fxkfac.graph.ir import Example, Use
 from fxkfac.graph.lift import SUMMED
 from fxkfac.graph.locate import Located, locate
 from fxkfac.graph.match import Matched, Unsupported, match
 from fxkfac.graph.program import Program, Tapped
 from fxkfac.graph.signature import BatchAxes, Signature, signature_of
+from fxkfac.graph.structure import Structures, structures_of
 from fxkfac.graph.tap import tap_uses, without_dropout
 from fxkfac.graph.verify import FlatModel, State, is_model, require_gradients, run_graph
 
-POLICIES = ("error", "diagonal", "skip")
 TRIAL_SIZE = 3  # data in the experiments: few, and no divisor of most other sizes
 
 
@@ -36,6 +37,8 @@ def trace(
     params: Params | Iterable[str] | None = None,
     unsupported: str = "error",
     *,
+    structure: Mapping[str, str] | None = None,
+    dense_limit: int = 2**14,
     batch_axis: BatchAxes = 0,
 ) -> Program:
     """Compile a model into a program whose graph emits what KFAC needs.
@@ -49,7 +52,12 @@ def trace(
             patterns, or a dict of tensors in the place of its own; default: all that require
             gradients.
         unsupported: What to do with a parameter that enters an op without a rule: `"error"`,
-            `"diagonal"` (the exact diagonal of its block) or `"skip"`.
+            `"diagonal"` or `"dense"` (exact, from every datum's gradient), `"identity"`, `"skip"`.
+        structure: For names or shell patterns, what the block is made of: `"kronecker"`,
+            `"diagonal"`, `"dense"`, `"identity"` or `"skip"`; or `"derived"`, for parameters from
+            which a weight is computed: that weight gets the block. A later one overrides an
+            earlier one. Default: Kronecker factors; for scales, as of norms, the exact diagonal.
+        dense_limit: Most entries that a parameter with a dense block may have.
         batch_axis: Axis of the inputs along which the data are; or, as `in_dims` of `torch.vmap`,
             an int or `None` for each input.
 
@@ -59,20 +67,21 @@ def trace(
     Raises:
         CaptureError: No front end could capture the model; each one's reason is given.
         UnsupportedUse: A parameter enters an op that has no rule, and `unsupported="error"`.
-        UnknownParameter, ParameterError: See `params`.
+        UnknownParameter, ParameterError: See `params` and `structure`.
+        OptionError: There is no such structure, or a dense block would be too large.
         DataError: The inputs hold no batch.
     """
-    if unsupported not in POLICIES:
-        raise OptionError(f"unsupported={unsupported!r}; expected one of {', '.join(POLICIES)}.")
     bound = bind(model, params)
-    signature = signature_of(inputs, batch_axis)
-    program = Program(bound, signature, unsupported, compile_graph)
+    structures = structures_of(bound, structure, unsupported, dense_limit)
+    bound = replace(bound, selected=structures.tapped)
+    program = Program(bound, signature_of(inputs, batch_axis), structures, compile_graph)
     program.at(inputs)
+    program.structures  # noqa: B018 - raises for what cannot be together
     return program
 
 
 def compile_graph(
-    model: FlatModel, tensors: list[Tensor], policy: str, dynamic: bool = True
+    model: FlatModel, tensors: list[Tensor], structures: Structures, dynamic: bool = True
 ) -> Tapped:
     """Try the front ends in order; take the first whose graph is proven to be the model.
 
@@ -87,7 +96,7 @@ def compile_graph(
         try:
             with quietly():
                 captured = front_end(model.bound, model.signature, example)
-                tapped = _compile(model, captured, tensors, dynamic)
+                tapped = _compile(model, captured, tensors, dynamic, structures.derived)
         except FxkfacError:
             raise
         except Refusal as reason:
@@ -101,13 +110,20 @@ def compile_graph(
             return tapped
         if best is None or len(tapped.uncovered) < len(best.uncovered):
             best = tapped
-    if dynamic and model.signature.batch_size(tensors) == 1 and (best is None or policy == "error"):
-        return compile_graph(model, tensors, policy, dynamic=False)
-    if best is not None and policy != "error":
-        return best
+    refused = _refused(best, structures)
+    if dynamic and model.signature.batch_size(tensors) == 1 and (best is None or refused):
+        return compile_graph(model, tensors, structures, dynamic=False)
+    if refused:
+        raise UnsupportedUse(_unsupported_message(refused))
     if best is not None:
-        raise UnsupportedUse(_unsupported_message(best.unsupported))
+        return best
     raise CaptureError(_capture_message(model.bound, refusals))
+
+
+def _refused(tapped: Tapped | None, structures: Structures) -> list[Unsupported]:
+    """The uses without normal form that are an error."""
+    unsupported = tapped.unsupported if tapped else ()
+    return [u for u in unsupported if any(structures.refuses(p) for p in u.parameters)]
 
 
 def _to_capture(signature: Signature, tensors: list[Tensor], dynamic: bool) -> list[Tensor]:
@@ -127,22 +143,46 @@ class _Trial:
     state: State
     data: list[Tensor]
     generator: torch.Generator
+    through: Sequence[str] = ()  # parameters from which weights are derived
+    derived: Mapping[Node, str] = field(default_factory=dict)
 
 
-def _compile(model: FlatModel, captured: Captured, tensors: list[Tensor], dynamic: bool) -> Tapped:
+def _compile(
+    model: FlatModel,
+    captured: Captured,
+    tensors: list[Tensor],
+    dynamic: bool,
+    through: Sequence[str],
+) -> Tapped:
     """Match, tap, locate and verify one captured graph."""
-    trial = _try(model, captured, tensors, dynamic)
+    own = {name: node for node, name in captured.placeholders().items()}
+    derived = derived_weights(
+        captured.module.graph, {own[name]: name for name in through}, captured.inputs()
+    )
+    trial = replace(_try(model, captured, tensors, dynamic), through=through, derived=derived)
     example = record(captured.module, [*trial.state.values(), *trial.data])
     matched, uses, located = _match(trial, example, frozenset())
     if summed := frozenset(u.node for u, c in zip(uses, located.constant, strict=True) if c):
         matched, uses, located = _match(trial, example, summed)
     uses, unsupported = _covered(uses, located, matched)
     module, uses = tap_uses(captured.module, uses)
-    tapped = Tapped(captured, module, uses, unsupported, located.prediction, trial.dynamic, set())
+    tapped = Tapped(
+        captured,
+        module,
+        uses,
+        unsupported,
+        located.prediction,
+        trial.dynamic,
+        set(),
+        coupled=located.coupled,
+        derived={name: (n.name, tuple(example.shapes[n])) for n, name in derived.items()},
+    )
     lost = set(tapped.uncovered)
+    if lost & set(tapped.derived):
+        raise Refusal(f"derived weights have no normal form: {unsupported[0]}")
     covered = [name for name in model.bound.selected if name not in lost]
     taps = run_graph(module, trial.state, trial.data)
-    require_gradients(model, uses, taps, trial.state, trial.data, covered)
+    require_gradients(model, tapped, taps, trial.state, trial.data, covered)
     return tapped
 
 
@@ -166,7 +206,9 @@ def _match(
 ) -> tuple[Matched, tuple[Use, ...], Located]:
     """Match, and find by experiment where the data are in each tap."""
     captured, bound, signature = trial.captured, trial.model.bound, trial.model.signature
-    selected = {n: name for n, name in captured.placeholders().items() if name in bound.selected}
+    apart = set(bound.selected) - set(trial.through)
+    selected = {n: name for n, name in captured.placeholders().items() if name in apart}
+    selected |= trial.derived
     matched = match(captured.module.graph, selected, captured.inputs(), example, lifted)
     quiet, uses = tap_uses(without_dropout(captured.module), matched.uses)
     located = locate(

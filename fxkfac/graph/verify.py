@@ -9,17 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fxkfac.functional import FunctionalModel, Inputs, prediction_of
 from fxkfac.graph.capture import Captured, Refusal
+from fxkfac.graph.derived import computation
 from fxkfac.graph.ir import Use
 from fxkfac.graph.locate import Taps
 from fxkfac.graph.normal import parameter_gradient
 from fxkfac.graph.signature import Signature
+
+if TYPE_CHECKING:
+    from fxkfac.graph.program import Tapped
 
 State = Mapping[str, Tensor]  # parameters and buffers by name, in the graph's order
 
@@ -75,6 +79,24 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return (found - expected).norm().item() / (scale if scale > 0 else 1.0)
 
 
+def gradient_errors(
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """The relative error of every gradient.
+
+    A gradient that is zero but for rounding, as of a bias before batch norm, is measured by the
+    largest of all gradients.
+    """
+    largest = max((float(t.double().norm()) for t in expected.values()), default=0.0)
+    errors = {}
+    for name, t in expected.items():
+        norm = float(t.double().norm())
+        is_rounding = norm <= 1e3 * torch.finfo(t.dtype).eps * largest
+        scale = largest / norm if is_rounding and norm > 0 else 1.0
+        errors[name] = relative_error(found[name], t) / scale
+    return errors
+
+
 def run_graph(module: Any, state: State, data: Sequence[Tensor]) -> Any:
     """Run a captured or tapped graph with the random numbers that `FlatModel.predict` has."""
     torch.manual_seed(0)
@@ -99,7 +121,7 @@ def is_model(model: FlatModel, captured: Captured, state: State, data: Sequence[
 
 def require_gradients(
     model: FlatModel,
-    uses: Sequence[Use],
+    tapped: Tapped,
     taps: Taps,
     state: State,
     data: Sequence[Tensor],
@@ -108,9 +130,9 @@ def require_gradients(
     """Raise `Refusal` where a gradient from the taps is not autograd's on the model itself."""
     prediction = taps[0]
     cotangent = torch.linspace(-1, 1, prediction.numel()).to(prediction).view_as(prediction)
-    found = tap_gradients(uses, taps, cotangent, names, state)
+    found = tap_gradients(tapped, taps, cotangent, names, state, data)
     expected = model.gradients(state, data, cotangent, names)
-    errors = {n: relative_error(found[n], expected[n]) for n in names}
+    errors = gradient_errors(found, expected)
     wrong = [f"{n} ({e:.1e})" for n, e in errors.items() if not e <= tolerance(expected[n])]
     if wrong:
         raise Refusal(
@@ -120,11 +142,45 @@ def require_gradients(
 
 
 def tap_gradients(
-    uses: Sequence[Use], taps: Taps, cotangent: Tensor, names: Sequence[str], state: State
+    tapped: Tapped,
+    taps: Taps,
+    cotangent: Tensor,
+    names: Sequence[str],
+    state: State,
+    data: Sequence[Tensor],
 ) -> dict[str, Tensor]:
-    """Every named parameter's gradient of ⟨cotangent, prediction⟩, from the taps alone."""
+    """Every named parameter's gradient of ⟨cotangent, prediction⟩, from the taps alone.
+
+    That of a derived weight is pulled back to the parameters which it is computed from.
+    """
+    shapes = {name: shape for name, (_, shape) in tapped.derived.items()}
+    shapes |= {name: tuple(state[name].shape) for name in names}
+    of_weights = _at_uses(tapped.uses, taps, cotangent, shapes)
+    total = {name: of_weights[name] for name in names}
+    if not tapped.derived:
+        return total
+    leaves = {name: state[name].detach().requires_grad_() for name in names}
+    nodes = [node for node, _ in tapped.derived.values()]
+    weights = run_graph(computation(tapped.captured.module, nodes), {**state, **leaves}, data)
+    pulled = torch.autograd.grad(
+        weights,
+        list(leaves.values()),
+        [of_weights[name] for name in tapped.derived],
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    return {n: t + p for (n, t), p in zip(total.items(), pulled, strict=True)}
+
+
+def _at_uses(
+    uses: Sequence[Use],
+    taps: Taps,
+    cotangent: Tensor,
+    shapes: Mapping[str, tuple[int, ...]],
+) -> dict[str, Tensor]:
+    """The same for parameters and derived weights, each by itself."""
     prediction, inputs, outputs = taps
-    total = {name: torch.zeros_like(state[name]) for name in names}
+    total = {name: prediction.new_zeros(shape) for name, shape in shapes.items()}
     if not outputs or not prediction.requires_grad:
         return total
     at_taps = torch.autograd.grad(

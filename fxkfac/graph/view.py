@@ -64,10 +64,15 @@ LAYOUT_OPS: dict[Any, str] = {
     aten.div.Scalar: "scale",
     aten.div.Tensor: "scale",
     aten.neg.default: "scale",
+    aten.add.Scalar: "shift",
+    aten.add.Tensor: "shift",
+    aten.sub.Scalar: "shift",
+    aten.sub.Tensor: "shift",
+    aten.rsub.Scalar: "scale",
 }
 
 # These change values or strides but not which entry is where: skipped when numbers are moved.
-VALUE_ONLY = {"", "cast", "scale"}
+VALUE_ONLY = {"", "cast", "scale", "shift"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +96,8 @@ class View:
     @property
     def steps(self) -> tuple[str, ...]:
         """Names of the ops that change the layout, in order."""
-        return tuple(s for n in self.chain if (s := LAYOUT_OPS.get(n.target, "")))
+        moved = self.chain[len(self.shapes) :]
+        return tuple(s for n in moved if (s := LAYOUT_OPS.get(n.target, "")))
 
     @property
     def scale(self) -> float | None:
@@ -123,8 +129,8 @@ class View:
 
 
 def is_layout(node: Node) -> bool:
-    """Whether a node only selects, rearranges or scales entries of its first argument."""
-    if LAYOUT_OPS.get(node.target) == "scale":
+    """Whether a node selects, rearranges, scales or shifts by a number, and nothing else."""
+    if LAYOUT_OPS.get(node.target) in ("scale", "shift"):
         return not any(isinstance(argument, Node) for argument in node.args[1:])
     return node.target in LAYOUT_OPS
 
@@ -135,6 +141,8 @@ def scale_of(node: Node) -> float:
         return 1.0
     if node.target is aten.neg.default:
         return -1.0
+    if node.target is aten.rsub.Scalar:  # 1 − α w
+        return -float(node.args[2] if len(node.args) > 2 else node.kwargs.get("alpha", 1.0))  # type: ignore[arg-type]
     factor = float(node.args[1])  # type: ignore[arg-type]
     return 1 / factor if node.target in (aten.div.Scalar, aten.div.Tensor) else factor
 

@@ -1,6 +1,22 @@
-"""Linear algebra that knows nothing of graphs: flattening orders and Kronecker products."""
+"""Matrices without graphs: vectorisation, Kronecker products and sums of two of them."""
 
 from fxkfac.linalg.flatten import cvec, rvec
-from fxkfac.linalg.kronecker import kronecker_dense, kronecker_solve, require_regular
+from fxkfac.linalg.kronecker import (
+    damped,
+    kronecker_dense,
+    kronecker_solve,
+    kronecker_sum_solve,
+    require_positive,
+    require_regular,
+)
 
-__all__ = ["cvec", "kronecker_dense", "kronecker_solve", "require_regular", "rvec"]
+__all__ = [
+    "cvec",
+    "damped",
+    "kronecker_dense",
+    "kronecker_solve",
+    "kronecker_sum_solve",
+    "require_positive",
+    "require_regular",
+    "rvec",
+]

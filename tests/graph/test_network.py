@@ -109,15 +109,15 @@ def test_every_status_of_a_parameter_is_told():
         "frozen.weight": "frozen",
         "frozen.bias": "frozen",
     }
-    assert of_kind(network, "parameter")["log_scale"]["fallback"] == "skip"
+    assert of_kind(network, "parameter")["log_scale"]["structure"] == "skip"
     (exp,) = of_kind(network, "unsupported").values()
     assert (exp["op"], "no rule" in exp["reason"]) == ("exp", True)
     assert list(of_kind(network, "buffer")) == ["mask"]
 
 
-def test_fallback_is_the_one_that_was_asked_for():
+def test_structure_is_the_one_that_was_asked_for():
     network = partly("diagonal").to_networkx()
-    assert of_kind(network, "parameter")["log_scale"]["fallback"] == "diagonal"
+    assert of_kind(network, "parameter")["log_scale"]["structure"] == "diagonal"
 
 
 def test_op_that_meets_no_data_says_where_it_is_tapped():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fxkfac.graph.ir import Form, Patches
+from fxkfac.graph.ir import Folded, Form, Patches
 from fxkfac.graph.rules.registry import Call, NotLinear, Operand, rule
 
 aten = torch.ops.aten
@@ -21,8 +21,8 @@ aten = torch.ops.aten
 )
 def convolution(call: Call, operand: Operand) -> Form:
     """y[n, (g o), p] = Σ_{i k} W[(g o), i, k] · patches[n, (g i), p, k]."""
-    if call.args.get("transposed"):
-        raise NotLinear("transposed convolutions have no rule yet")
+    if call.number("transposed") if "transposed" in call.args else False:
+        return transposed_convolution(call, operand)
     d = call.ndim("weight") - 2
     places, kernel = [f"p{k}" for k in range(d)], [f"k{k}" for k in range(d)]
     batch = ["n"] if call.ndim("input") == d + 2 else []
@@ -39,6 +39,33 @@ def convolution(call: Call, operand: Operand) -> Form:
         input=call.args["input"],
         prepare=_patches(call, d),
         sizes=sizes,
+    )
+
+
+@rule(
+    aten.conv_transpose1d.default,
+    aten.conv_transpose2d.input,
+    aten.conv_transpose3d.input,
+)
+def transposed_convolution(call: Call, operand: Operand) -> Form:
+    """patches of y[n, (g o), p, k] = Σ_i W[(g i), o, k] · x[n, (g i), p]: y is folded from them."""
+    d = call.ndim("weight") - 2
+    places, kernel = [f"p{k}" for k in range(d)], [f"k{k}" for k in range(d)]
+    batch = ["n"] if call.ndim("input") == d + 2 else []
+    if operand.name == "bias":
+        return Form("o", "", " ".join([*batch, "o", *places]))
+    if operand.name == "input":
+        raise NotLinear("the parameter is the image that is convolved")
+    sizes = tuple(call.shape("weight")[2:])
+    padding = tuple((p, p) for p in _tuple(call, "padding", d))
+    patches = Patches(sizes, _tuple(call, "stride", d), padding, _tuple(call, "dilation", d))
+    return Form(
+        weight=" ".join(["(g i) o", *kernel]),
+        x=" ".join([*batch, "(g i)", *places]),
+        y=" ".join([*batch, "(g o)", *places, *kernel]),
+        input=call.args["input"],
+        folded=Folded(patches, tuple(call.shape("input")[-d:])),
+        sizes={"g": int(call.number("groups"))},
     )
 
 

@@ -71,6 +71,37 @@ def bmm(call: Call, operand: Operand) -> Form:
     return Form("g i o", "g r i", "g r o", call.args["self"])
 
 
+@rule(aten.addbmm.default)
+def addbmm(call: Call, operand: Operand) -> Form:
+    """y = β c + α Σ_g a[g] b[g]: g is summed over, an in axis."""
+    alpha, beta = float(call.number("alpha")), float(call.number("beta"))
+    if operand.name == "self":
+        return broadcast(call, "self", beta)
+    sides = {
+        "batch1": Form("g o i", "g i r", "o r", call.args["batch2"], scale=alpha),
+        "batch2": Form("g i o", "g r i", "r o", call.args["batch1"], scale=alpha),
+    }
+    return sides[operand.name]
+
+
+@rule(aten.dot.default, aten.vdot.default)
+def dot(call: Call, operand: Operand) -> Form:
+    """y = Σ_i a_i b_i."""
+    other = "tensor" if operand.name == "self" else "self"
+    return Form("i", "i", "", call.args[other if other in call.args else "other"])
+
+
+@rule(aten.addmv.default)
+def addmv(call: Call, operand: Operand) -> Form:
+    """y = β c + α A v."""
+    if operand.name == "self":
+        return broadcast(call, "self", float(call.number("beta")))
+    alpha = float(call.number("alpha"))
+    if operand.name == "mat":
+        return Form("o i", "i", "o", call.args["vec"], scale=alpha)
+    return Form("i", "r i", "r", call.args["mat"], scale=alpha)
+
+
 @rule(aten.baddbmm.default)
 def baddbmm(call: Call, operand: Operand) -> Form:
     """y[g] = β c[g] + α a[g] b[g]."""

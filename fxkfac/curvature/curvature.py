@@ -1,0 +1,114 @@
+"""Blocks -> the curvature of all their parameters: as a matrix, and as a system to solve."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fxkfac.curvature.blocks import Block, Dense, Diagonal
+from fxkfac.curvature.sharing import accurate_dtype
+from fxkfac.errors import OptionError, UnknownParameter
+from fxkfac.functional import unknown
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+AnyBlock = Block | Diagonal | Dense
+DAMP = ("block", "factors")
+
+
+class Curvature(Mapping[str, AnyBlock]):
+    """A mapping from the name of a weight to its block. No parameter is in two blocks."""
+
+    @property
+    @abstractmethod
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The parameters that have a block, and their shapes."""
+
+    @property
+    @abstractmethod
+    def like(self) -> Tensor:
+        """A tensor of the dtype and device of all."""
+
+    @abstractmethod
+    def canonical(self, name: str) -> str:
+        """The name of a tied parameter that the blocks know it by."""
+
+    def dense(self, *names: str) -> Float[Tensor, "numel numel"]:
+        """The curvature of the named parameters (all, without names) as one matrix.
+
+        The order is that of their concatenated rvec, as stored; zeros between blocks.
+
+        Raises:
+            UnknownParameter: A name is not among the parameters covered.
+        """
+        chosen = [self._known(name) for name in names or self.shapes]
+        sizes = [torch.Size(self.shapes[name]).numel() for name in chosen]
+        total = torch.zeros(
+            sum(sizes), sum(sizes), dtype=accurate_dtype(self.like), device=self.like.device
+        )
+        ends = torch.tensor([0, *sizes]).cumsum(0).tolist()
+        spans = {name: slice(*span) for name, span in zip(chosen, pairwise(ends), strict=True)}
+        for block in self.values():
+            inside = [name for name in block.params if name in spans]
+            if inside:
+                _fill(total, block, inside, spans)
+        return total
+
+    def _known(self, name: str) -> str:
+        canonical = self.canonical(name)
+        if canonical not in self.shapes:
+            raise unknown(name, self.shapes)
+        return canonical
+
+    def solve(
+        self, gradients: Mapping[str, Tensor], damping: float, damp: str = "block"
+    ) -> dict[str, Tensor]:
+        """The natural gradient: (block + damping · I)⁻¹ gradient, in the order of `gradients`.
+
+        Args:
+            gradients: The gradient of every parameter of every block that is to be solved.
+            damping: Added to every eigenvalue.
+            damp: `"block"`, or `"factors"`: then √damping is added to the eigenvalues of both
+                factors of every Kronecker product; a sum of two is inverted without being formed.
+
+        Raises:
+            UnknownParameter: A block's other parameter has no gradient here.
+            OptionError: The damping is negative, or zero where a block is singular.
+        """
+        if damp not in DAMP:
+            raise OptionError(f"damp={damp!r}; expected 'block' or 'factors'.")
+        if not any(name in gradients for block in self.values() for name in block.params):
+            raise unknown(next(iter(gradients), ""), self.shapes)
+        solved: dict[str, Tensor] = {}
+        for block in self.values():
+            if not set(block.params) & set(gradients):
+                continue
+            missing = [name for name in block.params if name not in gradients]
+            if missing:
+                raise UnknownParameter(
+                    f"gradients hold {sorted(set(gradients) & set(block.params))} but not "
+                    f"{missing}, which are in the same block; pass them all."
+                )
+            flat = torch.cat([gradients[name].detach().flatten() for name in block.params])
+            found = block.solve(flat.to(accurate_dtype(flat)), damping, damp)
+            parts = found.split([torch.Size(s).numel() for s in block.shapes])
+            for name, shape, part in zip(block.params, block.shapes, parts, strict=True):
+                solved[name] = part.view(shape).to(gradients[name].dtype)
+        return {name: solved[name] for name in gradients if name in solved}
+
+
+def _fill(total: Tensor, block: AnyBlock, inside: list[str], spans: Mapping[str, slice]) -> None:
+    sizes = [torch.Size(s).numel() for s in block.shapes]
+    starts = dict(zip(block.params, torch.tensor([0, *sizes]).cumsum(0).tolist(), strict=False))
+    length = dict(zip(block.params, sizes, strict=True))
+    matrix = block.dense()
+    for row in inside:
+        for column in inside:
+            part = matrix.narrow(0, starts[row], length[row])
+            total[spans[row], spans[column]] = part.narrow(1, starts[column], length[column])

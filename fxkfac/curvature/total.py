@@ -1,0 +1,109 @@
+"""Several losses on the same parameters -> the sum of their curvatures, block by block.
+
+The terms of a loss, such as the interior and the boundary of a physics-informed net, are programs
+of their own. The curvature of their sum is the sum of theirs: a sum of Kronecker products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import networkx as nx
+import torch
+from torch import Tensor
+
+from fxkfac.curvature.blocks import Block, Dense, Diagonal
+from fxkfac.curvature.curvature import AnyBlock, Curvature
+from fxkfac.errors import MergeError
+from fxkfac.functional import unknown
+
+
+def sum_of(*parts: Curvature) -> Total:
+    """The curvature of the sum of several losses on the same parameters.
+
+    Args:
+        parts: The factors of each loss. A parameter may be in one of them or in several.
+
+    Raises:
+        MergeError: A parameter has another shape, or an exact block here and factors there.
+    """
+    if not parts:
+        raise MergeError("there is nothing to sum; expected the factors of at least one loss.")
+    shapes: dict[str, tuple[int, ...]] = {}
+    for part in parts:
+        for name, shape in part.shapes.items():
+            if shapes.setdefault(name, tuple(shape)) != tuple(shape):
+                raise MergeError(
+                    f"{name!r} has shape {tuple(shape)} in one of the parts and {shapes[name]} in "
+                    "another; expected factors of the same parameters."
+                )
+    blocks = [block for part in parts for block in part.values()]
+    summed = [_sum([blocks[k] for k in group], shapes) for group in _connected(blocks)]
+    return Total(shapes, parts, {block.params[0]: block for block in summed})
+
+
+@dataclass(frozen=True)
+class Total(Curvature):
+    """The sum of several curvatures: a mapping from the name of a weight to its block."""
+
+    parameters: Mapping[str, tuple[int, ...]]
+    parts: Sequence[Curvature] = field(repr=False)
+    blocks: Mapping[str, AnyBlock] = field(repr=False)
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The parameters that have a block, and their shapes."""
+        return self.parameters
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the dtype and device of all."""
+        return self.parts[0].like
+
+    def canonical(self, name: str) -> str:
+        """The name of a tied parameter that the blocks know it by."""
+        return next((c for p in self.parts if (c := p.canonical(name)) in self.shapes), name)
+
+    def __getitem__(self, name: str) -> AnyBlock:
+        name = self.canonical(name)
+        if name not in self.blocks:
+            raise unknown(name, self.blocks)
+        return self.blocks[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.blocks)
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+
+def _connected(blocks: Sequence[AnyBlock]) -> list[list[int]]:
+    """Blocks that have a parameter in common belong to one."""
+    graph = nx.Graph()
+    for k, block in enumerate(blocks):
+        graph.add_node(k)
+        graph.add_edges_from((k, name) for name in block.params)
+    groups = nx.connected_components(graph)
+    return sorted(sorted(n for n in group if isinstance(n, int)) for group in groups)
+
+
+def _sum(blocks: Sequence[AnyBlock], shapes: Mapping[str, tuple[int, ...]]) -> AnyBlock:
+    first = blocks[0]
+    if isinstance(first, Diagonal) and all(isinstance(b, Diagonal) for b in blocks):
+        parts = [b.diagonal for b in blocks if isinstance(b, Diagonal)]
+        return replace(first, diagonal=torch.stack(parts).sum(0))
+    if all(isinstance(b, Dense | Diagonal) for b in blocks):
+        return Dense(first.params, first.shapes, torch.stack([b.dense() for b in blocks]).sum(0))
+    params = tuple(dict.fromkeys(name for b in blocks for name in b.params))
+    if not all(isinstance(b, Block) for b in blocks):
+        raise MergeError(
+            f"{', '.join(params)} have Kronecker factors in one of the parts and an exact block in "
+            "another; expected one structure. Name it in `structure` when tracing."
+        )
+    offsets, start = {}, 0
+    for name in params:
+        offsets[name] = start
+        start += torch.Size(shapes[name]).numel()
+    terms = [replace(t, offsets=offsets) for b in blocks if isinstance(b, Block) for t in b.terms]
+    return Block(params, tuple(shapes[name] for name in params), tuple(terms))

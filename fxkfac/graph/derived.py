@@ -1,0 +1,79 @@
+"""Weights that are computed from parameters: `g v/‖v‖`, `W + B A`, an orthogonal map.
+
+Such a weight enters a linear op as a parameter would, and has Kronecker factors of its own. The
+parameters that it is computed from then have no block; their gradient is the weight's, pulled back.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch.fx import Graph, GraphModule, Node
+
+from fxkfac.errors import OptionError
+from fxkfac.graph.view import is_layout
+
+
+def derived_weights(
+    graph: Graph, parameters: Mapping[Node, str], inputs: Sequence[Node]
+) -> dict[Node, str]:
+    """The tensors that are computed from `parameters` alone and meet data, with their names.
+
+    Layout ops behind the computation are views of the weight, as behind a parameter.
+
+    Raises:
+        OptionError: A parameter meets data itself.
+    """
+    sources: dict[Node, tuple[str, ...]] = {n: (name,) for n, name in parameters.items()}
+    data = set(inputs)
+    for node in graph.nodes:
+        if data & set(node.all_input_nodes):
+            data.add(node)
+        elif found := [s for n in node.all_input_nodes for s in sources.get(n, ())]:
+            sources[node] = tuple(dict.fromkeys(found))
+    meets = [n for n in sources if n not in data and any(u in data for u in n.users)]
+    roots = dict.fromkeys(_root(n) for n in meets)
+    for root in roots:
+        if root in parameters:
+            raise OptionError(
+                f"{parameters[root]!r} has structure 'derived', but enters an op with the data "
+                "itself; expected a computation from parameters alone in between. Leave it out."
+            )
+    names: dict[Node, str] = {}
+    for root in roots:
+        names[root] = _unique(_name(root, sources[root]), names.values())
+    return names
+
+
+def _root(node: Node) -> Node:
+    while node.op != "placeholder" and is_layout(node) and len(node.all_input_nodes) == 1:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _name(root: Node, sources: tuple[str, ...]) -> str:
+    """`0.weight` for `0.parametrizations.weight.original0`, else the op and its parameters."""
+    parametrized = {s.rpartition(".")[0].replace("parametrizations.", "") for s in sources}
+    if len(parametrized) == 1 and all("parametrizations." in s for s in sources):
+        return parametrized.pop()
+    op = getattr(root.target, "__name__", str(root.target)).partition(".")[0]
+    return f"{op}({', '.join(sources)})"
+
+
+def _unique(name: str, taken: Any) -> str:
+    k, found = 1, name
+    while found in taken:
+        k, found = k + 1, f"{name} #{k + 1}"
+    return found
+
+
+def computation(module: GraphModule, names: Sequence[str]) -> GraphModule:
+    """The part of a captured graph that computes the nodes of these names, as a list."""
+    graph = copy.deepcopy(module.graph)
+    nodes = {n.name: n for n in graph.nodes}
+    (output,) = (n for n in graph.nodes if n.op == "output")
+    output.args = ([nodes[name] for name in names],)
+    graph.eliminate_dead_code()
+    return GraphModule(module, graph)

@@ -1,0 +1,122 @@
+"""A tensor with its derivatives, which torch functions take in the place of a tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from fxkfac.errors import UnsupportedUse
+
+# name of a torch function -> rule(function, *args, **kwargs); the package fills it from its files
+RULES: dict[str, Callable[..., Any]] = {}
+
+
+class Jet:
+    """A tensor with its derivatives.
+
+    Attributes:
+        streams: (D + 2, ...): value, D derivatives, weighted sum of the second ones.
+        weights: (D,), or `None` for ones.
+    """
+
+    def __init__(self, streams: Tensor, weights: Tensor | None) -> None:
+        self.streams, self.weights = streams, weights
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Every torch function that meets a jet ends here, and is looked up by its name."""
+        name = func.__name__
+        rule = RULES.get(name)
+        kwargs = dict(kwargs or {})
+        if rule is None or kwargs.pop("inplace", False):
+            refuse(name if rule is None else f"{name}(inplace=True)")
+        return rule(func, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        """A tensor's methods."""
+        method = getattr(Tensor, name, None)
+        if name.startswith("_") or method is None:
+            raise AttributeError(f"a jet of fxkfac.laplacian has no {name!r}")
+        if not callable(method):
+            refuse(name)
+        return lambda *args, **kwargs: self.__torch_function__(method, (), (self, *args), kwargs)
+
+    def like(self, streams: Tensor) -> Jet:
+        """A jet of other streams at the same points."""
+        return Jet(streams, self.weights)
+
+    value = property(lambda self: self.streams[0])
+    shape = property(lambda self: self.streams.shape[1:])
+    ndim = property(lambda self: self.streams.ndim - 1)
+    dtype = property(lambda self: self.streams.dtype)
+    device = property(lambda self: self.streams.device)
+    requires_grad = property(lambda self: self.streams.requires_grad)
+    T = property(lambda self: self.permute(*reversed(range(self.ndim))))
+    mT = property(lambda self: self.transpose(-1, -2))  # noqa: N815
+
+    def dim(self) -> int:
+        """As a tensor's."""
+        return self.ndim
+
+    def size(self, dim: int | None = None) -> Any:
+        """As a tensor's."""
+        return self.shape if dim is None else self.shape[dim]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __bool__(self) -> bool:
+        refuse("bool")
+
+    def __getitem__(self, at: Any) -> Any:
+        return self.__torch_function__(Tensor.__getitem__, (), (self, at))
+
+    def __setitem__(self, at: Any, value: Any) -> None:
+        refuse("writing into a tensor", "Put it together by cat or where")
+
+
+def _operator(function: Callable[..., Any], swapped: bool = False) -> Any:
+    if swapped:
+        return lambda self, other: Jet.__torch_function__(function, (), (other, self))
+    return lambda self, *others: Jet.__torch_function__(function, (), (self, *others))
+
+
+for _name in ["add", "sub", "mul", "matmul", "pow", "truediv"]:
+    _function = getattr(torch, _name.replace("true", ""))
+    setattr(Jet, f"__{_name}__", _operator(_function))
+    setattr(Jet, f"__r{_name}__", _operator(_function, swapped=True))
+for _name in ["neg", "abs", "eq", "ne", "lt", "le", "gt", "ge"]:
+    setattr(Jet, f"__{_name}__", _operator(getattr(torch, _name)))
+
+
+def refuse(what: str, advice: str = "") -> NoReturn:
+    """Raise, naming what has no rule and what to write instead."""
+    raise UnsupportedUse(
+        f"{what} has no rule in fxkfac.laplacian. "
+        + (advice or "Write it with linear ops, layout ops, products and elementwise functions")
+        + ", or take the derivatives by nested torch.func.jvp instead."
+    )
+
+
+def constant(tensor: Any, like: Jet) -> Jet:
+    """What does not depend on x, as a jet."""
+    value = torch.as_tensor(tensor, dtype=like.dtype, device=like.device)[None]
+    return like.like(torch.cat([value, value.new_zeros(len(like.streams) - 1, *value.shape[1:])]))
+
+
+def lift(jet: Jet, other: Any) -> Tensor:
+    """The streams, with unit axes behind the first so that `other` broadcasts as to the value."""
+    missing = max(0, getattr(other, "ndim", 0) - jet.ndim)
+    return jet.streams[(slice(None), *[None] * missing)] if missing else jet.streams
+
+
+def weighted(slopes: Tensor, weights: Tensor | None) -> Tensor:
+    """Every slope in (D, ...) times its axis' weight."""
+    if weights is None:
+        return slopes
+    return slopes * weights.to(slopes).view(-1, *[1] * (slopes.ndim - 1))
