@@ -8,6 +8,7 @@ from fxkfac.curvature.kfac import kfac
 from fxkfac.curvature.likelihoods import Likelihood
 from fxkfac.curvature.total import Total, sum_of
 from fxkfac.errors import FxkfacError
+from fxkfac.graph import rules
 from fxkfac.graph.coverage import Coverage
 from fxkfac.graph.program import Program
 from fxkfac.graph.trace import trace
@@ -30,6 +31,7 @@ __all__ = [
     "exact",
     "kfac",
     "laplacian",
+    "rules",
     "sum_of",
     "trace",
 ]

@@ -47,9 +47,9 @@ class Kronecker:
     def grouped(self) -> tuple[Float[Tensor, "g i i"], Float[Tensor, "g o o"]]:
         """A and B with their group axis, A written out."""
         A = torch.diag_embed(self.A) if self.A.ndim == 1 else self.A
-        return (A if A.ndim == 3 else A.unsqueeze(0)), (
-            self.B if self.B.ndim == 3 else self.B.unsqueeze(0)
-        )
+        A = A if A.ndim == 3 else A.unsqueeze(0)
+        B = self.B if self.B.ndim == 3 else self.B.unsqueeze(0)
+        return A.expand(len(B), -1, -1), B  # parts that were taken apart share their input
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ import torch
 import torch.fx.traceback as fx_traceback
 from torch import Tensor, nn
 from torch._C import _functorch as functorch
+from torch.distributions import Distribution
 from torch.export import Dim, export
 from torch.export.graph_signature import InputKind
 from torch.func import functionalize
@@ -196,6 +197,7 @@ def quietly() -> Iterator[None]:
     """Tracing and trial runs draw random numbers and speak of their own doings; nobody else's."""
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
+    validated = Distribution._validate_args  # which the first export switches off for everyone
     try:
         with own_randomness(0), warnings.catch_warnings(), _transforms_closed():
             warnings.simplefilter("ignore")
@@ -203,6 +205,7 @@ def quietly() -> Iterator[None]:
                 yield
     finally:
         logging.disable(disabled)
+        Distribution.set_default_validate_args(validated)
 
 
 @contextmanager

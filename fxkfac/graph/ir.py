@@ -101,6 +101,7 @@ class Form:
         folded: What happens to a gradient at the output before the axis list `y` holds.
         sizes: Lengths of axes inside brackets that the shapes do not tell.
         scale: The op computes `scale` times the einsum.
+        apart: Axes in W and y that count as group axes, although x does not have them.
     """
 
     weight: str
@@ -111,11 +112,13 @@ class Form:
     folded: Folded | None = None
     sizes: Mapping[str, int] = field(default_factory=dict)
     scale: float = 1.0
+    apart: tuple[str, ...] = ()
 
     @property
     def group(self) -> list[str]:
-        """Axes in W, x and y."""
-        return [a for a in letters(self.weight) if a in letters(self.x) and a in letters(self.y)]
+        """Axes in W, x and y; and those that are taken apart."""
+        inside = [*letters(self.x), *self.apart]
+        return [a for a in letters(self.weight) if a in inside and a in letters(self.y)]
 
     @property
     def d_in(self) -> list[str]:
@@ -128,7 +131,9 @@ class Form:
     def d_out(self) -> list[str]:
         """Axes in W and y only."""
         return [
-            a for a in letters(self.weight) if a in letters(self.y) and a not in letters(self.x)
+            a
+            for a in letters(self.weight)
+            if a in letters(self.y) and a not in [*letters(self.x), *self.apart]
         ]
 
     @property
@@ -157,13 +162,14 @@ class Form:
     def _normal_rows(
         self, axes: str, present: list[str], d: list[str], at: BatchAxis | None
     ) -> str:
+        group = [a for a in self.group if a in letters(axes)]
         if at is None:
             middle = [a if a in present else "1" for a in self.rows]
-            return f"{axes} -> {_normal(self.group, middle, d)}"
+            return f"{axes} -> {_normal(group, middle, d)}"
         split = {at.axis: f"{at.axis}_outer {at.axis}_batch {at.axis}_inner"}
         shared = " ".join(_shared(at) if a == at.axis else a for a in self.rows if a in present)
         batch = f"{at.axis}_batch" if at.axis in present else "1"
-        return f"{_rename(axes, split)} -> {_normal(self.group, [batch, f'({shared})'], d)}"
+        return f"{renamed(axes, split)} -> {_normal(group, [batch, f'({shared})'], d)}"
 
     def row_sizes(self, axes: str, batch: BatchAxis | None) -> dict[str, int]:
         """Lengths that `normal_x` and `normal_y` need beside the shapes."""
@@ -204,7 +210,7 @@ def _shared(batch: BatchAxis) -> str:
     return f"{batch.axis}_outer {batch.axis}_inner"
 
 
-def _rename(axes: str, names: Mapping[str, str]) -> str:
+def renamed(axes: str, names: Mapping[str, str]) -> str:
     """Replace axis names; a name that becomes several is bracketed unless it already is."""
     out, depth = [], 0
     for token in re.findall(r"\w+|[()]", axes):

@@ -15,6 +15,7 @@ from torch import Size
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
+from fxkfac.graph.apart import take_apart
 from fxkfac.graph.bias import join_biases
 from fxkfac.graph.cleanup import length
 from fxkfac.graph.ir import Example, Form, OneHot, Source, Use, letters
@@ -71,6 +72,7 @@ def match(
     inputs: Sequence[Node],
     example: Example,
     lifted: frozenset[str] = frozenset(),
+    apart: Mapping[str, int] | None = None,
 ) -> Matched:
     """Find every use of the parameters, whose nodes are the keys of `parameters`.
 
@@ -80,6 +82,7 @@ def match(
         inputs: The placeholders of the data.
         example: Shapes and numbers of one run.
         lifted: Names of ops that meet no data; see `fxkfac.graph.lift`.
+        apart: In how many parts weights are taken; see `fxkfac.graph.apart`.
     """
     found: list[Use] = []
     unsupported: list[Unsupported] = []
@@ -87,6 +90,7 @@ def match(
     for node, operand, chain in _entries(graph, parameters):
         try:
             use = _use(node, operand, chain, parameters, example)
+            use = take_apart(use, apart or {})
             found += _lifted(use, node, dependent, example) if node.name in lifted else [use]
         except NotLinear as reason:
             unsupported.append(_refuse(node, chain, parameters, str(reason)))

@@ -42,12 +42,14 @@ class Structures:
         wanted: The structure of those for which one is named.
         unsupported: What happens to the others where a use has no normal form.
         dense_limit: Most entries that a parameter with a dense block may have.
+        apart: In how many parts along axis 0 a weight is taken.
     """
 
     selected: tuple[str, ...]
     wanted: Mapping[str, str] = field(default_factory=dict)
     unsupported: str = "error"
     dense_limit: int = 2**14
+    apart: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def tapped(self) -> tuple[str, ...]:
@@ -130,7 +132,11 @@ def _require_alike_in_use(chosen: dict[str, Choice], uses: Sequence[Use]) -> Non
 
 
 def structures_of(
-    bound: FunctionalModel, structure: Mapping[str, str] | None, unsupported: str, dense_limit: int
+    bound: FunctionalModel,
+    structure: Mapping[str, str] | None,
+    unsupported: str,
+    dense_limit: int,
+    apart: Mapping[str, int] | None = None,
 ) -> Structures:
     """Match the patterns in `structure`; a later one overrides an earlier one.
 
@@ -147,4 +153,9 @@ def structures_of(
                 f"structure[{pattern!r}] is {kind!r}; expected one of {', '.join(STRUCTURES)}."
             )
         wanted |= {name: kind for name in select(bound, pattern) if name in bound.selected}
-    return Structures(bound.selected, wanted, unsupported, dense_limit)
+    parts: dict[str, int] = {}
+    for pattern, number in (apart or {}).items():
+        if not isinstance(number, int) or number < 1:
+            raise OptionError(f"apart[{pattern!r}] is {number!r}; expected a number of parts.")
+        parts |= dict.fromkeys(select(bound, pattern), number)
+    return Structures(bound.selected, wanted, unsupported, dense_limit, parts)

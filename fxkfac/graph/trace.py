@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import Node
 
 from fxkfac.errors import CaptureError, FxkfacError, UnsupportedUse
 from fxkfac.functional import FunctionalModel, Inputs, Params, bind
@@ -23,6 +23,7 @@ from fxkfac.graph.lift import SUMMED
 from fxkfac.graph.locate import Located, locate
 from fxkfac.graph.match import Matched, Unsupported, match
 from fxkfac.graph.program import Program, Tapped
+from fxkfac.graph.record import record
 from fxkfac.graph.signature import BatchAxes, Signature, signature_of
 from fxkfac.graph.structure import Structures, structures_of
 from fxkfac.graph.tap import tap_uses, without_dropout
@@ -39,6 +40,7 @@ def trace(
     *,
     structure: Mapping[str, str] | None = None,
     dense_limit: int = 2**14,
+    apart: Mapping[str, int] | None = None,
     batch_axis: BatchAxes = 0,
 ) -> Program:
     """Compile a model into a program whose graph emits what KFAC needs.
@@ -58,6 +60,8 @@ def trace(
             which a weight is computed: that weight gets the block. A later one overrides an
             earlier one. Default: Kronecker factors; for scales, as of norms, the exact diagonal.
         dense_limit: Most entries that a parameter with a dense block may have.
+        apart: For names or shell patterns, in how many equal parts along axis 0 the weight is
+            taken, each with a block of its own: 4 for the gates of an LSTM.
         batch_axis: Axis of the inputs along which the data are; or, as `in_dims` of `torch.vmap`,
             an int or `None` for each input.
 
@@ -72,7 +76,7 @@ def trace(
         DataError: The inputs hold no batch.
     """
     bound = bind(model, params)
-    structures = structures_of(bound, structure, unsupported, dense_limit)
+    structures = structures_of(bound, structure, unsupported, dense_limit, apart)
     bound = replace(bound, selected=structures.tapped)
     program = Program(bound, signature_of(inputs, batch_axis), structures, compile_graph)
     program.at(inputs)
@@ -96,7 +100,7 @@ def compile_graph(
         try:
             with quietly():
                 captured = front_end(model.bound, model.signature, example)
-                tapped = _compile(model, captured, tensors, dynamic, structures.derived)
+                tapped = _compile(model, captured, tensors, dynamic, structures)
         except FxkfacError:
             raise
         except Refusal as reason:
@@ -143,7 +147,7 @@ class _Trial:
     state: State
     data: list[Tensor]
     generator: torch.Generator
-    through: Sequence[str] = ()  # parameters from which weights are derived
+    structures: Structures | None = None
     derived: Mapping[Node, str] = field(default_factory=dict)
 
 
@@ -152,14 +156,15 @@ def _compile(
     captured: Captured,
     tensors: list[Tensor],
     dynamic: bool,
-    through: Sequence[str],
+    structures: Structures,
 ) -> Tapped:
     """Match, tap, locate and verify one captured graph."""
     own = {name: node for node, name in captured.placeholders().items()}
     derived = derived_weights(
-        captured.module.graph, {own[name]: name for name in through}, captured.inputs()
+        captured.module.graph, {own[name]: name for name in structures.derived}, captured.inputs()
     )
-    trial = replace(_try(model, captured, tensors, dynamic), through=through, derived=derived)
+    trial = _try(model, captured, tensors, dynamic)
+    trial = replace(trial, structures=structures, derived=derived)
     example = record(captured.module, [*trial.state.values(), *trial.data])
     matched, uses, located = _match(trial, example, frozenset())
     if summed := frozenset(u.node for u, c in zip(uses, located.constant, strict=True) if c):
@@ -206,10 +211,13 @@ def _match(
 ) -> tuple[Matched, tuple[Use, ...], Located]:
     """Match, and find by experiment where the data are in each tap."""
     captured, bound, signature = trial.captured, trial.model.bound, trial.model.signature
-    apart = set(bound.selected) - set(trial.through)
+    assert trial.structures is not None
+    apart = set(bound.selected) - set(trial.structures.derived)
     selected = {n: name for n, name in captured.placeholders().items() if name in apart}
     selected |= trial.derived
-    matched = match(captured.module.graph, selected, captured.inputs(), example, lifted)
+    matched = match(
+        captured.module.graph, selected, captured.inputs(), example, lifted, trial.structures.apart
+    )
     quiet, uses = tap_uses(without_dropout(captured.module), matched.uses)
     located = locate(
         lambda data: run_graph(quiet, trial.state, data),
@@ -248,29 +256,6 @@ def _rejoined(use: Use, places: Mapping[int, int]) -> Use:
         return use
     weight = places.get(use.join.weight)
     return replace(use, join=None if weight is None else replace(use.join, weight=weight))
-
-
-def record(module: GraphModule, values: Sequence[Tensor]) -> Example:
-    """Run a graph and keep the shape of every tensor and the value of every number in it."""
-    recorder = _Recorder(module)
-    with torch.no_grad():
-        recorder.run(*values)
-    return Example(recorder.shapes, recorder.numbers)
-
-
-class _Recorder(Interpreter):
-    def __init__(self, module: GraphModule) -> None:
-        super().__init__(module)
-        self.shapes: dict[Node, torch.Size] = {}
-        self.numbers: dict[Node, Any] = {}
-
-    def run_node(self, n: Node) -> Any:
-        value = super().run_node(n)
-        if isinstance(value, Tensor):
-            self.shapes[n] = value.shape
-        elif isinstance(value, int | float | bool):
-            self.numbers[n] = value
-        return value
 
 
 def _shorten(error: Exception) -> str:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from drawn import rand
+from torch import nn
 from torch._ops import OpOverload
 
+import fxkfac
+from fxkfac import rules
+from fxkfac.errors import UnsupportedUse
 from fxkfac.graph.ir import BatchAxis, Form
-from fxkfac.graph.rules import RULES, Call, Operand, rule
+from fxkfac.graph.rules import RULES, Call, Operand, registry, rule
 
 
 def test_rules_are_registered_under_aten_overloads() -> None:
@@ -49,3 +54,55 @@ def test_rows_that_an_input_lacks_have_length_one() -> None:
     lifted = Form("v d", "r0 v", "s0 r0 d")
     assert lifted.normal_x() == "r0 v -> () 1 r0 (v)"
     assert lifted.normal_x(BatchAxis("s0", 1, 1)) == "r0 v -> () 1 (r0) (v)"
+
+
+@torch.library.custom_op("fxkfac_tests::scaled_product", mutates_args=())
+def scaled_product(x: torch.Tensor, weight: torch.Tensor, factor: float) -> torch.Tensor:
+    """An op of a user's: y = factor · x W."""
+    return factor * (x @ weight)
+
+
+@scaled_product.register_fake
+def _(x, weight, factor):
+    return x.new_empty(*x.shape[:-1], weight.shape[1])
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:2])
+    ctx.factor = inputs[2]
+
+
+def _backward(ctx, g):
+    x, weight = ctx.saved_tensors
+    return ctx.factor * g @ weight.T, ctx.factor * x.T @ g, None
+
+
+scaled_product.register_autograd(_backward, setup_context=_save)
+
+
+def test_a_rule_from_outside(monkeypatch):
+    """As the page on rules shows it."""
+    monkeypatch.setattr(registry, "RULES", dict(RULES))
+    monkeypatch.setattr("fxkfac.graph.match.RULES", registry.RULES)
+    params, x = {"W": rand(4, 3), "V": rand(3, 2)}, rand(5, 4)
+
+    def model(params, x):
+        return torch.tanh(scaled_product(x, params["W"], 2.0)) @ params["V"]
+
+    with pytest.raises(UnsupportedUse, match="scaled_product"):
+        fxkfac.trace(model, x, params)
+
+    @rules.rule(torch.ops.fxkfac_tests.scaled_product.default)
+    def rule(call, operand):
+        return rules.Form("i o", "r i", "r o", call.args["x"], scale=call.number("factor"))
+
+    program = fxkfac.trace(model, x, params)
+    data = x, rand(5, 2)
+    assert max(fxkfac.check(program, nn.MSELoss(), data).values()) < 1e-9
+    found = fxkfac.kfac(program, nn.MSELoss(), data)["W"]
+
+    def plain(params, x):
+        return torch.tanh(2.0 * x @ params["W"]) @ params["V"]
+
+    expected = fxkfac.kfac(fxkfac.trace(plain, x, params), nn.MSELoss(), data)["W"]
+    torch.testing.assert_close(found.dense(), expected.dense())
