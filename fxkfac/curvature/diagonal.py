@@ -100,3 +100,13 @@ def by_datum(run: Run, t: Tensor) -> Tensor:
         )
     axis, outer, inner = run.tapped.prediction
     return t.unflatten(axis, (outer, run.n, inner)).movedim(axis + 1, 0).flatten(1)
+
+
+def positions_in_datum(run: Run) -> Tensor:
+    """For every entry of the prediction, its position within its own datum, 0 .. dim F − 1."""
+    shape = run.prediction.shape
+    numbers = torch.arange(shape.numel(), device=run.prediction.device).view(shape)
+    order = by_datum(run, numbers)  # (N, dim F), which entry is where
+    positions = torch.empty_like(numbers).flatten()
+    positions[order.flatten()] = torch.arange(order.shape[1], device=order.device).repeat(run.n)
+    return positions.view(shape)

@@ -53,6 +53,7 @@ class Settings:
     sharing: str
     mc_samples: int
     separate_weight_and_bias: bool
+    masked: bool  # whether padding is left out
     loss: str
     parameters: Mapping[str, tuple[int, ...]]  # those with a block, and their shapes
     structures: Mapping[str, str]  # what each one's block is made of

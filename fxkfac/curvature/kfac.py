@@ -21,10 +21,11 @@ from fxkfac.curvature.backpropagation import (
     require_fisher,
 )
 from fxkfac.curvature.data import Data, batches
-from fxkfac.curvature.diagonal import by_datum, gradient_moments
+from fxkfac.curvature.diagonal import gradient_moments, positions_in_datum
 from fxkfac.curvature.factors import Factors, Settings, Sums
 from fxkfac.curvature.likelihoods import Likelihood
 from fxkfac.curvature.losses import likelihood_of, loss_text
+from fxkfac.curvature.padding import Mask, Padding, padding_of
 from fxkfac.curvature.perdatum import exact_moment, exact_names
 from fxkfac.curvature.plan import BlockPlan, plan_blocks
 from fxkfac.curvature.sharing import SHARINGS, Counted, input_moment, output_moment
@@ -45,6 +46,7 @@ def kfac(
     mc_samples: int = 1,
     sharing: str = "expand",
     separate_weight_and_bias: bool = False,
+    mask: Mask | None = None,
     generator: Generator | None = None,
     progress: bool = False,
 ) -> Factors:
@@ -61,6 +63,9 @@ def kfac(
         mc_samples: Number of samples per datum, for the flavours that draw some.
         sharing: `"expand"` or `"reduce"`, over the axes along which a datum re-uses a weight.
         separate_weight_and_bias: Give each bias a block of its own, rather than W̃ = (W b).
+        mask: Which positions of each datum are real, as (N, T): the keyword of an input, such as
+            `"attention_mask"`, or a function of (inputs, targets), such as
+            `lambda x, y: y != -100`. Rows that are not are left out of A, B and the counts.
         generator: Source of random labels and signs: the same state gives the same factors, bit
             for bit. Default: the program's own, which goes on from call to call.
         progress: Show a progress bar over the batches.
@@ -88,6 +93,7 @@ def kfac(
         sharing,
         mc_samples,
         separate_weight_and_bias,
+        mask is not None,
         loss_text(loss),
         {name: program.shapes[name] for name in structures},
         structures,
@@ -96,7 +102,9 @@ def kfac(
     total: Factors | None = None
     try:
         for number, (inputs, targets) in enumerate(batches(data, progress)):
-            part = _batch(program, likelihood, settings, inputs, targets, params, source, number)
+            part = _batch(
+                program, likelihood, settings, (inputs, targets, mask), params, source, number
+            )
             total = part if total is None else total + part
     except BaseException as error:
         if total is not None:
@@ -119,7 +127,7 @@ class _Batch:
     likelihood: Likelihood
     targets: Tensor
     generator: Generator
-    number: int
+    padding: Padding
 
     def vectors(self) -> Iterator[Tensor]:
         """The backpropagated vectors ▲, of the prediction's shape."""
@@ -147,13 +155,13 @@ def _batch(
     program: Program,
     likelihood: Likelihood,
     settings: Settings,
-    inputs: Any,
-    targets: Tensor,
+    data: tuple[Any, Tensor, Mask | None],
     params: Params | None,
     generator: Generator,
     number: int,
 ) -> Factors:
     """The factors of one batch."""
+    inputs, targets, mask = data
     seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
     with own_randomness(seed):  # dropout draws from the global state, which is the caller's
         run = _run(program, inputs, params, number)
@@ -165,7 +173,8 @@ def _batch(
             )
         likelihood.validate(prediction, targets)
         tapped = dict(zip(run.tapped.uses, run.inputs, strict=True))
-        batch = _Batch(program, run, tapped, settings, likelihood, targets, generator, number)
+        padding = padding_of(mask, inputs, targets, run)
+        batch = _Batch(program, run, tapped, settings, likelihood, targets, generator, padding)
         apart = frozenset(n for n, kind in settings.structures.items() if kind != "kronecker")
         plans = plan_blocks(run.tapped.uses, settings.separate_weight_and_bias, apart)
         from_taps, from_graph = exact_names(program, run.tapped, settings.structures)
@@ -212,10 +221,11 @@ def _sums(
     """Raw sums of every term of every block, and of the exact blocks of `names`."""
     terms = [term for plan in plans for term in plan.terms]
     sharing = batch.settings.sharing
-    moments = [input_moment(t, sharing, batch.input, batch.output) for t in terms]
+    kept = batch.padding.kept
+    moments = [input_moment(t, sharing, batch.input, batch.output, kept) for t in terms]
 
     def output_moments(gradients: Sequence[Tensor]) -> list[Tensor]:
-        return [output_moment(term, sharing, lambda use: gradients[use.tap]) for term in terms]
+        return [output_moment(t, sharing, lambda use: gradients[use.tap], kept) for t in terms]
 
     uses, settings = batch.run.tapped.uses, batch.settings
     like = {
@@ -260,16 +270,6 @@ def _without_taps(
     state = {**program.model.override(params), **program.model.buffers()}
     kinds = {name: batch.settings.structures[name] for name in names}
     return gradient_moments(program, batch.run, state, inputs, kinds, batch.vectors())
-
-
-def positions_in_datum(run: Run) -> Tensor:
-    """For every entry of the prediction, its position within its own datum, 0 .. dim F − 1."""
-    shape = run.prediction.shape
-    numbers = torch.arange(shape.numel(), device=run.prediction.device).view(shape)
-    order = by_datum(run, numbers)  # (N, dim F), which entry is where
-    positions = torch.empty_like(numbers).flatten()
-    positions[order.flatten()] = torch.arange(order.shape[1], device=order.device).repeat(run.n)
-    return positions.view(shape)
 
 
 def _require_finite(

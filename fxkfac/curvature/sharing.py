@@ -30,6 +30,7 @@ SHARINGS = ("expand", "reduce")
 
 Inputs = Callable[[Use], Tensor | None]
 Gradients = Callable[[Use], Tensor]
+Kept = Callable[[Use, Tensor], Tensor | None]
 Rows = Tensor | OneHotRows | None
 
 
@@ -41,7 +42,7 @@ class Counted:
 
 
 def input_moment(
-    term: TermPlan, sharing: str, inputs: Inputs, outputs: Gradients
+    term: TermPlan, sharing: str, inputs: Inputs, outputs: Gradients, kept: Kept
 ) -> tuple[Tensor | Counted, int]:
     """Σ_rows x̃ x̃ᵀ of a term over one batch, and its number of rows.
 
@@ -50,6 +51,7 @@ def input_moment(
         sharing: `"expand"` or `"reduce"`; a bias by itself is not asked.
         inputs: The input of a use, as tapped.
         outputs: The output of a use, as tapped; for its shape.
+        kept: Which rows of a use are no padding, given its output.
 
     Returns:
         The sum of shape (group, in, in), or its diagonal for one-hot rows; the number of rows.
@@ -58,37 +60,61 @@ def input_moment(
         y = outputs(term.uses[0])
         n = normal_y(term.uses[0], y, known(term.uses[0])).shape[1]
         return torch.full((1, 1, 1), n, dtype=accurate_dtype(y), device=y.device), n
-    at = [known(u) if sharing == "reduce" else None for u in term.uses]
+    real = [kept(u, outputs(u)) for u in term.uses]
+    at = [
+        known(u) if sharing == "reduce" or m is not None else None
+        for u, m in zip(term.uses, real, strict=True)
+    ]
     rows = [normal_x(u, inputs(u), b) for u, b in zip(term.uses, at, strict=True)]
     like = [normal_y(u, outputs(u), b) for u, b in zip(term.uses, at, strict=True)]
-    total = sum(y.shape[1:-1].numel() for y in like)
+    masks = [_weights(y, m) for y, m in zip(like, real, strict=True)]
+    total = sum(int(m.bool().sum()) for m in masks)
     if sharing == "expand" and all(isinstance(r, OneHotRows) for r in rows):
-        return _count(rows, like), total
+        return _count(rows, like, masks), total
     dense = [
         _with_columns(term, k, _accurate(_dense(r, y)))
         for k, (r, y) in enumerate(zip(rows, like, strict=True))
     ]
+    dense = [
+        x if m is None else x * m.unsqueeze(-1).to(x.dtype)
+        for x, m in zip(dense, real, strict=True)
+    ]
     if sharing == "reduce":
-        x = torch.cat(dense, dim=2).mean(2)  # x̂ = mean_s x
-        return x.mT @ x, x.shape[1]
+        places = torch.cat(masks, dim=1).sum(1)  # (batch,): the rows of every datum
+        x = torch.cat(dense, dim=2).sum(2) / places.clamp_min(1).unsqueeze(-1)  # x̂ = mean_s x
+        return x.mT @ x, int((places > 0).sum())
     x = torch.cat([d.flatten(1, -2) for d in dense], dim=1)
     return x.mT @ x, total
 
 
-def output_moment(term: TermPlan, sharing: str, gradients: Gradients) -> Float[Tensor, "g o o"]:
+def _weights(y: Tensor, real: Tensor | None) -> Tensor:
+    """One for every row of an output in normal form, and zero for padding."""
+    return y.new_ones(y.shape[1:-1], dtype=accurate_dtype(y)) if real is None else real
+
+
+def output_moment(
+    term: TermPlan, sharing: str, gradients: Gradients, kept: Kept
+) -> Float[Tensor, "g o o"]:
     """Σ_rows g gᵀ of a term over one batch, for one backpropagated vector."""
     if term.is_bias:
         _require_formable(term)
         g = sum(_bias_gradient(term, u, gradients(u)) for u in term.uses)  # Σ_s g of every datum
         assert isinstance(g, Tensor)
         return (g.mT @ g).unsqueeze(0)
+    parts = [_real_gradient(u, gradients(u), sharing, kept) for u in term.uses]
     if sharing == "reduce":
-        parts = [normal_y(u, gradients(u), known(u)) for u in term.uses]
         g = _accurate(torch.cat(parts, dim=2)).sum(2)  # ĝ = Σ_s g
     else:
-        parts = [normal_y(u, gradients(u), None).flatten(1, -2) for u in term.uses]
-        g = _accurate(torch.cat(parts, dim=1))
+        g = _accurate(torch.cat([p.flatten(1, -2) for p in parts], dim=1))
     return g.mT @ g
+
+
+def _real_gradient(use: Use, gradient: Tensor, sharing: str, kept: Kept) -> Tensor:
+    """The gradient of a use in normal form, zero in the rows that are padding."""
+    real = kept(use, gradient)
+    if real is not None:
+        return normal_y(use, gradient, known(use)) * real.unsqueeze(-1).to(gradient.dtype)
+    return normal_y(use, gradient, known(use) if sharing == "reduce" else None)
 
 
 LARGEST_BLOCK = 2**28  # numbers in the exact block of a bias: 1 GiB in float32
@@ -146,12 +172,13 @@ def _with_columns(term: TermPlan, place: int, x: Tensor) -> Tensor:
     return torch.cat([x, *ones], dim=-1) if ones else x
 
 
-def _count(rows: Sequence[Rows], like: Sequence[Tensor]) -> Counted:
+def _count(rows: Sequence[Rows], like: Sequence[Tensor], masks: Sequence[Tensor]) -> Counted:
     total: list[Tensor] = []
-    for r, y in zip(rows, like, strict=True):
+    for r, y, m in zip(rows, like, masks, strict=True):
         assert isinstance(r, OneHotRows)
         indices = r.indices.expand(y.shape[1:-1]).flatten()
-        counts = r.scale**2 * indices.bincount(minlength=r.size).to(accurate_dtype(y))
+        counts = y.new_zeros(r.size, dtype=accurate_dtype(y))
+        counts = r.scale**2 * counts.index_add(0, indices, m.flatten().to(counts.dtype))
         if r.ignored is not None:
             counts[r.ignored] = 0.0
         total.append(counts)

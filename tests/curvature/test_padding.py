@@ -1,0 +1,94 @@
+"""Rows that the user's mask says are padding count for nothing."""
+
+import pytest
+import torch
+from drawn import classes, rand, seeded
+from torch import nn
+
+import fxkfac
+from fxkfac.errors import DataError
+
+N, T = 4, 5
+REAL = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 1, 1, 0, 1], [0, 0, 0, 0, 0]]).bool()
+
+
+class Tagger(nn.Module):
+    """Every position by itself: tokens in, classes out, the classes on axis 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.hidden, self.head = nn.Embedding(7, 4), nn.Linear(4, 3), nn.Linear(3, 3)
+
+    def forward(self, tokens):
+        return self.head(torch.tanh(self.hidden(self.table(tokens)))).movedim(-1, 1)
+
+
+@pytest.fixture(scope="module")
+def data():
+    tokens, labels = classes(N, T, C=7), classes(N, T, seed=2)
+    return tokens, torch.where(REAL, labels, -100)
+
+
+@pytest.mark.parametrize("fisher", ["type-2", "empirical", "forward-only"])
+def test_expand_is_that_of_the_real_rows_alone(data, fisher):
+    tokens, labels = data
+    model, loss = seeded(Tagger), nn.CrossEntropyLoss()
+    found = fxkfac.kfac(
+        fxkfac.trace(model, tokens), loss, data, fisher=fisher, mask=lambda x, y: y != -100
+    )
+    rows = tokens[REAL].unsqueeze(1), labels[REAL].unsqueeze(1)
+    expected = fxkfac.kfac(fxkfac.trace(model, rows[0]), loss, rows, fisher=fisher)
+    for name, block in expected.items():
+        torch.testing.assert_close(found[name].A, block.A)
+        torch.testing.assert_close(found[name].B, block.B)
+
+
+def test_reduce_is_that_of_shorter_data(data):
+    """Each datum cut to its real rows; one without any is none."""
+    model, loss = seeded(Tagger), nn.CrossEntropyLoss(reduction="sum")
+    tokens, labels = data
+    found = fxkfac.kfac(
+        fxkfac.trace(model, tokens), loss, data, sharing="reduce", mask=lambda x, y: y != -100
+    )
+    program = fxkfac.trace(model, tokens)
+    singles = [
+        fxkfac.kfac(program, loss, (t[m][None], y[m][None]), sharing="reduce")
+        for t, y, m in zip(tokens, labels, REAL, strict=True)
+        if m.any()
+    ]
+    expected = singles[0] + singles[1] + singles[2]
+    for name, block in expected.items():
+        torch.testing.assert_close(found[name].A, block.A)
+        torch.testing.assert_close(found[name].B, block.B)
+
+
+def test_mask_by_keyword_and_pooled_rows(data):
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.head = nn.Embedding(7, 4), nn.Linear(4, 3)
+
+        def forward(self, tokens, attention_mask):
+            h = self.table(tokens) * attention_mask.unsqueeze(-1)
+            return self.head(h.sum(1))
+
+    model, inputs = seeded(Pooled), {"tokens": data[0], "attention_mask": REAL.double()}
+    program = fxkfac.trace(model, inputs)
+    pair = inputs, classes(N)
+    plain = fxkfac.kfac(program, nn.CrossEntropyLoss(), pair)
+    found = fxkfac.kfac(program, nn.CrossEntropyLoss(), pair, mask="attention_mask")
+    torch.testing.assert_close(found["head.weight"].B, plain["head.weight"].B)
+    counts = data[0][REAL].bincount(minlength=7) / N
+    torch.testing.assert_close(found["table.weight"].A, counts.double())
+
+
+def test_masks_that_do_not_fit(data):
+    program = fxkfac.trace(seeded(Tagger), data[0])
+    loss = nn.CrossEntropyLoss()
+    for mask, says in [
+        ("attention_mask", "no input has this keyword"),
+        (lambda x, y: y[:, 0] > 0, r"expected a tensor \(N, T\)"),
+        (lambda x, y: rand(N, 3) > 0, "no use has rows like"),
+    ]:
+        with pytest.raises(DataError, match=says):
+            fxkfac.kfac(program, loss, data, mask=mask)
