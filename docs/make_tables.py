@@ -11,6 +11,7 @@ from pathlib import Path
 from fxkfac.curvature.backpropagation import FISHERS
 from fxkfac.curvature.losses import TORCH_LOSSES
 from fxkfac.graph.capture import FRONT_ENDS
+from fxkfac.graph.decompose import DECOMPOSITIONS
 from fxkfac.graph.rules import RULES
 from fxkfac.graph.view import LAYOUT_OPS
 
@@ -40,6 +41,39 @@ def layout_ops() -> str:
     return ", ".join(dict.fromkeys(f"`{name}`" for name in LAYOUT_OPS.values() if name))
 
 
+def decomposed() -> str:
+    """The ops that are rewritten before rules are looked up."""
+    names = sorted(str(overload) for overload in DECOMPOSITIONS)
+    inner = ("aten._", "aten.native_", "aten.cudnn_")  # the same ops, as backends spell them
+    return op_names([name for name in names if not name.startswith(inner)])
+
+
+OWN_RULE = """## A rule of your own
+
+A custom op, such as one around a Triton kernel, needs one function: which named axis of the op is
+which. An axis in the weight, the input and the output is a group axis, one in the weight and the
+input alone is summed over, one in the weight and the output alone is an out axis, and all others
+are rows.
+
+```python
+from fxkfac import rules
+
+
+@rules.rule(torch.ops.mine.scaled_product.default)  # y = factor · x W
+def scaled_product(call, operand):
+    if operand.name != "weight":
+        raise rules.NotLinear("the parameter is the input")
+    return rules.Form("i o", "r i", "r o", call.args["x"], scale=call.number("factor"))
+```
+
+`call.args` holds the arguments by name, `call.shape(name)` their shapes. The op needs a fake
+version, so that it can be traced, and a backward, so that gradients reach the taps below it
+(`torch.library.custom_op`, `register_fake`, `register_autograd`). Whether the rule is right is
+checked while tracing, and by `fxkfac.check`.
+
+"""
+
+
 def support() -> str:
     """The README's summary."""
     losses = ", ".join(f"`{kind.__name__}`" for kind in TORCH_LOSSES)
@@ -47,6 +81,7 @@ def support() -> str:
     return "\n".join(
         [
             f"- **Ops**, with the parameter in any operand: {ops}.",
+            f"- **Taken apart first**: {decomposed()}.",
             f"- **Between a parameter and its op**: {layout_ops()}.",
             f"- **Losses**: {losses}, and any `fxkfac.Likelihood` of your own.",
             f"- **Fishers**: {', '.join(f'`{name}`' for name in FISHERS)}.",
@@ -63,7 +98,9 @@ def rules_page() -> str:
         "parameter that enters another op is refused by name, or gets the exact diagonal of its "
         "block with `trace(..., unsupported='diagonal')`.\n\n"
         f"{rules_table()}\n\n"
+        f"Ops that do two things with a parameter are taken apart first: {decomposed()}.\n\n"
         f"A parameter may go through these layout ops first: {layout_ops()}.\n\n"
+        f"{OWN_RULE}"
         "This page is made from the code by `python docs/make_tables.py`.\n"
     )
 
