@@ -91,6 +91,8 @@ def _entries(
             return None
         added = torch.full((shape.numel(),), -1).index_put((moved.flatten(),), added.flatten())
     table = _by_row(weight, added.reshape(shape))
+    if not len(table):  # no row was routed here
+        return None
     constant = bool((table == table[:1]).all())
     every_entry_once = (
         table[0].flatten().sort().values.equal(bias.view.index().flatten().sort().values)

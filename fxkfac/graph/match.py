@@ -220,3 +220,14 @@ def op_name(node: Node) -> str:
 def _refuse(node: Node, chain: Chain, parameters: Mapping[Node, str], reason: str) -> Unsupported:
     names = tuple(parameters[n] for n in chain if n in parameters)
     return Unsupported(names, op_name(node), node.name, reason, source_of(node), module_of(node))
+
+
+def unsupported_message(unsupported: Sequence[Unsupported]) -> str:
+    """What an error says about uses without normal form."""
+    listed = "\n".join(f"  {u}" for u in unsupported[:8])
+    more = f"\n  and {len(unsupported) - 8} more" if len(unsupported) > 8 else ""
+    return (
+        f"{len(unsupported)} uses have no normal form (group, in, out):\n{listed}{more}\n"
+        "Trace with unsupported='diagonal' for the exact diagonal of these parameters, with "
+        "unsupported='skip' to leave them out, or select others by `params`."
+    )

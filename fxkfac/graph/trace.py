@@ -21,7 +21,7 @@ from fxkfac.graph.derived import derived_weights
 from fxkfac.graph.ir import Example, Use
 from fxkfac.graph.lift import SUMMED
 from fxkfac.graph.locate import Located, locate
-from fxkfac.graph.match import Matched, Unsupported, match
+from fxkfac.graph.match import Matched, Unsupported, match, unsupported_message
 from fxkfac.graph.program import Program, Tapped
 from fxkfac.graph.record import record
 from fxkfac.graph.signature import BatchAxes, Signature, signature_of
@@ -118,7 +118,7 @@ def compile_graph(
     if dynamic and model.signature.batch_size(tensors) == 1 and (best is None or refused):
         return compile_graph(model, tensors, structures, dynamic=False)
     if refused:
-        raise UnsupportedUse(_unsupported_message(refused))
+        raise UnsupportedUse(unsupported_message(refused))
     if best is not None:
         return best
     raise CaptureError(_capture_message(model.bound, refusals))
@@ -198,12 +198,22 @@ def _try(model: FlatModel, captured: Captured, tensors: list[Tensor], dynamic: b
     if wrong := is_model(model, captured, state, tensors):
         raise Refusal(wrong)
     other = model.signature.vary(tensors, TRIAL_SIZE + (n == TRIAL_SIZE), generator)
-    if dynamic and not is_model(model, captured, state, other):
+    if dynamic and not _differs_at(model, captured, state, other):
         return _Trial(model, captured, True, state, other, generator)
     same = model.signature.vary(tensors, n, generator)
     if wrong := is_model(model, captured, state, same):
         raise Refusal(f"on data unlike the example {wrong}")
     return _Trial(model, captured, False, state, same, generator)
+
+
+def _differs_at(
+    model: FlatModel, captured: Captured, state: State, data: list[Tensor]
+) -> str | None:
+    """What is wrong at another batch size; a model of its own size, as of one graph, has none."""
+    try:
+        return is_model(model, captured, state, data)
+    except Exception as error:  # the model's own
+        return str(error)
 
 
 def _match(
@@ -227,7 +237,15 @@ def _match(
         uses,
         trial.generator,
     )
-    return matched, uses, located
+    routed = {n.name for n in captured.module.graph.nodes if _is_routed(n)}
+    constant = (c and u.node not in routed for c, u in zip(located.constant, uses, strict=True))
+    return matched, uses, replace(located, constant=tuple(constant))
+
+
+def _is_routed(node: Node) -> bool:
+    """Whether the number of rows depends on values: a single one looks the same in any order."""
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and any(str(size).startswith("u") for size in value.shape)
 
 
 def _covered(
@@ -271,14 +289,4 @@ def _capture_message(bound: FunctionalModel, refusals: Mapping[str, str]) -> str
         f"no front end could capture {name}:\n{reasons}\n"
         "Mend what the most general one names (the last), or trace a function around the part of "
         "the model that can be captured."
-    )
-
-
-def _unsupported_message(unsupported: Sequence[Unsupported]) -> str:
-    listed = "\n".join(f"  {u}" for u in unsupported[:8])
-    more = f"\n  and {len(unsupported) - 8} more" if len(unsupported) > 8 else ""
-    return (
-        f"{len(unsupported)} uses have no normal form (group, in, out):\n{listed}{more}\n"
-        "Trace with unsupported='diagonal' for the exact diagonal of these parameters, with "
-        "unsupported='skip' to leave them out, or select others by `params`."
     )
