@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
+import runpy
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
+
+import torch
 
 ROOT = Path(__file__).parent.parent
 
@@ -23,3 +27,21 @@ def test_quickstart(tmp_path: Path) -> None:
     assert (tmp_path / "exact-and-kfac.png").read_bytes().startswith(b"\x89PNG")
     drawn = list(tmp_path.glob("digits.svg*"))
     assert drawn, "neither the drawing nor, without dot, its source"
+
+
+def test_poisson(tmp_path: Path) -> None:
+    example = runpy.run_path(str(ROOT / "examples" / "poisson.py"))
+    torch.manual_seed(0)
+    points, params = example["draw_points"](), example["initial"]()
+    training = example["train_kfac"](params, points)
+    kfac = [example["loss"](p, points).item() for p in islice(training, 6)]
+    assert kfac == sorted(kfac, reverse=True)
+    assert kfac[-1] < 0.8 * kfac[0]
+    adam = example["train_adam"](params, points, 1e-2)
+    first, *_, last = [example["loss"](p, points).item() for p in islice(adam, 6)]
+    assert kfac[-1] < last < first == kfac[0]
+    curve, steps = example["run"](adam, 0.0)
+    assert steps == 1
+    assert len(curve) == 2
+    example["draw"]({"KFAC": curve, "Adam": curve}, tmp_path / "poisson.svg")
+    assert "relative L2 error" in (tmp_path / "poisson.svg").read_text()

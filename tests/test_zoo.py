@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import zoo_wide  # noqa: F401 - registers its entries
 from torch import Tensor, nn
 from zoo import SPELLINGS, ZOO, Entry
 
@@ -98,9 +99,12 @@ def trace(entry: Entry, model: Any, params: Any) -> fxkfac.Program:
 
 
 def assert_same(a: fxkfac.Factors, b: fxkfac.Factors) -> None:
-    """The same A and B everywhere, to ten digits of the largest entry."""
+    """The same A and B everywhere, or exact block, to ten digits of the largest entry."""
     assert list(a) == list(b)
     for name, block in a.items():
+        if not isinstance(block, fxkfac.Block):
+            assert_close(block.dense(), b[name].dense())
+            continue
         for mine, other in zip(block.terms, b[name].terms, strict=True):
             assert_close(mine.A, other.A)
             assert_close(mine.B, other.B)
@@ -171,16 +175,24 @@ def test_one_datum_without_sharing_is_the_ggn(name, sharing):
 
 
 @entries({n: e for n, e in PLAIN.items() if e.reduce and not e.trace_options.get("batch_axis")})
-def test_bias_blocks_are_the_ggn(name):
-    """A bias by itself is exact, whatever it is shared over."""
+def test_exact_blocks_are_the_ggn(name):
+    """A bias by itself is exact, and a scale's diagonal, whatever they are shared over."""
     at, data = traced(name), ZOO[name].data(3)
     factors = at.kfac(data, separate_weight_and_bias=True)
     for block in factors.values():
-        if len(block.terms) == 1 and block.terms[0].plan.is_bias:
+        if is_exact(block):
             names = list(block.params)
             expected = fxkfac.exact.ggn(at.model, at.entry.loss, data, names, at.params)
+            if isinstance(block, fxkfac.Diagonal):
+                expected = expected.diagonal().diag()
             error = (factors.dense(*names) - expected).norm()
             assert error <= at.entry.tolerance * expected.norm()
+
+
+def is_exact(block: Any) -> bool:
+    if isinstance(block, fxkfac.Block):
+        return len(block.terms) == 1 and block.terms[0].plan.is_bias
+    return True
 
 
 @entries(RIGHT)

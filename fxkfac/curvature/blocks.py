@@ -147,7 +147,8 @@ def _laid_out(term: Kronecker, entries: Tensor, params: tuple[str, ...]) -> tupl
         return B, A
     raise FxkfacError(
         f"the Kronecker products of the block of {', '.join(params)} are of different parts of "
-        "the parameter, so that their factors do not add up; use damp='block'."
+        "the parameter, so that their factors do not add up; use damp='block', or compute all "
+        "of them with separate_weight_and_bias=True."
     )
 
 

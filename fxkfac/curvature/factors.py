@@ -86,7 +86,9 @@ class Factors(Curvature):
     @property
     def like(self) -> Tensor:
         """A parameter, for the dtype and device of all."""
-        return self.model.tensors[self.model.selected[0]]
+        held = self.model.tensors
+        names = [n for n in self.settings.parameters if n in held] or list(held)
+        return held[names[0]]
 
     def canonical(self, name: str) -> str:
         """The name of a tied parameter that the blocks know it by."""

@@ -15,16 +15,12 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from fxkfac.graph.decompose import decompose
+from fxkfac.graph.dependence import length
 from fxkfac.graph.merge import drop_zeros, merge_common
 
 aten = torch.ops.aten
 
 STOP = "fxkfac_stop"  # mark of nodes through which the user lets no gradient pass
-
-
-def length(t: Tensor, axis: int) -> int:
-    """The length of an axis; `aten.sym_size` is the same, but `vmap` has no rule for it."""
-    return t.shape[axis]
 
 
 RENAMED: dict[Any, Any] = {

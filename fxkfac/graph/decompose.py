@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from fxkfac.graph.dependence import depend_on
+
 aten = torch.ops.aten
 
 # Norms whose weight lies along the last axes, and those whose weight lies along the channels.
@@ -44,7 +46,7 @@ CHANNELS = {
 
 def decompose(graph: Graph, inputs: Sequence[Node]) -> None:
     """Rewrite in place every node of an op in `DECOMPOSITIONS`."""
-    dependent = _depend_on(graph, inputs)
+    dependent = depend_on(graph, inputs)
     for node in list(graph.nodes):
         rewrite = DECOMPOSITIONS.get(node.target)
         if rewrite is None:
@@ -55,14 +57,6 @@ def decompose(graph: Graph, inputs: Sequence[Node]) -> None:
             node.replace_all_uses_with(result)
             graph.erase_node(node)
     graph.lint()
-
-
-def _depend_on(graph: Graph, inputs: Sequence[Node]) -> set[Node]:
-    dependent = set(inputs)
-    for node in graph.nodes:
-        if dependent & set(node.all_input_nodes):
-            dependent.add(node)
-    return dependent
 
 
 class _Rewriter:

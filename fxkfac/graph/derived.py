@@ -13,6 +13,7 @@ from typing import Any
 from torch.fx import Graph, GraphModule, Node
 
 from fxkfac.errors import OptionError
+from fxkfac.graph.dependence import LIKE, SHAPE_ONLY, depend_on
 from fxkfac.graph.view import is_layout
 
 
@@ -27,11 +28,11 @@ def derived_weights(
         OptionError: A parameter meets data itself.
     """
     sources: dict[Node, tuple[str, ...]] = {n: (name,) for n, name in parameters.items()}
-    data = set(inputs)
+    data = depend_on(graph, inputs)
     for node in graph.nodes:
-        if data & set(node.all_input_nodes):
-            data.add(node)
-        elif found := [s for n in node.all_input_nodes for s in sources.get(n, ())]:
+        if node in data or node.target in SHAPE_ONLY | LIKE:
+            continue
+        if found := [s for n in node.all_input_nodes for s in sources.get(n, ())]:
             sources[node] = tuple(dict.fromkeys(found))
     meets = [n for n in sources if n not in data and any(u in data for u in n.users)]
     roots = dict.fromkeys(_root(n) for n in meets)

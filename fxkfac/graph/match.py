@@ -17,7 +17,7 @@ from torch.fx import Graph, Node
 
 from fxkfac.graph.apart import take_apart
 from fxkfac.graph.bias import join_biases
-from fxkfac.graph.cleanup import length
+from fxkfac.graph.dependence import LIKE, SHAPE_ONLY, depend_on
 from fxkfac.graph.ir import Example, Form, OneHot, Source, Use, letters
 from fxkfac.graph.lift import lift
 from fxkfac.graph.rules.registry import RULES, NotLinear, Operand, call_of, operands
@@ -26,19 +26,8 @@ from fxkfac.graph.view import View, is_layout
 
 aten = torch.ops.aten
 
-# Ops that look at a tensor's shape, not at its values, and so do not use it.
-SHAPE_ONLY = {length, aten.sym_stride.int, aten.sym_numel.default}
 # Ops that stop the gradient: what is behind them is no use of the parameter.
 STOPS = {aten.detach.default}
-# Ops that make a tensor of the argument's shape and nothing else of it.
-LIKE = {
-    aten.zeros_like.default,
-    aten.ones_like.default,
-    aten.empty_like.default,
-    aten.full_like.default,
-    aten.rand_like.default,
-    aten.randn_like.default,
-}
 
 
 @dataclass(frozen=True)
@@ -86,7 +75,7 @@ def match(
     """
     found: list[Use] = []
     unsupported: list[Unsupported] = []
-    dependent = _depend_on(graph, inputs)
+    dependent = depend_on(graph, inputs)
     for node, operand, chain in _entries(graph, parameters):
         try:
             use = _use(node, operand, chain, parameters, example)
@@ -98,15 +87,6 @@ def match(
 
 
 Chain = tuple[Node, ...]
-
-
-def _depend_on(graph: Graph, inputs: Sequence[Node]) -> set[Node]:
-    """All nodes whose values depend on those of the inputs, not on their shapes alone."""
-    dependent = set(inputs)
-    for node in graph.nodes:
-        if node.target not in SHAPE_ONLY | LIKE and dependent & set(node.all_input_nodes):
-            dependent.add(node)
-    return dependent
 
 
 def _entries(graph: Graph, parameters: Mapping[Node, str]) -> Iterable[tuple[Node, Operand, Chain]]:

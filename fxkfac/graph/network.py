@@ -18,8 +18,9 @@ from torch._ops import OpOverload
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
+from fxkfac.graph.dependence import LIKE, SHAPE_ONLY
 from fxkfac.graph.ir import BatchAxis, OneHot, Use
-from fxkfac.graph.match import LIKE, SHAPE_ONLY, STOPS, op_name
+from fxkfac.graph.match import STOPS, op_name
 from fxkfac.graph.normal import normal_weight
 from fxkfac.graph.source import module_of, source_of
 from fxkfac.graph.table import orientation, shape_text, where

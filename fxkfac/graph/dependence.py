@@ -1,0 +1,38 @@
+"""Which nodes hold values of the data, and which only their sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+aten = torch.ops.aten
+
+
+def length(t: Tensor, axis: int) -> int:
+    """The length of an axis; `aten.sym_size` is the same, but `vmap` has no rule for it."""
+    return t.shape[axis]
+
+
+# Ops that look at a tensor's shape, not at its values, and so do not use it.
+SHAPE_ONLY = {length, aten.sym_stride.int, aten.sym_numel.default}
+# Ops that make a tensor of the argument's shape and nothing else of it.
+LIKE = {
+    aten.zeros_like.default,
+    aten.ones_like.default,
+    aten.empty_like.default,
+    aten.full_like.default,
+    aten.rand_like.default,
+    aten.randn_like.default,
+}
+
+
+def depend_on(graph: Graph, inputs: Sequence[Node]) -> set[Node]:
+    """All nodes whose values depend on those of the inputs, not on their shapes alone."""
+    dependent = set(inputs)
+    for node in graph.nodes:
+        if node.target not in SHAPE_ONLY | LIKE and dependent & set(node.all_input_nodes):
+            dependent.add(node)
+    return dependent
