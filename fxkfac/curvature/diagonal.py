@@ -65,7 +65,7 @@ def gradient_moments(
     for vector in vectors:
         gradients = per_datum(chosen, by_datum(run, vector), *data)
         for name, kind in structures.items():
-            G = gradients[name].flatten(1).to(total[name].dtype)
+            G = gradients[name].reshape(len(gradients[name]), -1).to(total[name].dtype)
             total[name] = total[name] + (G.mT @ G if kind == "dense" else G.square().sum(0))
     return {
         name: t if structures[name] == "dense" else t.view(state[name].shape)

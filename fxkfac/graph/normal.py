@@ -49,6 +49,12 @@ def unfold(x: Tensor, patches: Patches) -> Tensor:
     return x
 
 
+def _only(x: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """Drop unit axes; einops calls it where a pattern leaves axes out."""
+    assert all(x.shape[a] == 1 for a in axes), "one-hot rows cannot be summed"
+    return x.squeeze(axes)
+
+
 def normal_x(use: Use, x: Tensor | None, batch: BatchAxis | None) -> Tensor | OneHotRows | None:
     """The input of a use in normal form; `None` where it is the constant one.
 
@@ -60,7 +66,8 @@ def normal_x(use: Use, x: Tensor | None, batch: BatchAxis | None) -> Tensor | On
     if isinstance(form.prepare, OneHot):
         left, right = form.normal_x(batch).split(" -> ")
         pattern = f"{left.removesuffix(' v')} -> {right.removeprefix('() ').removesuffix(' (v)')}"
-        indices = rearrange(x, pattern, **form.row_sizes(form.x, batch))
+        # An axis that the output does not have is a unit axis, as in arange(T)[None].
+        indices = reduce(x, pattern, _only, **form.row_sizes(form.x, batch))
         indices = indices.remainder(form.prepare.size)  # W[-1] is the last one
         return OneHotRows(indices, form.prepare.size, form.prepare.ignored, form.scale)
     if isinstance(form.prepare, Patches):
