@@ -68,8 +68,7 @@ class Traced:
 def trace(entry: Entry) -> Traced:
     """Build and trace an entry."""
     model, params = entry.build()
-    options = dict(entry.trace_options) | ({} if params is None else {"params": params})
-    return Traced(entry, model, params, fxkfac.trace(model, entry.inputs(N), **options))
+    return Traced(entry, model, params, entry.trace(model, params, N))
 
 
 def off(found: Tensor, expected: Tensor) -> float:

@@ -87,15 +87,8 @@ def traced(name: str) -> Traced:
     entry = ZOO[name]
     model, params = entry.build()
     before = State.of(model, params)
-    program = trace(entry, model, params)
+    program = entry.trace(model, params, TRACED)
     return Traced(entry, model, params, program, before, State.of(model, params))
-
-
-def trace(entry: Entry, model: Any, params: Any) -> fxkfac.Program:
-    options = dict(entry.trace_options)
-    if params is not None:
-        options["params"] = params
-    return fxkfac.trace(model, entry.inputs(TRACED), **options)
 
 
 def assert_same(a: fxkfac.Factors, b: fxkfac.Factors) -> None:
@@ -134,7 +127,7 @@ def test_gradients_from_the_taps_are_autograds(name):
 def test_what_cannot_be_right_is_refused(name):
     model, params = ZOO[name].build()
     with pytest.raises((errors.CaptureError, errors.UnsupportedUse)):
-        trace(ZOO[name], model, params)
+        ZOO[name].trace(model, params, TRACED)
 
 
 @entries(PLAIN)

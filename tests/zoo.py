@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 
+import fxkfac
+
 F64 = torch.float64
 MSE, CE, BCE = nn.MSELoss(), nn.CrossEntropyLoss(), nn.BCEWithLogitsLoss()
 
@@ -70,6 +72,11 @@ class Entry:
     def data(self, n: int) -> tuple[Any, Tensor]:
         """A batch of n data."""
         return self.inputs(n), self.targets(n)
+
+    def trace(self, model: Model, params: Mapping[str, Any] | None, n: int) -> fxkfac.Program:
+        """Trace what was built, on a batch of n data."""
+        options = dict(self.trace_options) | ({} if params is None else {"params": params})
+        return fxkfac.trace(model, self.inputs(n), **options)
 
     def take(self, data: tuple[Any, Tensor], index: Any) -> tuple[Any, Tensor]:
         """Some of the data, by their numbers."""

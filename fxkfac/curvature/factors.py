@@ -100,7 +100,7 @@ class Factors(Curvature):
         return self.likelihood.reduction_factor(self.count)
 
     def __getitem__(self, name: str) -> AnyBlock:
-        name = self.model.aliases.get(name, name)
+        name = self.canonical(name)
         if (block := self._unfactored(name)) is not None:
             return block
         if name not in self.plans:
@@ -119,8 +119,7 @@ class Factors(Curvature):
             return None
         shape = self.settings.parameters[name]
         if kind == "identity":
-            first = self.like
-            ones = torch.ones(shape, dtype=accurate_dtype(first), device=first.device)
+            ones = torch.ones(shape, dtype=accurate_dtype(self.like), device=self.like.device)
             return Diagonal((name,), (shape,), ones)
         raw = self.reduction * self.exact[name]
         made = Dense if kind == "dense" else Diagonal

@@ -227,23 +227,29 @@ def _sums(
     def output_moments(gradients: Sequence[Tensor]) -> list[Tensor]:
         return [output_moment(t, sharing, lambda use: gradients[use.tap], kept) for t in terms]
 
-    uses, settings = batch.run.tapped.uses, batch.settings
-    like = {
-        n: (settings.structures[n], settings.parameters[n], [u for u in uses if n in u.parameters])
-        for n in names
-    }
     total: list[Tensor] = []
     exact: dict[str, Tensor] = {}
     for gradients in _gradients(batch):
-        for name in names:
-            part = exact_moment(name, *like[name], batch.input, lambda u: gradients[u.tap])  # noqa: B023
-            exact[name] = exact[name] + part if name in exact else part
+        for name, moment in _exact_moments(batch, names, gradients).items():
+            exact[name] = exact[name] + moment if name in exact else moment
         parts = output_moments(gradients)
         total = [t + p for t, p in zip(total, parts, strict=True)] if total else parts
     if not total:  # forward-only: nothing is sent back
         total = output_moments([torch.zeros_like(y) for y in batch.run.taps])
     rest = iter(Sums(a, b, rows) for (a, rows), b in zip(moments, total, strict=True))
     return [tuple(next(rest) for _ in plan.terms) for plan in plans], exact
+
+
+def _exact_moments(
+    batch: _Batch, names: Sequence[str], gradients: Sequence[Tensor]
+) -> dict[str, Tensor]:
+    """For one vector, the products of every datum's gradient of the parameters in `names`."""
+    kinds, shapes = batch.settings.structures, batch.settings.parameters
+    uses = {n: [u for u in batch.run.tapped.uses if n in u.parameters] for n in names}
+    return {
+        n: exact_moment(n, kinds[n], shapes[n], uses[n], batch.input, lambda u: gradients[u.tap])
+        for n in names
+    }
 
 
 def _gradients(batch: _Batch) -> Iterator[tuple[Tensor, ...]]:

@@ -22,9 +22,8 @@ from fxkfac.graph.program import Run
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-Mask = (
-    str | Callable[[Any, Tensor], Tensor]
-)  # a keyword of the inputs, or (inputs, targets) -> mask
+# The keyword of an input, or (inputs, targets) -> mask.
+Mask = str | Callable[[Any, Tensor], Tensor]
 
 
 @dataclass(frozen=True)

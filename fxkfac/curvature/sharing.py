@@ -67,10 +67,12 @@ def input_moment(
     ]
     rows = [normal_x(u, inputs(u), b) for u, b in zip(term.uses, at, strict=True)]
     like = [normal_y(u, outputs(u), b) for u, b in zip(term.uses, at, strict=True)]
-    masks = [_weights(y, m) for y, m in zip(like, real, strict=True)]
-    total = sum(int(m.bool().sum()) for m in masks)
+    total = sum(
+        y.shape[1:-1].numel() if m is None else int(m.count_nonzero())
+        for y, m in zip(like, real, strict=True)
+    )
     if sharing == "expand" and all(isinstance(r, OneHotRows) for r in rows):
-        return _count(rows, like, masks), total
+        return _count(rows, like, real), total
     dense = [
         _with_columns(term, k, _accurate(_dense(r, y)))
         for k, (r, y) in enumerate(zip(rows, like, strict=True))
@@ -80,16 +82,19 @@ def input_moment(
         for x, m in zip(dense, real, strict=True)
     ]
     if sharing == "reduce":
-        places = torch.cat(masks, dim=1).sum(1)  # (batch,): the rows of every datum
+        places = sum(_places(y, m) for y, m in zip(like, real, strict=True))
+        assert isinstance(places, Tensor)
         x = torch.cat(dense, dim=2).sum(2) / places.clamp_min(1).unsqueeze(-1)  # x̂ = mean_s x
         return x.mT @ x, int((places > 0).sum())
     x = torch.cat([d.flatten(1, -2) for d in dense], dim=1)
     return x.mT @ x, total
 
 
-def _weights(y: Tensor, real: Tensor | None) -> Tensor:
-    """One for every row of an output in normal form, and zero for padding."""
-    return y.new_ones(y.shape[1:-1], dtype=accurate_dtype(y)) if real is None else real
+def _places(y: Tensor, real: Tensor | None) -> Float[Tensor, " batch"]:
+    """The number of rows of every datum in an output in normal form."""
+    if real is None:
+        return y.new_full(y.shape[1:2], y.shape[2], dtype=accurate_dtype(y))
+    return real.to(accurate_dtype(y)).sum(1)
 
 
 def output_moment(
@@ -172,13 +177,13 @@ def _with_columns(term: TermPlan, place: int, x: Tensor) -> Tensor:
     return torch.cat([x, *ones], dim=-1) if ones else x
 
 
-def _count(rows: Sequence[Rows], like: Sequence[Tensor], masks: Sequence[Tensor]) -> Counted:
+def _count(rows: Sequence[Rows], like: Sequence[Tensor], real: Sequence[Tensor | None]) -> Counted:
     total: list[Tensor] = []
-    for r, y, m in zip(rows, like, masks, strict=True):
+    for r, y, m in zip(rows, like, real, strict=True):
         assert isinstance(r, OneHotRows)
         indices = r.indices.expand(y.shape[1:-1]).flatten()
-        counts = y.new_zeros(r.size, dtype=accurate_dtype(y))
-        counts = r.scale**2 * counts.index_add(0, indices, m.flatten().to(counts.dtype))
+        weights = None if m is None else m.flatten().to(accurate_dtype(y))
+        counts = r.scale**2 * indices.bincount(weights, r.size).to(accurate_dtype(y))
         if r.ignored is not None:
             counts[r.ignored] = 0.0
         total.append(counts)

@@ -12,7 +12,8 @@ from dataclasses import replace
 import torch
 
 from fxkfac.errors import OptionError
-from fxkfac.graph.ir import Use, axis_tokens, renamed
+from fxkfac.graph.axes import axis_tokens, renamed
+from fxkfac.graph.ir import Use
 from fxkfac.graph.normal import normal_weight
 
 

@@ -14,7 +14,8 @@ from einops import rearrange, repeat
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from fxkfac.graph.ir import Example, Form, Join, OneHot, Use, axis_lengths
+from fxkfac.graph.axes import axis_lengths
+from fxkfac.graph.ir import Example, Form, Join, OneHot, Use
 from fxkfac.graph.rules.addition import addition_factor
 from fxkfac.graph.view import View, is_layout, scale_of
 

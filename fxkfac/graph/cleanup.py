@@ -22,7 +22,6 @@ aten = torch.ops.aten
 
 STOP = "fxkfac_stop"  # mark of nodes through which the user lets no gradient pass
 
-
 RENAMED: dict[Any, Any] = {
     aten.sym_size.int: length,
     aten.view.default: aten.reshape.default,
@@ -78,7 +77,7 @@ def rebuild(
     graph.output(copies[next(n for n in module.graph.nodes if n.name == result)])
     graph.eliminate_dead_code()
     drop_zeros(graph)
-    decompose(graph, tensors)
+    decompose(graph, list(named.values()), tensors)
     merge_common(graph)
     graph.eliminate_dead_code()
     return GraphModule(root, graph)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
 from fxkfac.graph.dependence import depend_on
@@ -44,15 +45,21 @@ CHANNELS = {
 }
 
 
-def decompose(graph: Graph, inputs: Sequence[Node]) -> None:
-    """Rewrite in place every node of an op in `DECOMPOSITIONS`."""
-    dependent = depend_on(graph, inputs)
+def decompose(graph: Graph, held: Sequence[Node], inputs: Sequence[Node]) -> None:
+    """Rewrite in place every node of an op in `DECOMPOSITIONS`.
+
+    Args:
+        graph: The graph.
+        held: The placeholders of parameters and buffers.
+        inputs: The placeholders of the data.
+    """
+    own = depend_on(graph, held) - depend_on(graph, inputs)
     for node in list(graph.nodes):
         rewrite = DECOMPOSITIONS.get(node.target)
         if rewrite is None:
             continue
         with graph.inserting_before(node):
-            result = rewrite(_Rewriter(graph, node, dependent))
+            result = rewrite(_Rewriter(graph, node, own))
         if result is not None:
             node.replace_all_uses_with(result)
             graph.erase_node(node)
@@ -62,11 +69,13 @@ def decompose(graph: Graph, inputs: Sequence[Node]) -> None:
 class _Rewriter:
     """The node that is rewritten, its arguments by name, and a way to write ops in its place."""
 
-    def __init__(self, graph: Graph, node: Node, dependent: set[Node]) -> None:
-        self.graph, self.node, self.dependent = graph, node, dependent
+    def __init__(self, graph: Graph, node: Node, own: set[Node]) -> None:
+        assert isinstance(node.target, OpOverload)
+        self.graph, self.node, self.own = graph, node, own
+        self.schema = node.target._schema
 
     def __getitem__(self, name: str) -> Any:
-        for place, argument in enumerate(self.node.target._schema.arguments):  # type: ignore[union-attr]
+        for place, argument in enumerate(self.schema.arguments):
             if argument.name == name:
                 if place < len(self.node.args):
                     return self.node.args[place]
@@ -81,14 +90,14 @@ class _Rewriter:
 
     def without(self, *names: str) -> Node:
         """The same op with these arguments left out."""
-        schema = self.node.target._schema.arguments  # type: ignore[union-attr]
-        values = [None if a.name in names else self[a.name] for a in schema if not a.kwarg_only]
-        kwargs = {a.name: self[a.name] for a in schema if a.kwarg_only}
+        places = [a.name for a in self.schema.arguments if not a.kwarg_only]
+        values = [None if name in names else self[name] for name in places]
+        kwargs = {a.name: self[a.name] for a in self.schema.arguments if a.kwarg_only}
         return self.call(self.node.target, *values, **kwargs)
 
     def is_parameter(self, value: Any) -> bool:
-        """Whether an argument is a tensor that does not depend on the data."""
-        return isinstance(value, Node) and value not in self.dependent
+        """Whether an argument is made of parameters or buffers, and not of data."""
+        return value in self.own
 
 
 Rewrite = Callable[[_Rewriter], Node | None]
@@ -100,7 +109,7 @@ def _norm(at: _Rewriter) -> Node | None:
     if weight is None and bias is None:
         return None
     plain = at.without("weight", "bias")
-    if len(at.node.target._schema.returns) == 1:  # type: ignore[union-attr]
+    if len(at.schema.returns) == 1:
         return _scaled(at, plain, weight, bias)
     for user in list(at.node.users):
         if user.target is operator.getitem and user.args[1] == 0:
@@ -210,7 +219,7 @@ def _join(at: _Rewriter) -> Node | None:
 def _where(at: _Rewriter) -> Node | None:
     """A parameter that stands where a condition of the data holds, as a mask token does."""
     names = [n for n in ("self", "other") if at.is_parameter(at[n])]
-    if len(names) != 1 or not at.is_parameter(at[names[0]]):
+    if len(names) != 1:
         return None
     data = at["other" if names[0] == "self" else "self"]
     shape = at.call(aten.where.self, at["condition"], data, data)

@@ -9,37 +9,15 @@ Every linear op is one einsum in which each axis of the weight is of one of thre
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import Size, Tensor
 from torch.fx import Node
 
+from fxkfac.graph.axes import axis_tokens, letters, renamed
 from fxkfac.graph.view import View
-
-
-def letters(axes: str) -> list[str]:
-    """The axis names in an einops axis list, without unit axes and brackets."""
-    return [a for a in re.findall(r"\w+", axes) if not a.isdigit()]
-
-
-def axis_tokens(axes: str) -> list[str]:
-    """The axes of the tensor itself: names, units, and brackets with what is in them."""
-    return re.findall(r"\([^)]*\)|\S+", axes)
-
-
-def axis_lengths(axes: str, shape: Sequence[int], known: Mapping[str, int]) -> dict[str, int]:
-    """Length of every named axis of a tensor, those inside brackets included."""
-    lengths = dict(known)
-    for token, size in zip(axis_tokens(axes), shape, strict=True):
-        open_axes = [a for a in letters(token) if a not in lengths]
-        inside = math.prod(lengths[a] for a in letters(token) if a in lengths)
-        if open_axes:
-            lengths[open_axes[0]] = size // inside
-    return lengths
 
 
 class BatchAxis(NamedTuple):
@@ -155,6 +133,13 @@ class Form:
         present = [a for a in self.rows if a in own]
         return self._normal_rows(self.x, present, self.d_in, batch)
 
+    def spread(self, batch: BatchAxis) -> list[str]:
+        """Shared axes that x lacks while it has others: x repeats itself along them."""
+        shared = [a for a in self.rows if a != batch.axis]
+        lacking = [a for a in shared if a not in letters(self.x)]
+        inside = batch.outer * batch.inner > 1 and batch.axis in letters(self.x)
+        return lacking if inside or len(lacking) < len(shared) else []
+
     def normal_y(self, batch: BatchAxis | None = None) -> str:
         """The same for y: (group, rows.., out) or (group, batch, shared, out)."""
         return self._normal_rows(self.y, self.rows, self.d_out, batch)
@@ -208,16 +193,6 @@ def _normal(group: list[str], middle: list[str], last: list[str]) -> str:
 
 def _shared(batch: BatchAxis) -> str:
     return f"{batch.axis}_outer {batch.axis}_inner"
-
-
-def renamed(axes: str, names: Mapping[str, str]) -> str:
-    """Replace axis names; a name that becomes several is bracketed unless it already is."""
-    out, depth = [], 0
-    for token in re.findall(r"\w+|[()]", axes):
-        depth += (token == "(") - (token == ")")
-        new = names.get(token, token)
-        out.append(f"({new})" if " " in new and depth == 0 else new)
-    return " ".join(out).replace("( ", "(").replace(" )", ")")
 
 
 @dataclass(frozen=True)

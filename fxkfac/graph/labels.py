@@ -32,6 +32,7 @@ STRUCTURES = {
     "diagonal": "exact diagonal",
     "dense": "exact block",
     "identity": "identity",
+    "derived": "derived",
     "skip": "left out",
     "error": "no rule",
 }

@@ -15,7 +15,8 @@ from dataclasses import replace
 import torch
 from torch.fx import Node
 
-from fxkfac.graph.ir import Example, Form, axis_tokens
+from fxkfac.graph.axes import axis_tokens
+from fxkfac.graph.ir import Example, Form
 from fxkfac.graph.rules.addition import addition_factor
 from fxkfac.graph.rules.registry import NotLinear
 from fxkfac.graph.view import View, is_layout, scale_of

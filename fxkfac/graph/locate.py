@@ -29,13 +29,11 @@ class Located:
         uses: Batch axis of every use, `None` where none explains the experiment.
         constant: For every use, whether the gradient at its output is the same for the data in
             any order: it is summed over the data, so that no per-datum part of it is left.
-        coupled: Whether the prediction for some data changes with another datum.
     """
 
     prediction: Layout | None
     uses: tuple[BatchAxis | None, ...]
     constant: tuple[bool, ...]
-    coupled: bool
 
 
 def locate(
@@ -61,26 +59,24 @@ def locate(
         axes.append(_batch_axis(use, pairs, (first[1][k], second[1][k]), n, order))
         summed = at is not None and axes[-1] is None and bool(g[0].any()) and _close(*g)
         constant.append(summed)
-    coupled = at is not None and _is_coupled(run, permute, data, n, first[0], at)
-    return Located(at, tuple(axes), tuple(constant), coupled)
+    return Located(at, tuple(axes), tuple(constant))
 
 
-def _is_coupled(
-    run: Callable[[list[Tensor]], Taps],
+def is_coupled(
+    run: Callable[[list[Tensor]], Tensor],
     permute: Callable[[list[Tensor], Tensor], list[Tensor]],
     data: list[Tensor],
     n: int,
-    prediction: Tensor,
     at: Layout,
 ) -> bool:
     """Put the last datum in the place of the first: do the others' predictions change?"""
     if n < 2:
         return False
     axis, outer, inner = at
-    other = run(permute(data, torch.cat([torch.tensor([n - 1]), torch.arange(1, n)])))[0]
+    replaced = permute(data, torch.cat([torch.tensor([n - 1]), torch.arange(1, n)]))
     before, after = (
-        t.detach().unflatten(axis, (outer, n, inner)).narrow(axis + 1, 1, n - 1)
-        for t in (prediction, other)
+        run(some).unflatten(axis, (outer, n, inner)).narrow(axis + 1, 1, n - 1)
+        for some in (data, replaced)
     )
     return not _close(before, after)
 

@@ -16,9 +16,10 @@ from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
 from fxkfac.graph.apart import take_apart
+from fxkfac.graph.axes import letters
 from fxkfac.graph.bias import join_biases
 from fxkfac.graph.dependence import LIKE, SHAPE_ONLY, depend_on
-from fxkfac.graph.ir import Example, Form, OneHot, Source, Use, letters
+from fxkfac.graph.ir import Example, Form, OneHot, Source, Use
 from fxkfac.graph.lift import lift
 from fxkfac.graph.rules.registry import RULES, NotLinear, Operand, call_of, operands
 from fxkfac.graph.source import module_of, source_of

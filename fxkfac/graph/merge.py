@@ -20,8 +20,6 @@ from torch.fx import Graph, Node
 aten = torch.ops.aten
 
 COMMUTATIVE = {aten.add.Tensor, aten.mul.Tensor, aten.maximum.default, aten.minimum.default}
-
-
 ZEROS = {aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default}
 MOVES = {
     aten.expand.default,
@@ -75,14 +73,9 @@ def _is_random(node: Node) -> bool:
     """Whether a second call gives something else than the first, or changes its arguments."""
     if not isinstance(node.target, OpOverload):
         return False
-    tags, schema = node.target.tags, node.target._schema
-    return torch.Tag.nondeterministic_seeded in tags or schema.is_mutable or _drops(node)
-
-
-def _drops(node: Node) -> bool:
-    """Whether an op that does more than that drops entries out, too."""
-    schema = node.target._schema  # type: ignore[union-attr]
-    return any("dropout" in a.name for a in schema.arguments) or "dropout" in schema.name
+    schema = node.target._schema
+    drops = any("dropout" in name for name in (schema.name, *(a.name for a in schema.arguments)))
+    return torch.Tag.nondeterministic_seeded in node.target.tags or schema.is_mutable or drops
 
 
 def _ordered(node: Node, order: dict[Node, int]) -> tuple[Any, ...]:

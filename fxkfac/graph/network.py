@@ -12,18 +12,17 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import networkx as nx
-import torch
-from torch import SymInt, Tensor
+from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
+from fxkfac.graph.attributes import parameter_attributes, shape_of, use_attributes
 from fxkfac.graph.dependence import LIKE, SHAPE_ONLY
-from fxkfac.graph.ir import BatchAxis, OneHot, Use
+from fxkfac.graph.ir import Use
 from fxkfac.graph.match import STOPS, op_name
-from fxkfac.graph.normal import normal_weight
 from fxkfac.graph.source import module_of, source_of
-from fxkfac.graph.table import orientation, shape_text, where
+from fxkfac.graph.table import shape_text, where
 from fxkfac.graph.view import LAYOUT_OPS, is_layout
 
 if TYPE_CHECKING:
@@ -39,8 +38,8 @@ def to_networkx(program: Program) -> nx.MultiDiGraph:
     Nodes have a `kind` and a `name`, and a `shape` (empty where it is not known) in which N is the
     batch axis:
 
-    - `parameter`: `numel`; `status` is covered, unsupported (see `reason`; `fallback` says what is
-      done instead), unused, or frozen (its curvature was not asked for).
+    - `parameter`: `numel`; `status` is covered, unsupported (see `reason`), unused, or
+      frozen (its curvature was not asked for); `structure` says what its block is made of.
     - `input`, `buffer` and `prediction`.
     - `op`: a linear op with a tap. `op`, `module`, `function`, `source` and `code` say where it
       is. `tap` says which tap it has, and `tapped` the node whose output that is: another one
@@ -87,6 +86,7 @@ class _Builder:
         # One operand has several uses where its op meets the data at several additions: the first.
         ops = enumerate(_op_of(use) for use in self.program.uses)
         self.places = {op: k for k, op in reversed(list(ops))}
+        self.structures = self.program.structures
         self.reasons = {u.node: u.reason for u in self.program.tapped.unsupported}
 
     def add(self, node: Node) -> None:
@@ -97,7 +97,8 @@ class _Builder:
         if node.target in STOPS or not _is_float(node):
             self.gradient_stops.add(node.name)
         if node in self.parameters:
-            self.network.add_node(node.name, **_parameter(self.program, self.names[node]))
+            parameter = parameter_attributes(self.program, self.names[node], self.structures)
+            self.network.add_node(node.name, **parameter)
         elif node.op in ("placeholder", "get_attr"):
             self._add_end(node)
         elif node.op == "output":
@@ -115,6 +116,8 @@ class _Builder:
         status = {self.network.nodes[key].get("status", "") for key, _ in sources}
         step = LAYOUT_OPS[node.target] if is_layout(node) else None
         is_view = {"", "frozen"}.isdisjoint(status) or status == {"frozen"}
+        if node.target in LIKE and sources and "" not in status:
+            return []  # zeros in a parameter's shape
         if step is None or not sources or not (is_view or (step == "" and len(sources) == 1)):
             return [(node.name, ())]
         steps = (step,) if step else ()
@@ -169,7 +172,8 @@ class _Builder:
                     view = {"kind": "parameter", "view": " ".join(steps)}
                     self.network.add_edge(key, node.name, **view, **attributes)
                 elif not self.network.has_edge(key, node.name):
-                    self.network.add_edge(key, node.name, kind="data", gradient=False)
+                    # A derived weight is an op's output, and enters as a parameter does.
+                    self.network.add_edge(key, node.name, kind="data", gradient=False, **attributes)
 
 
 def _op_of(use: Use) -> tuple[str, str]:
@@ -184,52 +188,6 @@ def _op_of(use: Use) -> tuple[str, str]:
 def _leads(node: Node, end: str) -> bool:
     """Whether only layout ops lie between a node and the one named `end`."""
     return any(user.name == end or (is_layout(user) and _leads(user, end)) for user in node.users)
-
-
-def use_attributes(program: Program, place: int) -> dict[str, Any]:
-    """Shapes, batch axis, orientation and factor sizes of one use, given by its position."""
-    use, joined = program.uses[place], {u.join.weight for u in program.uses if u.join}
-    attributes: dict[str, Any] = {
-        "tap": use.tap,
-        "tapped": use.node,
-        "x": "1" if use.is_bias else shape_text(use.x_shape, use.form.x, use),
-        "y": shape_text(use.y_shape, use.form.y, use),
-        "batch": str(use.batch) if use.batch else "unknown",
-        "orientation": orientation(use),
-        "joins": " + ".join(program.uses[use.join.weight].parameters) if use.join else "",
-    }
-    return attributes if use.join else attributes | _sizes(use, place in joined)
-
-
-def _sizes(use: Use, joined: bool) -> dict[str, Any]:
-    """A is (group, d_in, d_in), B is (group, d_out, d_out)."""
-    with torch.device("meta"):  # shapes only: an embedding has many entries
-        group, d_in, d_out = normal_weight(use).shape
-    d_in += joined
-    diagonal = isinstance(use.form.prepare, OneHot)
-    sizes = {"group": group, "d_in": d_in, "d_out": d_out}
-    return sizes | {
-        "A": f"diagonal {d_in}" if diagonal else times((d_in, d_in)),
-        "B": times((d_out, d_out)),
-    }
-
-
-def _parameter(program: Program, name: str) -> dict[str, Any]:
-    tensor = program.model.tensors[name]
-    used = {p for use in program.uses for p in use.parameters}
-    reasons = [u.reason for u in program.tapped.unsupported if name in u.parameters]
-    choice = program.structures.get(name)
-    structure = choice.structure if choice else ""
-    status = "unsupported" if reasons else "covered" if name in used else "unused"
-    return {
-        "kind": "parameter",
-        "name": name,
-        "shape": times(tensor.shape),
-        "numel": tensor.numel(),
-        "status": status if name in program.model.selected else "frozen",
-        "reason": reasons[0] if reasons else "",
-        "structure": structure,
-    }
 
 
 def _input_names(program: Program) -> list[str]:
@@ -252,31 +210,6 @@ def _is_float(node: Node) -> bool:
     """Whether a gradient may pass; where the front end did not say, it may."""
     value = node.meta.get("val")
     return not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex()
-
-
-def times(sizes: Iterable[Any]) -> str:
-    """Sizes with × between them."""
-    return "×".join(map(str, sizes)) or "scalar"
-
-
-def shape_of(node: Node, batch: tuple[int, int, int] | None = None) -> str:
-    """The shape that the front end recorded, N for its symbol; empty where there is none.
-
-    Args:
-        node: A node of the captured graph.
-        batch: Where the batch axis is, as (axis, outer, inner), if it is known otherwise.
-    """
-    value = node.meta.get("val")
-    if not isinstance(value, Tensor):
-        return ""
-    sizes = [_size_text(n) for n in value.shape]
-    if batch is not None:
-        sizes[batch[0]] = str(BatchAxis("", *batch[1:])).removeprefix("=")
-    return times(sizes)
-
-
-def _size_text(size: int | SymInt) -> str:
-    return re.sub(r"\bs\d+\b", "N", str(size)).replace("*", "·")
 
 
 def _mark_gradients(network: nx.MultiDiGraph, stops: set[str]) -> None:

@@ -5,13 +5,14 @@ Design: y[g, rows, o] = Σ_i W[g, i, o] x[g, rows, i]. Whoever is above this fil
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
-from einops import rearrange, reduce
+from einops import rearrange, reduce, repeat
 from torch import Tensor
 
+from fxkfac.graph.axes import axis_lengths
 from fxkfac.graph.ir import BatchAxis, Folded, OneHot, Patches, Use
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def _only(x: Tensor, axes: tuple[int, ...]) -> Tensor:
 def normal_x(use: Use, x: Tensor | None, batch: BatchAxis | None) -> Tensor | OneHotRows | None:
     """The input of a use in normal form; `None` where it is the constant one.
 
-    Row axes that the input does not have come out with length one.
+    Row axes that the input does not have come out with length one, all or none of the shared ones.
     """
     form = use.form
     if x is None:
@@ -72,6 +73,11 @@ def normal_x(use: Use, x: Tensor | None, batch: BatchAxis | None) -> Tensor | On
         return OneHotRows(indices, form.prepare.size, form.prepare.ignored, form.scale)
     if isinstance(form.prepare, Patches):
         x = unfold(x, form.prepare)
+    if batch is not None and (lacking := form.spread(batch)):
+        lengths = axis_lengths(form.y, use.y_shape, form.sizes)
+        axes = f"{form.x} {' '.join(lacking)}"
+        sizes = {a: lengths[a] for a in lacking} | form.row_sizes(form.x, None)
+        x, form = repeat(x, f"{form.x} -> {axes}", **sizes), replace(form, x=axes)
     x = reduce(x, form.normal_x(batch), "sum", **form.row_sizes(form.x, batch))
     return x if form.scale == 1.0 else form.scale * x
 

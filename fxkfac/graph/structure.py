@@ -68,7 +68,10 @@ class Structures:
     def choose(self, tapped: Tapped, sizes: Mapping[str, int]) -> dict[str, Choice]:
         """The structure of every selected parameter, given its uses."""
         names = [*self.selected, *tapped.derived]
-        uses = {name: [u for u in tapped.uses if name in u.parameters] for name in names}
+        uses: dict[str, list[Use]] = {name: [] for name in names}
+        for use in tapped.uses:
+            for name in use.parameters:
+                uses[name].append(use)
         lost = {name: u.reason for u in reversed(tapped.unsupported) for name in u.parameters}
         chosen = {
             name: self._choice(name, uses[name], lost.get(name), sizes[name], tapped)

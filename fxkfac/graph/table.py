@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fxkfac.graph.ir import Source, Use, axis_tokens, letters
+from fxkfac.graph.axes import axis_tokens, letters
+from fxkfac.graph.ir import Source, Use
 from fxkfac.graph.normal import normal_weight
 
 if TYPE_CHECKING:

@@ -7,29 +7,26 @@ three trustworthy.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Node
 
 from fxkfac.errors import CaptureError, FxkfacError, UnsupportedUse
 from fxkfac.functional import FunctionalModel, Inputs, Params, bind
 from fxkfac.graph.capture import FRONT_ENDS, Captured, Refusal, quietly
-from fxkfac.graph.derived import derived_weights
-from fxkfac.graph.ir import Example, Use
+from fxkfac.graph.ir import Use
 from fxkfac.graph.lift import SUMMED
-from fxkfac.graph.locate import Located, locate
-from fxkfac.graph.match import Matched, Unsupported, match, unsupported_message
+from fxkfac.graph.locate import Located
+from fxkfac.graph.match import Matched, Unsupported, unsupported_message
 from fxkfac.graph.program import Program, Tapped
 from fxkfac.graph.record import record
 from fxkfac.graph.signature import BatchAxes, Signature, signature_of
 from fxkfac.graph.structure import Structures, structures_of
-from fxkfac.graph.tap import tap_uses, without_dropout
-from fxkfac.graph.verify import FlatModel, State, is_model, require_gradients, run_graph
-
-TRIAL_SIZE = 3  # data in the experiments: few, and no divisor of most other sizes
+from fxkfac.graph.tap import tap_uses
+from fxkfac.graph.trial import attempt, coupled, match_and_locate
+from fxkfac.graph.verify import FlatModel, require_gradients, run_graph
 
 
 def trace(
@@ -80,7 +77,7 @@ def trace(
     bound = replace(bound, selected=structures.tapped)
     program = Program(bound, signature_of(inputs, batch_axis), structures, compile_graph)
     program.at(inputs)
-    program.structures  # noqa: B018 - raises for what cannot be together
+    program.coverage()  # raises for structures that cannot be together
     return program
 
 
@@ -137,20 +134,6 @@ def _to_capture(signature: Signature, tensors: list[Tensor], dynamic: bool) -> l
     return signature.vary(tensors, 2, torch.Generator().manual_seed(0))
 
 
-@dataclass(frozen=True)
-class _Trial:
-    """A captured graph that gives the model's predictions, and data for the experiments on it."""
-
-    model: FlatModel
-    captured: Captured
-    dynamic: bool  # whether the graph is good for other batch sizes
-    state: State
-    data: list[Tensor]
-    generator: torch.Generator
-    structures: Structures | None = None
-    derived: Mapping[Node, str] = field(default_factory=dict)
-
-
 def _compile(
     model: FlatModel,
     captured: Captured,
@@ -159,16 +142,11 @@ def _compile(
     structures: Structures,
 ) -> Tapped:
     """Match, tap, locate and verify one captured graph."""
-    own = {name: node for node, name in captured.placeholders().items()}
-    derived = derived_weights(
-        captured.module.graph, {own[name]: name for name in structures.derived}, captured.inputs()
-    )
-    trial = _try(model, captured, tensors, dynamic)
-    trial = replace(trial, structures=structures, derived=derived)
+    trial = attempt(model, captured, tensors, dynamic, structures)
     example = record(captured.module, [*trial.state.values(), *trial.data])
-    matched, uses, located = _match(trial, example, frozenset())
+    matched, uses, located = match_and_locate(trial, example, frozenset())
     if summed := frozenset(u.node for u, c in zip(uses, located.constant, strict=True) if c):
-        matched, uses, located = _match(trial, example, summed)
+        matched, uses, located = match_and_locate(trial, example, summed)
     uses, unsupported = _covered(uses, located, matched)
     module, uses = tap_uses(captured.module, uses)
     tapped = Tapped(
@@ -179,8 +157,8 @@ def _compile(
         located.prediction,
         trial.dynamic,
         set(),
-        coupled=located.coupled,
-        derived={name: (n.name, tuple(example.shapes[n])) for n, name in derived.items()},
+        coupled=coupled(trial, located),
+        derived={name: (n.name, tuple(example.shapes[n])) for n, name in trial.derived.items()},
     )
     lost = set(tapped.uncovered)
     if lost & set(tapped.derived):
@@ -189,63 +167,6 @@ def _compile(
     taps = run_graph(module, trial.state, trial.data)
     require_gradients(model, tapped, taps, trial.state, trial.data, covered)
     return tapped
-
-
-def _try(model: FlatModel, captured: Captured, tensors: list[Tensor], dynamic: bool) -> _Trial:
-    """Compare graph and model on the example and at another batch size."""
-    generator, state = torch.Generator().manual_seed(0), model.state()
-    n = model.signature.batch_size(tensors)
-    if wrong := is_model(model, captured, state, tensors):
-        raise Refusal(wrong)
-    other = model.signature.vary(tensors, TRIAL_SIZE + (n == TRIAL_SIZE), generator)
-    if dynamic and not _differs_at(model, captured, state, other):
-        return _Trial(model, captured, True, state, other, generator)
-    same = model.signature.vary(tensors, n, generator)
-    if wrong := is_model(model, captured, state, same):
-        raise Refusal(f"on data unlike the example {wrong}")
-    return _Trial(model, captured, False, state, same, generator)
-
-
-def _differs_at(
-    model: FlatModel, captured: Captured, state: State, data: list[Tensor]
-) -> str | None:
-    """What is wrong at another batch size; a model of its own size, as of one graph, has none."""
-    try:
-        return is_model(model, captured, state, data)
-    except Exception as error:  # the model's own
-        return str(error)
-
-
-def _match(
-    trial: _Trial, example: Example, lifted: frozenset[str]
-) -> tuple[Matched, tuple[Use, ...], Located]:
-    """Match, and find by experiment where the data are in each tap."""
-    captured, bound, signature = trial.captured, trial.model.bound, trial.model.signature
-    assert trial.structures is not None
-    apart = set(bound.selected) - set(trial.structures.derived)
-    selected = {n: name for n, name in captured.placeholders().items() if name in apart}
-    selected |= trial.derived
-    matched = match(
-        captured.module.graph, selected, captured.inputs(), example, lifted, trial.structures.apart
-    )
-    quiet, uses = tap_uses(without_dropout(captured.module), matched.uses)
-    located = locate(
-        lambda data: run_graph(quiet, trial.state, data),
-        signature.permute,
-        trial.data,
-        signature.batch_size(trial.data),
-        uses,
-        trial.generator,
-    )
-    routed = {n.name for n in captured.module.graph.nodes if _is_routed(n)}
-    constant = (c and u.node not in routed for c, u in zip(located.constant, uses, strict=True))
-    return matched, uses, replace(located, constant=tuple(constant))
-
-
-def _is_routed(node: Node) -> bool:
-    """Whether the number of rows depends on values: a single one looks the same in any order."""
-    value = node.meta.get("val")
-    return isinstance(value, Tensor) and any(str(size).startswith("u") for size in value.shape)
 
 
 def _covered(

@@ -21,11 +21,10 @@ aten = torch.ops.aten
 )
 def convolution(call: Call, operand: Operand) -> Form:
     """y[n, (g o), p] = Σ_{i k} W[(g o), i, k] · patches[n, (g i), p, k]."""
-    if call.number("transposed") if "transposed" in call.args else False:
+    if call.args.get("transposed"):
         return transposed_convolution(call, operand)
-    d = call.ndim("weight") - 2
-    places, kernel = [f"p{k}" for k in range(d)], [f"k{k}" for k in range(d)]
-    batch = ["n"] if call.ndim("input") == d + 2 else []
+    batch, places, kernel = _axes(call)
+    d = len(places)
     sizes = {"g": int(call.number("groups"))}
     y = " ".join([*batch, "(g o)", *places])
     if operand.name == "bias":
@@ -49,9 +48,8 @@ def convolution(call: Call, operand: Operand) -> Form:
 )
 def transposed_convolution(call: Call, operand: Operand) -> Form:
     """patches of y[n, (g o), p, k] = Σ_i W[(g i), o, k] · x[n, (g i), p]: y is folded from them."""
-    d = call.ndim("weight") - 2
-    places, kernel = [f"p{k}" for k in range(d)], [f"k{k}" for k in range(d)]
-    batch = ["n"] if call.ndim("input") == d + 2 else []
+    batch, places, kernel = _axes(call)
+    d = len(places)
     if operand.name == "bias":
         return Form("o", "", " ".join([*batch, "o", *places]))
     if operand.name == "input":
@@ -67,6 +65,13 @@ def transposed_convolution(call: Call, operand: Operand) -> Form:
         folded=Folded(patches, tuple(call.shape("input")[-d:])),
         sizes={"g": int(call.number("groups"))},
     )
+
+
+def _axes(call: Call) -> tuple[list[str], list[str], list[str]]:
+    """Names of the batch axis (none for a single image), the places and the kernel's axes."""
+    d = call.ndim("weight") - 2
+    batch = ["n"] if call.ndim("input") == d + 2 else []
+    return batch, [f"p{k}" for k in range(d)], [f"k{k}" for k in range(d)]
 
 
 def _patches(call: Call, d: int) -> Patches:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fxkfac.graph.ir import Form
-from fxkfac.graph.rules.products import broadcast
+from fxkfac.graph.rules.products import aligned, broadcast, rows
 from fxkfac.graph.rules.registry import Call, NotLinear, Operand, rule
 
 aten = torch.ops.aten
@@ -31,13 +31,5 @@ def addcmul(call: Call, operand: Operand) -> Form:
 
 def product(call: Call, weight: str, x: str, scale: float = 1.0) -> Form:
     """The product of two operands that broadcast to the output."""
-    y = [f"r{k}" for k in range(len(call.y_shape))]
-    axes = [_axes(call, name, y) for name in (weight, x)]
-    return Form(axes[0], axes[1], " ".join(y), call.args[x], scale=scale)
-
-
-def _axes(call: Call, name: str, y: list[str]) -> str:
-    shape = call.shape(name)
-    own = len(y) - len(shape)
-    aligned = zip(y[own:], call.y_shape[own:], shape, strict=True)
-    return " ".join(a if n == m else "1" for a, m, n in aligned)
+    y = rows(len(call.y_shape))
+    return Form(aligned(call, weight), aligned(call, x), y, call.args[x], scale=scale)

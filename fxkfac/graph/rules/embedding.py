@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.fx import Node
 
 from fxkfac.graph.ir import Form, OneHot
 from fxkfac.graph.rules.products import rows
@@ -43,11 +44,11 @@ def index(call: Call, operand: Operand) -> Form:
     return look_up(call, indices, axis)
 
 
-def look_up(call: Call, indices: object, axis: int) -> Form:
+def look_up(call: Call, indices: Node, axis: int) -> Form:
     """Entries along one axis, by their numbers."""
     shape = call.shape("self")
-    r = rows(len(call.shapes[indices]))  # type: ignore[index]
+    r = rows(len(call.shapes[indices]))
     weight = [f"d{k}" for k in range(len(shape))]
     weight[axis] = "v"
     y = [r if a == "v" else a for a in weight]
-    return Form(" ".join(weight), f"{r} v", " ".join(y), indices, OneHot(shape[axis]))  # type: ignore[arg-type]
+    return Form(" ".join(weight), f"{r} v", " ".join(y), indices, OneHot(shape[axis]))

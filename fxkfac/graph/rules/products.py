@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from fxkfac.graph.ir import Form
@@ -53,14 +55,19 @@ def mv(call: Call, operand: Operand) -> Form:
 @rule(aten.addmm.default)
 def addmm(call: Call, operand: Operand) -> Form:
     """y = β c + α a b."""
-    alpha, beta = float(call.number("alpha")), float(call.number("beta"))
+    return _added(
+        call,
+        operand,
+        mat1=Form("o i", "i r", "o r", call.args["mat2"]),
+        mat2=Form("i o", "r i", "r o", call.args["mat1"]),
+    )
+
+
+def _added(call: Call, operand: Operand, **sides: Form) -> Form:
+    """β c + α · (a product): the parameter is c, or one side of the product."""
     if operand.name == "self":
-        return broadcast(call, "self", beta)
-    sides = {
-        "mat1": Form("o i", "i r", "o r", call.args["mat2"], scale=alpha),
-        "mat2": Form("i o", "r i", "r o", call.args["mat1"], scale=alpha),
-    }
-    return sides[operand.name]
+        return broadcast(call, "self", float(call.number("beta")))
+    return replace(sides[operand.name], scale=float(call.number("alpha")))
 
 
 @rule(aten.bmm.default)
@@ -71,48 +78,44 @@ def bmm(call: Call, operand: Operand) -> Form:
     return Form("g i o", "g r i", "g r o", call.args["self"])
 
 
+@rule(aten.baddbmm.default)
+def baddbmm(call: Call, operand: Operand) -> Form:
+    """y[g] = β c[g] + α a[g] b[g]."""
+    return _added(
+        call,
+        operand,
+        batch1=Form("g o i", "g i r", "g o r", call.args["batch2"]),
+        batch2=Form("g i o", "g r i", "g r o", call.args["batch1"]),
+    )
+
+
 @rule(aten.addbmm.default)
 def addbmm(call: Call, operand: Operand) -> Form:
     """y = β c + α Σ_g a[g] b[g]: g is summed over, an in axis."""
-    alpha, beta = float(call.number("alpha")), float(call.number("beta"))
-    if operand.name == "self":
-        return broadcast(call, "self", beta)
-    sides = {
-        "batch1": Form("g o i", "g i r", "o r", call.args["batch2"], scale=alpha),
-        "batch2": Form("g i o", "g r i", "r o", call.args["batch1"], scale=alpha),
-    }
-    return sides[operand.name]
-
-
-@rule(aten.dot.default, aten.vdot.default)
-def dot(call: Call, operand: Operand) -> Form:
-    """y = Σ_i a_i b_i."""
-    other = "tensor" if operand.name == "self" else "self"
-    return Form("i", "i", "", call.args[other if other in call.args else "other"])
+    return _added(
+        call,
+        operand,
+        batch1=Form("g o i", "g i r", "o r", call.args["batch2"]),
+        batch2=Form("g i o", "g r i", "r o", call.args["batch1"]),
+    )
 
 
 @rule(aten.addmv.default)
 def addmv(call: Call, operand: Operand) -> Form:
     """y = β c + α A v."""
-    if operand.name == "self":
-        return broadcast(call, "self", float(call.number("beta")))
-    alpha = float(call.number("alpha"))
-    if operand.name == "mat":
-        return Form("o i", "i", "o", call.args["vec"], scale=alpha)
-    return Form("i", "r i", "r", call.args["mat"], scale=alpha)
+    return _added(
+        call,
+        operand,
+        mat=Form("o i", "i", "o", call.args["vec"]),
+        vec=Form("i", "r i", "r", call.args["mat"]),
+    )
 
 
-@rule(aten.baddbmm.default)
-def baddbmm(call: Call, operand: Operand) -> Form:
-    """y[g] = β c[g] + α a[g] b[g]."""
-    alpha, beta = float(call.number("alpha")), float(call.number("beta"))
-    if operand.name == "self":
-        return broadcast(call, "self", beta)
-    sides = {
-        "batch1": Form("g o i", "g i r", "g o r", call.args["batch2"], scale=alpha),
-        "batch2": Form("g i o", "g r i", "g r o", call.args["batch1"], scale=alpha),
-    }
-    return sides[operand.name]
+@rule(aten.dot.default, aten.vdot.default)
+def dot(call: Call, operand: Operand) -> Form:
+    """y = Σ_i a_i b_i."""
+    (other,) = (value for name, value in call.args.items() if name != operand.name)
+    return Form("i", "i", "", other)
 
 
 @rule(aten.matmul.default)
@@ -191,8 +194,13 @@ def _units(
 
 def broadcast(call: Call, name: str, scale: float = 1.0) -> Form:
     """A parameter that is added to the output, broadcast over the axes it does not have."""
+    return Form(aligned(call, name), "", rows(len(call.y_shape)), scale=scale)
+
+
+def aligned(call: Call, name: str) -> str:
+    """The axes of an operand that broadcasts to the output: `1` where it has length one only."""
     shape, y_shape = call.shape(name), call.y_shape
-    y = [f"r{k}" for k in range(len(y_shape))]
-    aligned = zip(y[len(y) - len(shape) :], y_shape[len(y) - len(shape) :], shape, strict=True)
-    weight = [a if n == m else "1" for a, m, n in aligned]
-    return Form(" ".join(weight), "", " ".join(y), scale=scale)
+    own = len(y_shape) - len(shape)
+    y = rows(len(y_shape)).split()[own:]
+    pairs = zip(y, y_shape[own:], shape, strict=True)
+    return " ".join(a if n == m else "1" for a, m, n in pairs)

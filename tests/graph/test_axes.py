@@ -1,10 +1,12 @@
-"""Tables of positions whose indices have a unit axis, and parameters without axes."""
+"""Inputs and parameters that lack axes: unit axes, shared axes, none at all; small gradients."""
 
+import pytest
 import torch
 from drawn import F64, rand, seeded
 from torch import nn
 
 import fxkfac
+from fxkfac.graph.verify import gradient_errors
 
 
 class Embedded(nn.Module):
@@ -47,3 +49,37 @@ def test_the_diagonal_of_a_number():
     found = fxkfac.kfac(program, nn.MSELoss(), data)["s"].diagonal
     expected = fxkfac.exact.ggn(f, nn.MSELoss(), data, ["s"], params)
     torch.testing.assert_close(found.reshape(1, 1), expected)
+
+
+def spread(params, x):
+    """One weight for all heads; the input has no axis for them."""
+    return torch.tanh(x.unsqueeze(1) @ params["W"].expand(3, 4, 2))
+
+
+def written_out(params, x):
+    return torch.tanh(x.unsqueeze(1).expand(-1, 3, -1, -1) @ params["W"])
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.parametrize("structure", ["kronecker", "diagonal", "dense"])
+def test_input_that_lacks_one_of_several_shared_axes(sharing, structure):
+    params, x, y = {"W": rand(4, 2)}, rand(5, 6, 4), rand(5, 3, 6, 2)
+    found, expected = (
+        fxkfac.kfac(
+            fxkfac.trace(f, x, params, structure={"W": structure}),
+            nn.MSELoss(),
+            (x, y),
+            sharing=sharing,
+        )
+        for f in (spread, written_out)
+    )
+    torch.testing.assert_close(found.dense(), expected.dense())
+
+
+def test_a_small_gradient_is_no_rounding():
+    """In float32, what is lost of a gradient far smaller than another is still seen."""
+    expected = {"large": torch.ones(4), "small": torch.full((4,), 1e-5), "none": torch.zeros(4)}
+    found = {"large": torch.ones(4), "small": torch.zeros(4), "none": torch.full((4,), 1e-8)}
+    errors = gradient_errors(found, expected)
+    assert errors["small"] == 1.0
+    assert errors["none"] < 1e-7

@@ -1,0 +1,93 @@
+"""What the network says of parameters and uses: names, shapes and sizes as plain values."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import SymInt, Tensor
+from torch.fx import Node
+
+from fxkfac.graph.ir import BatchAxis, OneHot, Use
+from fxkfac.graph.normal import normal_weight
+from fxkfac.graph.structure import Choice
+from fxkfac.graph.table import orientation, shape_text
+
+if TYPE_CHECKING:
+    from fxkfac.graph.program import Program
+
+
+def use_attributes(program: Program, place: int) -> dict[str, Any]:
+    """Shapes, batch axis, orientation and factor sizes of one use, given by its position."""
+    use, joined = program.uses[place], {u.join.weight for u in program.uses if u.join}
+    attributes: dict[str, Any] = {
+        "tap": use.tap,
+        "tapped": use.node,
+        "x": "1" if use.is_bias else shape_text(use.x_shape, use.form.x, use),
+        "y": shape_text(use.y_shape, use.form.y, use),
+        "batch": str(use.batch) if use.batch else "unknown",
+        "orientation": orientation(use),
+        "joins": " + ".join(program.uses[use.join.weight].parameters) if use.join else "",
+    }
+    return attributes if use.join else attributes | _sizes(use, place in joined)
+
+
+def _sizes(use: Use, joined: bool) -> dict[str, Any]:
+    """A is (group, d_in, d_in), B is (group, d_out, d_out)."""
+    with torch.device("meta"):  # shapes only: an embedding has many entries
+        group, d_in, d_out = normal_weight(use).shape
+    d_in += joined
+    diagonal = isinstance(use.form.prepare, OneHot)
+    sizes = {"group": group, "d_in": d_in, "d_out": d_out}
+    return sizes | {
+        "A": f"diagonal {d_in}" if diagonal else times((d_in, d_in)),
+        "B": times((d_out, d_out)),
+    }
+
+
+def parameter_attributes(
+    program: Program, name: str, structures: Mapping[str, Choice]
+) -> dict[str, Any]:
+    """Shape, status and structure of one parameter."""
+    tensor = program.model.tensors[name]
+    used = {p for use in program.uses for p in use.parameters}
+    reasons = [u.reason for u in program.tapped.unsupported if name in u.parameters]
+    structure = structures[name].structure if name in structures else ""
+    is_used = name in used or structure == "derived"
+    status = "unsupported" if reasons else "covered" if is_used else "unused"
+    return {
+        "kind": "parameter",
+        "name": name,
+        "shape": times(tensor.shape),
+        "numel": tensor.numel(),
+        "status": status if name in program.model.selected else "frozen",
+        "reason": reasons[0] if reasons else "",
+        "structure": structure,
+    }
+
+
+def times(sizes: Iterable[Any]) -> str:
+    """Sizes with × between them."""
+    return "×".join(map(str, sizes)) or "scalar"
+
+
+def shape_of(node: Node, batch: tuple[int, int, int] | None = None) -> str:
+    """The shape that the front end recorded, N for its symbol; empty where there is none.
+
+    Args:
+        node: A node of the captured graph.
+        batch: Where the batch axis is, as (axis, outer, inner), if it is known otherwise.
+    """
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor):
+        return ""
+    sizes = [_size_text(n) for n in value.shape]
+    if batch is not None:
+        sizes[batch[0]] = str(BatchAxis("", *batch[1:])).removeprefix("=")
+    return times(sizes)
+
+
+def _size_text(size: int | SymInt) -> str:
+    return re.sub(r"\bs\d+\b", "N", str(size)).replace("*", "·")

@@ -1,0 +1,123 @@
+"""Experiments on one captured graph: is it the model, and where are the data in its taps?
+
+Requires: a graph that some front end captured. Result: a graph that gave the model's predictions on
+the example and on other data, and the uses with what the experiments found of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+from fxkfac.graph.capture import Captured, Refusal
+from fxkfac.graph.derived import derived_weights
+from fxkfac.graph.ir import Example, Use
+from fxkfac.graph.locate import Located, is_coupled, locate
+from fxkfac.graph.match import Matched, match
+from fxkfac.graph.structure import Structures
+from fxkfac.graph.tap import tap_uses, without_dropout
+from fxkfac.graph.verify import FlatModel, State, is_model, run_graph
+
+TRIAL_SIZE = 3  # data in the experiments: few, and no divisor of most other sizes
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A captured graph that gives the model's predictions, and data for the experiments on it."""
+
+    model: FlatModel
+    captured: Captured
+    dynamic: bool  # whether the graph is good for other batch sizes
+    state: State
+    data: list[Tensor]
+    generator: torch.Generator
+    structures: Structures
+    derived: Mapping[Node, str]  # weights that are computed from parameters, by name
+
+
+def attempt(
+    model: FlatModel,
+    captured: Captured,
+    tensors: list[Tensor],
+    dynamic: bool,
+    structures: Structures,
+) -> Trial:
+    """Compare graph and model on the example and at another batch size.
+
+    Raises:
+        Refusal: The graph does not give the model's prediction.
+    """
+    generator, state = torch.Generator().manual_seed(0), model.state()
+    n = model.signature.batch_size(tensors)
+    if wrong := is_model(model, captured, state, tensors):
+        raise Refusal(wrong)
+    data = model.signature.vary(tensors, TRIAL_SIZE + (n == TRIAL_SIZE), generator)
+    dynamic = dynamic and not _differs_at(model, captured, state, data)
+    if not dynamic:
+        data = model.signature.vary(tensors, n, generator)
+        if wrong := is_model(model, captured, state, data):
+            raise Refusal(f"on data unlike the example {wrong}")
+    through = {node: p for node, p in captured.placeholders().items() if p in structures.derived}
+    derived = derived_weights(captured.module.graph, through, captured.inputs())
+    return Trial(model, captured, dynamic, state, data, generator, structures, derived)
+
+
+def _differs_at(
+    model: FlatModel, captured: Captured, state: State, data: list[Tensor]
+) -> str | None:
+    """What is wrong at another batch size; a model of its own size, as of one graph, has none."""
+    try:
+        return is_model(model, captured, state, data)
+    except Exception as error:  # the model's own
+        return str(error)
+
+
+def match_and_locate(
+    trial: Trial, example: Example, lifted: frozenset[str]
+) -> tuple[Matched, tuple[Use, ...], Located]:
+    """Match, and find by experiment where the data are in each tap."""
+    captured, bound, signature = trial.captured, trial.model.bound, trial.model.signature
+    apart = set(bound.selected) - set(trial.structures.derived)
+    selected = {n: name for n, name in captured.placeholders().items() if name in apart}
+    selected |= trial.derived
+    matched = match(
+        captured.module.graph, selected, captured.inputs(), example, lifted, trial.structures.apart
+    )
+    quiet, uses = tap_uses(without_dropout(captured.module), matched.uses)
+    located = locate(
+        lambda data: run_graph(quiet, trial.state, data),
+        signature.permute,
+        trial.data,
+        signature.batch_size(trial.data),
+        uses,
+        trial.generator,
+    )
+    routed = {n.name for n in captured.module.graph.nodes if _is_routed(n)}
+    constant = (c and u.node not in routed for c, u in zip(located.constant, uses, strict=True))
+    return matched, uses, replace(located, constant=tuple(constant))
+
+
+def coupled(trial: Trial, located: Located) -> bool:
+    """Whether the prediction for some data changes with another datum."""
+    if located.prediction is None:
+        return False
+    quiet, signature = without_dropout(trial.captured.module), trial.model.signature
+    with torch.no_grad():
+        return is_coupled(
+            lambda data: run_graph(quiet, trial.state, data),
+            signature.permute,
+            trial.data,
+            signature.batch_size(trial.data),
+            located.prediction,
+        )
+
+
+def _is_routed(node: Node) -> bool:
+    """Whether the number of rows depends on values: a single one looks the same in any order."""
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and bool(free_unbacked_symbols(value))
