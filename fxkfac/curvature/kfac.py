@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -28,10 +29,11 @@ from fxkfac.curvature.losses import likelihood_of, loss_text
 from fxkfac.curvature.padding import Mask, Padding, padding_of
 from fxkfac.curvature.perdatum import exact_moment, exact_names
 from fxkfac.curvature.plan import BlockPlan, plan_blocks
-from fxkfac.curvature.sharing import SHARINGS, Counted, input_moment, output_moment
+from fxkfac.curvature.sharing import SHARINGS, Counted, Kept, input_moment, output_moment, rows_kept
 from fxkfac.errors import DataError, NonFiniteError, OptionError
 from fxkfac.functional import Params
 from fxkfac.graph.ir import Use
+from fxkfac.graph.normal import Input, detached
 from fxkfac.graph.program import Program, Run
 from fxkfac.graph.structure import EXACT, NONE
 from fxkfac.isolation import own_randomness
@@ -122,7 +124,7 @@ class _Batch:
 
     program: Program
     run: Run
-    inputs: Mapping[Use, Tensor | None]
+    inputs: Mapping[Use, Input]
     settings: Settings
     likelihood: Likelihood
     targets: Tensor
@@ -141,10 +143,13 @@ class _Batch:
             self.generator,
         )
 
-    def input(self, use: Use) -> Tensor | None:
+    def input(self, use: Use) -> Input:
         """The tapped input of a use."""
-        x = self.inputs[use]
-        return None if x is None else x.detach()
+        return detached(self.inputs[use])
+
+    def kept(self, use: Use) -> Kept:
+        """Which rows of a use belong to which group, and are no padding."""
+        return rows_kept(use, self.inputs[use], self.padding.real(use, self.output(use)))
 
     def output(self, use: Use) -> Tensor:
         """The tapped output of a use."""
@@ -221,7 +226,7 @@ def _sums(
     """Raw sums of every term of every block, and of the exact blocks of `names`."""
     terms = [term for plan in plans for term in plan.terms]
     sharing = batch.settings.sharing
-    kept = batch.padding.kept
+    kept = cache(batch.kept)
     moments = [input_moment(t, sharing, batch.input, batch.output, kept) for t in terms]
 
     def output_moments(gradients: Sequence[Tensor]) -> list[Tensor]:

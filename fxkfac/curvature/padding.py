@@ -36,7 +36,7 @@ class Padding:
 
     mask: Tensor | None = None
 
-    def kept(self, use: Use, y: Tensor) -> Float[Tensor, "batch shared"] | None:
+    def real(self, use: Use, y: Tensor) -> Float[Tensor, "batch shared"] | None:
         """Ones where a row of the use is real, zeros where not; `None` where all are kept.
 
         Args:
@@ -68,7 +68,7 @@ def padding_of(mask: Mask | None, inputs: Any, targets: Tensor, run: Run) -> Pad
         raise DataError(f"the mask is {shape}; expected a tensor (N, T) with N = {run.n}.")
     padding = Padding(found.to(torch.bool))
     uses = run.tapped.uses
-    if all(padding.kept(u, run.taps[u.tap]) is None for u in uses):
+    if all(padding.real(u, run.taps[u.tap]) is None for u in uses):
         raise DataError(
             f"no use has rows like the mask {tuple(found.shape)}: one shared axis of "
             f"{found.shape[1]} places. Leave the mask out."
