@@ -7,7 +7,7 @@ is listed in `unsupported` with the reason. Nothing is left out silently.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -62,7 +62,7 @@ def match(
     parameters: Mapping[Node, str],
     inputs: Sequence[Node],
     example: Example,
-    lifted: frozenset[str] = frozenset(),
+    lifted: Collection[str] = (),
     apart: Mapping[str, int] | None = None,
 ) -> Matched:
     """Find every use of the parameters, whose nodes are the keys of `parameters`.

@@ -40,7 +40,7 @@ class Routed(NamedTuple):
     """The tapped input of a use whose rows take the weight of one group each."""
 
     x: Tensor
-    index: Tensor
+    numbers: Tensor
 
 
 Input = Tensor | Routed | None  # what is tapped as the input of a use
@@ -49,7 +49,7 @@ Input = Tensor | Routed | None  # what is tapped as the input of a use
 def detached(x: Input) -> Input:
     """The same, without the graph behind it."""
     if isinstance(x, Routed):
-        return Routed(x.x.detach(), x.index)
+        return Routed(x.x.detach(), x.numbers)
     return None if x is None else x.detach()
 
 
@@ -129,9 +129,9 @@ def _numbers(form: Form, x: Routed) -> Tensor:
     """The number of every row's group; no group's where a row lies behind the last one."""
     assert form.routes is not None
     if not form.routes.ends:
-        return x.index.remainder(form.routes.size)  # W[-1] is the last one
+        return x.numbers.remainder(form.routes.size)  # W[-1] is the last one
     rows = x.x.shape[axis_tokens(form.x).index(form.routes.axes)]
-    return torch.searchsorted(x.index, torch.arange(rows).to(x.index), right=True)
+    return torch.searchsorted(x.numbers, torch.arange(rows).to(x.numbers), right=True)
 
 
 def normal_y(use: Use, y: Tensor, batch: BatchAxis | None) -> Tensor:

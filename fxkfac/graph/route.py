@@ -14,7 +14,7 @@ import torch
 from torch._ops import OpOverload
 from torch.fx import Node
 
-from fxkfac.graph.axes import axis_tokens, letters, renamed
+from fxkfac.graph.axes import axis_tokens, letters
 from fxkfac.graph.ir import Example, Form, OneHot, Routes
 from fxkfac.graph.lift import axis_of
 from fxkfac.graph.rules.registry import RULES, NotLinear, Operand, call_of, operands

@@ -48,7 +48,6 @@ def params() -> dict[str, Tensor]:
     return {"W": torch.randn(EXPERTS, D_IN, D_OUT, dtype=torch.float64)}
 
 
-
 @pytest.mark.parametrize("model", SPELLINGS)
 def test_each_expert_has_the_factors_of_its_rows(model, params, data):
     x, chosen = data

@@ -80,7 +80,7 @@ def bmm(call: Call, operand: Operand) -> Form:
 
 @rule(aten._grouped_mm.default)
 def grouped_mm(call: Call, operand: Operand) -> Form:
-    """y[rows of g] = a[rows of g] b[g]: the rows are sorted by group, `offs` says where each ends."""
+    """y[rows of g] = a[rows of g] b[g]: rows sorted by group, `offs` says where each one ends."""
     other = "self" if operand.name == "mat2" else "mat2"
     if operand.name not in ("self", "mat2") or call.ndim(operand.name) != 3:
         raise NotLinear("the parameter is what the groups' weights multiply")
