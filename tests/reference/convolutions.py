@@ -94,6 +94,15 @@ def conv_groups(p, x, tape):
 
 
 @of_the_zoo
+def conv_called_twice(p, x, tape):
+    """The places of both scales are shared axes of one layer."""
+    small = x.unflatten(3, (2, 2)).unflatten(2, (2, 2)).mean((3, 5))
+    large = conv(tape, "conv", pad(x, (1, 1), (1, 1))).tanh()
+    small = conv(tape, "conv", pad(small, (1, 1), (1, 1))).sin()
+    return large + small.repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+
+@of_the_zoo
 def patch_embedding(p, x, tape):
     tokens = conv(tape, "patch", x, stride=2).flatten(2).mT + tape.own("places")[:, 0]
     return tape.linear("head", (tokens + tape.linear("mix", tokens).tanh()).mean(1))
@@ -109,6 +118,12 @@ def transposed_conv_1d(p, x, tape):
 def transposed_conv_2d(p, x, tape):
     y = transposed_conv(tape, "2.weight", conv(tape, "0", x).tanh(), stride=2)
     return (y + tape.own("2.bias")[:, :, None, None]).sigmoid()
+
+
+@of_the_zoo
+def transposed_conv_3d(p, x, tape):
+    y = transposed_conv(tape, "0.weight", x)
+    return (y + tape.own("0.bias")[:, :, None, None, None]).tanh()
 
 
 @of_the_zoo

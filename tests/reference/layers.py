@@ -8,6 +8,7 @@ from torch import nn
 from zoo import Made, rand
 
 from reference.case import CE, CE_SUM, MSE, MSE_SUM, N, case, of_the_zoo
+from reference.tape import with_columns
 
 
 @case(lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), lambda: rand(N, 4), CE)
@@ -122,15 +123,35 @@ def tied_autoencoder(p, x, tape):
 def tied_modules(p, x, tape):
     """One weight with a bias for each use: a column of x̃ for either, zero at the other's use."""
     W = torch.cat([p["0.weight"].T, p["0.bias"][None], p["2.bias"][None]])
-    one, zero = torch.ones(N, 1), torch.zeros(N, 1)
-    h = tape.layer("0.weight", torch.cat([x, one, zero], 1), W).tanh()
-    return tape.layer("0.weight", torch.cat([h, zero, one], 1), W)
+    h = tape.layer("0.weight", with_columns(x, 1.0, 0.0), W).tanh()
+    return tape.layer("0.weight", with_columns(h, 0.0, 1.0), W)
 
 
 @of_the_zoo
 def biases_only(p, x, tape):
     h = (x @ p["0.weight"].T + tape.own("0.bias")).tanh()
     return h @ p["2.weight"].T + tape.own("2.bias")
+
+
+@of_the_zoo
+def bias_from_the_left(p, x, tape):
+    """b − x W, and a bias that is added twice over."""
+    W, V = torch.cat([p["W"], p["b"][None]]), torch.cat([p["V"], p["c"][None]])
+    h = tape.layer("W", with_columns(-x, 1.0), W).tanh()
+    return tape.layer("V", with_columns(h, 2.0), V)
+
+
+@of_the_zoo
+def addmm_scaled(p, x, tape):
+    W = torch.cat([p["W"], p["b"][None]])
+    return tape.layer("W", with_columns(0.7 * x, -1.3), W).tanh()
+
+
+@of_the_zoo
+def detached_part(p, x, tape):
+    """Both calls have the same input, and are one use."""
+    y = tape.linear("a", x)
+    return tape.linear("b", y.tanh()) * y.detach().sin()
 
 
 @of_the_zoo

@@ -59,6 +59,14 @@ def einsum_groups(p, x, tape):
 
 
 @of_the_zoo
+def stacked(p, x, tape):
+    """Two parameters are one operand, its two groups."""
+    W = torch.stack([p["W"], p["V"]])
+    y = tape.layer("W", x.transpose(0, 1)[:, :, None], W)[:, :, 0]
+    return y.transpose(0, 1).tanh()
+
+
+@of_the_zoo
 def soft_mixture(p, x, tape):
     own = tape.layer("W", x.expand(2, 1, -1, -1).transpose(1, 2), p["W"], p["b"])[:, :, 0]
     gate = tape.linear("gate", x).softmax(-1)
@@ -122,6 +130,12 @@ def einsum_with_two_inputs(p, inputs, tape):
 def there_and_back(p, x, tape):
     h = tape.layer("W", x, p["W"]).tanh()
     return tape.layer("W", h, p["W"].T, term=1)
+
+
+@of_the_zoo
+def outer_product(p, x, tape):
+    """One number for each datum: one input."""
+    return tape.layer("w", x[:, None], p["w"][None], p["b"]).cos()
 
 
 # --- from the left ---
@@ -192,6 +206,13 @@ def overlapping(p, x, tape):
     h = tape.layer("W", x, p["W"]).tanh()
     y = tape.layer("W", h, p["W"][:3, :2], term=1)
     return nn.functional.pad(y, (0, 1)).sin()
+
+
+@of_the_zoo
+def narrowed(p, x, tape):
+    """Weight and bias are parts of one vector."""
+    W, b = p["flat"].split([12, 3])
+    return tape.layer("flat", x, W.view(3, 4).T, b).tanh()
 
 
 @of_the_zoo

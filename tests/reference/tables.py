@@ -11,10 +11,10 @@ from reference.case import CE, N, case, of_the_zoo
 from reference.tape import Tape
 
 
-def lookup(tape: Tape, name: str, indices: Tensor, term: int = 0) -> Tensor:
+def lookup(tape: Tape, name: str, indices: Tensor) -> Tensor:
     """The rows of a table: a layer on one-hot vectors."""
     table = tape.params[name]
-    return tape.layer(name, F.one_hot(indices, len(table)).double(), table, term=term)
+    return tape.layer(name, F.one_hot(indices, len(table)).double(), table)
 
 
 @case(
@@ -43,6 +43,13 @@ def embedding_tied(p, i, tape):
     h = lookup(tape, "embed.weight", i) + tape.own("pos")
     h = h + tape.linear("body", h.cumsum(1)).tanh()
     return tape.layer("embed.weight", h, p["embed.weight"].T, term=1).mT
+
+
+@of_the_zoo
+def embedding_tied_linear(p, i, tape):
+    """The head's bias is a column of the head's term alone."""
+    h = lookup(tape, "embed.weight", i).cumsum(1).tanh()
+    return tape.layer("embed.weight", h, p["embed.weight"].T, p["head.bias"], term=1).mT
 
 
 @of_the_zoo

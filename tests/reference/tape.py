@@ -101,7 +101,7 @@ class Tape:
         y = torch.einsum("gnsi,gio->gnso", x, W)
         if b is not None:
             y = y + b[:, None, None]
-            x = torch.cat([x, torch.ones_like(x[..., :1])], -1)  # x̃ = (x 1)
+            x = with_columns(x, 1.0)  # x̃ = (x 1)
         real = torch.ones(x.shape[1:3]) if real is None else real
         self.uses.setdefault((name, term), []).append(Use(x.detach(), y, real.to(x.dtype)))
         return y
@@ -139,6 +139,11 @@ class Tape:
         copies = [self.copies[name]]
         G = torch.cat([g.reshape(self.n, -1) for (g,) in _gradients(f, copies, loss.vectors)])
         return loss.R * G.T @ G
+
+
+def with_columns(x: Tensor, *factors: float) -> Tensor:
+    """x̃ = (x β ..), where biases are added with factors β: for W̃ = (W b ..) in their place."""
+    return torch.cat([x, *(torch.full_like(x[..., :1], β) for β in factors)], -1)
 
 
 def _widened(xs: Sequence[Tensor]) -> list[Tensor]:

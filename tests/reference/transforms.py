@@ -90,7 +90,7 @@ def poisson_by_forward_laplacian(p, x, tape):
     return tape.layer("second.W", streams, V.T)[:, 3]
 
 
-# --- ensembles ---
+# --- an ensemble ---
 
 
 @of_the_zoo
@@ -98,11 +98,3 @@ def ensemble(p, x, tape):
     """The data have no axis for the members, so that it is one of the outputs."""
     y = tape.layer("W", x, p["W"].flatten(0, 1).T, p["b"].flatten())
     return y.unflatten(1, (2, 3)).tanh()
-
-
-@of_the_zoo
-def ensemble_of_stacked(p, x, tape):
-    """The batched product of the first layer has the data once for every member: a group axis."""
-    xs = x.expand(2, 1, -1, -1).transpose(1, 2)
-    h = tape.layer("first.W", xs, p["first.W"].mT, p["first.b"]).tanh()
-    return tape.layer("second.W", h, p["second.W"].mT, p["second.b"])[:, :, 0].transpose(0, 1)
