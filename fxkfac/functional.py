@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from fxkfac.errors import FxkfacError, ParameterError, UnknownParameter
 from fxkfac.isolation import in_place_of
 
-Params = Mapping[str, Any]  # a possibly nested mapping of names to tensors
+Params = Mapping[str, Any] | list[Any] | tuple[Any, ...]  # tensors, nested by name or position
 Inputs = Any  # a tensor, a tuple or list of tensors, or a dict of keyword arguments
 
 
@@ -42,30 +42,39 @@ def prediction_of(output: Any) -> Tensor:
 
 
 def flatten_names(params: Params, prefix: str = "") -> dict[str, Tensor]:
-    """Flatten a nested dict of tensors; the keys along the way are joined by dots."""
+    """Flatten nested dicts, lists and tuples of tensors; keys and positions are joined by dots."""
     flat: dict[str, Tensor] = {}
-    for key, value in params.items():
+    for key, value in _items(params):
         name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping | list | tuple):
             flat |= flatten_names(value, f"{name}.")
         elif isinstance(value, Tensor):
             flat[name] = value
         else:
             raise ParameterError(
-                f"params[{name!r}] is a {type(value).__name__}; expected a tensor or a dict of "
-                "tensors. Pass what is not a tensor by closure instead."
+                f"params[{name!r}] is a {type(value).__name__}; expected a tensor, or a dict, list "
+                "or tuple of tensors. Pass what is not a tensor by closure instead."
             )
     return flat
 
 
-def nest_names(flat: Mapping[str, Tensor], like: Params, prefix: str = "") -> dict[str, Any]:
+def nest_names(flat: Mapping[str, Tensor], like: Params, prefix: str = "") -> Any:
     """Inverse of `flatten_names`: give the tensors in `flat` the nesting of `like`."""
-    return {
+    nested = {
         key: nest_names(flat, value, f"{prefix}{key}.")
-        if isinstance(value, Mapping)
+        if isinstance(value, Mapping | list | tuple)
         else flat[f"{prefix}{key}"]
-        for key, value in like.items()
+        for key, value in _items(like)
     }
+    if isinstance(like, Mapping):
+        return nested
+    if hasattr(like, "_fields"):  # a named tuple
+        return type(like)(*nested.values())
+    return type(like)(nested.values())
+
+
+def _items(params: Params) -> Iterable[tuple[Any, Any]]:
+    return params.items() if isinstance(params, Mapping) else enumerate(params)
 
 
 def _call(function: Callable[..., Any], inputs: Inputs) -> Any:
@@ -178,7 +187,7 @@ def bind(
 
     Args:
         model: A module, or a function `f(params, *inputs)` / `f(params, **inputs)`.
-        params: For a function: its (nested) dict of tensors, all of which are selected. For a
+        params: For a function: its tensors, in dicts, lists or tuples; all are selected. For a
             module: names or patterns (as in a shell: `*`, `?`, `[..]`), or a dict of tensors
             that replace the module's own; `None` selects all that require gradients.
 
@@ -196,10 +205,10 @@ def bind(
 
 
 def _bind_function(model: Callable[..., Any], params: Any) -> FunctionalModel:
-    if not isinstance(params, Mapping):
+    if not isinstance(params, Mapping | list | tuple):
         found = "None" if params is None else type(params).__name__
         raise ParameterError(
-            f"a function needs `params`, a dict of tensors, possibly nested; found {found}. "
+            f"a function needs `params`, tensors in nested dicts, lists or tuples; found {found}. "
             "Call fxkfac with params={'weight': ..., 'bias': ...}."
         )
     tensors, aliases = _canonical(flatten_names(params))

@@ -2102,16 +2102,47 @@ def flattened_ihd(W, b):
 
 
 @heads
-def broadcast_stack(W, b):
-    return _with(lambda m, x: (x.unsqueeze(1) @ m.W + m.b[:, None]).transpose(1, 2), W=W.mT, b=b)
-
-
-@heads
 def conv_of_heads(W, b):
     return _with(
         lambda m, x: F.conv1d(x.mT, m.W.reshape(6, 4, 1), m.b.flatten()).mT.unflatten(-1, (2, 3)),
         W=W, b=b,
     )  # fmt: skip
+
+
+stack = Spellings(
+    W=(2, 3, 4),
+    b=(2, 3),
+    inputs=lambda n: rand(n, 5, 4, seed=7),
+    prediction=lambda y: y.sin().mean(2),  # (n, member, t, d)
+    targets=lambda n: rand(n, 2, 3, seed=11),
+)
+
+
+@stack
+def one_by_one(W, b):
+    def forward(m, x):
+        return torch.stack([F.linear(x, W, b) for W, b in zip(m.W, m.b, strict=True)], 1)
+
+    return _with(forward, W=W, b=b)
+
+
+@stack
+def broadcast_stack(W, b):
+    return _with(lambda m, x: x.unsqueeze(1) @ m.W + m.b[:, None], W=W.mT, b=b)
+
+
+@stack
+def bmm_of_expanded(W, b):
+    def forward(m, x):
+        y = torch.bmm(x.flatten(0, 1).expand(2, -1, -1), m.W) + m.b.unsqueeze(1)
+        return y.unflatten(1, (-1, 5)).transpose(0, 1)
+
+    return _with(forward, W=W.mT, b=b)
+
+
+@stack
+def members_by_vmap(W, b):
+    return (lambda p, x: vmap(lambda q: x @ q["W"].T + q["b"], out_dims=1)(p)), {"W": W, "b": b}
 
 
 lookup = Spellings(
@@ -2288,6 +2319,7 @@ def grouped_layers(W, b):
 SPELLINGS = {
     "affine": affine,
     "heads": heads,
+    "stack": stack,
     "lookup": lookup,
     "patches": patches,
     "grouped": grouped,

@@ -587,3 +587,39 @@ def expert_choice():
         return out.unflatten(0, x.shape[:2])
 
     return Made(forward, W=(2, 4, 2), gate=(4, 2))
+
+
+# --- what is taken apart: interpolation, quotients, several indices ---
+
+
+@entry("parametrisations", x=(3, 4), y=(3, 2))
+def token_shift():
+    """Each channel between a token and the one before it, by torch.lerp with learned weights."""
+
+    def forward(m, x):
+        before = F.pad(x, (0, 0, 1, -1))
+        return m.head(torch.tanh(m.key(torch.lerp(x, before, m.mix))))
+
+    return Made(forward, mix=(4,), key=nn.Linear(4, 4), head=nn.Linear(4, 2))
+
+
+@entry("parametrisations", x=(4,), y=(4,))
+def quotients():
+    """A parameter over data, by division and by addcdiv."""
+
+    def forward(m, x):
+        by = 1 + x.square()
+        return torch.addcdiv(m.shift, m.gain, by, value=0.5) + torch.tanh(m.scale / by)
+
+    return Made(forward, shift=(4,), gain=(4,), scale=(4,))
+
+
+@entry("look-ups", x=(3, 4), y=(3, 4))
+def two_indices():
+    """A table of relative positions, looked up by two indices at once."""
+
+    def forward(m, x):
+        row = x.argsort(-1)
+        return torch.tanh(m.table[row, row.flip(-1)].sum(-1) + m.scale * x)
+
+    return Made(forward, table=(4, 4, 3), scale=(4,))

@@ -26,7 +26,7 @@ from fxkfac.curvature.factors import Factors, Settings, Sums
 from fxkfac.curvature.likelihoods import Likelihood
 from fxkfac.curvature.losses import likelihood_of, loss_text
 from fxkfac.curvature.padding import Mask, Padding, ignored_positions, padding_of
-from fxkfac.curvature.perdatum import exact_moment, exact_names
+from fxkfac.curvature.perdatum import exact_moment, exact_names, zero_moment
 from fxkfac.curvature.plan import BlockPlan, plan_blocks
 from fxkfac.curvature.sharing import SHARINGS, Counted, Kept, input_moment, output_moment, rows_kept
 from fxkfac.errors import DataError, NonFiniteError, OptionError
@@ -191,6 +191,9 @@ def _batch(
         terms, exact = _sums(batch, plans, from_taps)
         sums = {plan.name: s for plan, s in zip(plans, terms, strict=True)}
         exact |= _without_taps(batch, inputs, params, from_graph)
+        for name, kind in settings.structures.items():
+            if kind in EXACT and name not in exact:  # nothing uses it
+                exact[name] = zero_moment(program.model.tensors[name], kind)
     _require_finite(sums, exact, number)
     return Factors(
         settings=settings,
@@ -208,7 +211,8 @@ def _structures(program: Program, fisher: str) -> dict[str, str]:
     """The structure of every parameter that gets a block."""
     chosen = {name: c for name, c in program.structures.items() if c.structure not in NONE}
     if fisher == "forward-only":
-        lost = [name for name, c in chosen.items() if c.structure in EXACT and not c.is_scale]
+        free = {name for name, c in chosen.items() if c.is_scale or c.is_free}
+        lost = [n for n, c in chosen.items() if c.structure in EXACT and n not in free]
         if lost:
             raise OptionError(
                 f"fisher='forward-only' sends nothing back, but the blocks of {lost[:4]} are made "

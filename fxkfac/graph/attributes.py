@@ -55,14 +55,14 @@ def parameter_attributes(
     used = {p for use in program.uses for p in use.parameters}
     reasons = [u.reason for u in program.tapped.unsupported if name in u.parameters]
     structure = structures[name].structure if name in structures else ""
-    is_used = name in used or structure == "derived"
+    is_used = name in used or structure in ("derived", "identity", "skip")
     status = "unsupported" if reasons else "covered" if is_used else "unused"
     return {
         "kind": "parameter",
         "name": name,
         "shape": times(tensor.shape),
         "numel": tensor.numel(),
-        "status": status if name in program.model.selected else "frozen",
+        "status": status if name in program.asked.selected else "frozen",
         "reason": reasons[0] if reasons else "",
         "structure": structure,
     }

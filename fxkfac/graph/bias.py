@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from fxkfac.graph.axes import axis_lengths
+from fxkfac.graph.dependence import LIKE, SHAPE_ONLY
 from fxkfac.graph.ir import Example, Form, Join, OneHot, Use
 from fxkfac.graph.rules.addition import addition_factor
 from fxkfac.graph.view import View, is_layout, scale_of
@@ -69,13 +70,18 @@ def _path_to_product(
         return node, [], 1.0
     for below in node.all_input_nodes:
         layout, factor = list[Node](), addition_factor(node, below)
-        while below.name not in weights and is_layout(below) and len(below.users) == 1:
+        while below.name not in weights and is_layout(below) and _read_once(below):
             layout.insert(0, below)
             factor *= scale_of(below)
             below = below.all_input_nodes[0]
-        if factor and below.name in weights and len(below.users) == 1:
+        if factor and below.name in weights and _read_once(below):
             return below, layout, factor
     return None
+
+
+def _read_once(node: Node) -> bool:
+    """Whether one op alone reads the values; others may read the shape."""
+    return sum(user.target not in SHAPE_ONLY | LIKE for user in node.users) == 1
 
 
 def _entries(

@@ -229,6 +229,47 @@ def _where(at: _Rewriter) -> Node | None:
     return at.call(aten.where.self, at["condition"], *both)
 
 
+def _lerp(at: _Rewriter) -> Node:
+    """lerp(a, b; w) = a + w · (b − a)."""
+    start, end, weight = at["self"], at["end"], at["weight"]
+    way = at.call(aten.sub.Tensor, end, start)
+    return at.call(aten.add.Tensor, start, at.call(aten.mul.Tensor, way, weight))
+
+
+def _addcdiv(at: _Rewriter) -> Node | None:
+    """c + α a / b, with a parameter c or a."""
+    if at.is_parameter(at["tensor2"]):
+        return None
+    product = at.call(
+        aten.mul.Tensor, at["tensor1"], at.call(aten.reciprocal.default, at["tensor2"])
+    )
+    return at.call(aten.add.Tensor, at["self"], product, alpha=at["value"])
+
+
+def _div(at: _Rewriter) -> Node | None:
+    """w / x = w · (1 / x), for a parameter w and data x."""
+    w, x = at["self"], at["other"]
+    if not at.is_parameter(w) or at.is_parameter(x) or not isinstance(x, Node):
+        return None
+    return at.call(aten.mul.Tensor, w, at.call(aten.reciprocal.default, x))
+
+
+def _index(at: _Rewriter) -> Node | None:
+    """W[i, j] = W'[i · m + j], with the axes that are indexed in one."""
+    indices = list(at["indices"])
+    given = [k for k, i in enumerate(indices) if i is not None]
+    if not at.is_parameter(at["self"]) or len(given) < 2 or given[-1] - given[0] >= len(given):
+        return None
+    shape = at["self"].meta["val"].shape
+    if any(indices[k].meta["val"].dtype == torch.bool for k in given):
+        return None
+    place = indices[given[0]]
+    for k in given[1:]:
+        place = at.call(aten.add.Tensor, at.call(aten.mul.Tensor, place, shape[k]), indices[k])
+    flat = at.call(aten.flatten.using_ints, at["self"], given[0], given[-1])
+    return at.call(aten.index.Tensor, flat, [*[None] * given[0], place])
+
+
 DECOMPOSITIONS: dict[Any, Rewrite] = {
     **dict.fromkeys(LAST | CHANNELS, _norm),
     aten.prelu.default: _prelu,
@@ -241,4 +282,8 @@ DECOMPOSITIONS: dict[Any, Rewrite] = {
     aten.cat.default: _join,
     aten.stack.default: _join,
     aten.where.self: _where,
+    aten.lerp.Tensor: _lerp,
+    aten.addcdiv.default: _addcdiv,
+    aten.div.Tensor: _div,
+    aten.index.Tensor: _index,
 }

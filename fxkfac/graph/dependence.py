@@ -29,6 +29,20 @@ LIKE = {
 }
 
 
+# Ops that let no gradient pass: what is behind them is no use of a parameter.
+STOPS = {aten.detach.default}
+
+
+def reach_output(graph: Graph) -> set[Node]:
+    """All nodes on whose values the output depends by a path that lets gradients pass."""
+    alive: set[Node] = set()
+    for node in reversed(graph.nodes):
+        reached = node.op == "output" or node in alive
+        if reached and node.target not in SHAPE_ONLY | LIKE | STOPS:
+            alive |= set(node.all_input_nodes)
+    return alive
+
+
 def depend_on(graph: Graph, inputs: Sequence[Node]) -> set[Node]:
     """All nodes whose values depend on those of the inputs, not on their shapes alone."""
     dependent = set(inputs)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Size
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
@@ -18,18 +17,13 @@ from torch.fx import Graph, Node
 from fxkfac.graph.apart import take_apart
 from fxkfac.graph.axes import letters
 from fxkfac.graph.bias import join_biases
-from fxkfac.graph.dependence import LIKE, SHAPE_ONLY, depend_on
+from fxkfac.graph.dependence import LIKE, SHAPE_ONLY, STOPS, depend_on, reach_output
 from fxkfac.graph.ir import Example, Form, OneHot, Source, Use
 from fxkfac.graph.lift import lift
 from fxkfac.graph.route import route
 from fxkfac.graph.rules.registry import RULES, NotLinear, Operand, call_of, operands
 from fxkfac.graph.source import module_of, source_of
 from fxkfac.graph.view import View, is_layout
-
-aten = torch.ops.aten
-
-# Ops that stop the gradient: what is behind them is no use of the parameter.
-STOPS = {aten.detach.default}
 
 
 @dataclass(frozen=True)
@@ -77,8 +71,10 @@ def match(
     """
     found: list[Use] = []
     unsupported: list[Unsupported] = []
-    dependent = depend_on(graph, inputs)
+    dependent, alive = depend_on(graph, inputs), reach_output(graph)
     for node, operand, chain in _entries(graph, parameters):
+        if node not in alive:  # what it computes has no gradient
+            continue
         try:
             use = _use(node, operand, chain, parameters, example)
             use = take_apart(use, apart or {})

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxkfac.errors import DataError
-from fxkfac.functional import FunctionalModel, Inputs
+from fxkfac.functional import FunctionalModel, Inputs, Params
 from fxkfac.graph.capture import Captured, quietly
 from fxkfac.graph.coverage import Coverage, coverage
 from fxkfac.graph.ir import Use
@@ -178,7 +178,7 @@ class Program:
         self._cache[key if tapped.dynamic else (key, n)] = tapped
         return tapped
 
-    def run(self, inputs: Inputs, params: Mapping[str, Any] | None = None) -> Run:
+    def run(self, inputs: Inputs, params: Params | None = None) -> Run:
         """Run the tapped graph on one batch.
 
         Args:

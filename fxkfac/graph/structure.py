@@ -31,6 +31,7 @@ class Choice:
     structure: str
     reason: str
     is_scale: bool = False  # nobody asked for this diagonal
+    is_free: bool = False  # it is zero, and costs nothing
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class Structures:
         if lost:
             return Choice(self.unsupported, lost)
         if not uses:
-            return Choice("kronecker", "no use: its curvature is zero")
+            return Choice("diagonal", "no use: its curvature is zero", is_free=True)
         if all(u.form.is_elementwise for u in uses):
             inexact = "; not exact, since the data are coupled" if tapped.coupled else ""
             reason = f"a scale: each entry is multiplied by one number{inexact}"

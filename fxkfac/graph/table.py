@@ -26,19 +26,17 @@ def program_table(program: Program) -> str:
         f"{tapped.captured.front_end}, {size}",
         *columns([HEADER, *rows]),
     ]
-    used = {p for use in program.uses for p in use.parameters}
-    unused = [n for n in program.parameters if n not in used and n not in program.asked.derived]
-    if unused:
-        lines.append(f"no use (their curvature is zero): {', '.join(unused)}")
     what = {"skip": "left out", "identity": "identity instead"}
     choices = program.structures
+    if unused := [name for name, c in choices.items() if c.is_free]:
+        lines.append(f"no use (their curvature is zero): {', '.join(unused)}")
     for u in tapped.unsupported:
         kind = choices[u.parameters[0]].structure
         lines.append(f"{what.get(kind, f'exact {kind} instead')}: {u}")
     lines += [
         f"{c.structure}: {name}, {c.reason}"
         for name, c in choices.items()
-        if c.structure != "kronecker" and name not in program.uncovered
+        if c.structure != "kronecker" and name not in program.uncovered and not c.is_free
     ]
     lines += [f"refused by {name}: {reason}" for name, reason in tapped.refusals.items()]
     return "\n".join(lines)

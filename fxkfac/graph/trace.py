@@ -47,7 +47,8 @@ def trace(
             for a dict; or a function `f(params, *inputs)` / `f(params, **inputs)`.
         inputs: Example inputs, a batch of at least one datum. Two or more that differ are better:
             with a batch size of one, PyTorch's own ops may not tell a batch axis from a unit axis.
-        params: For a function, its possibly nested dict of tensors. For a module, names or shell
+        params: For a function, its tensors in nested dicts, lists or tuples; a position is a name
+            like a key, as in `"layers.0.1"`. For a module, names or shell
             patterns, or a dict of tensors in the place of its own; default: all that require
             gradients.
         unsupported: What to do with a parameter that enters an op without a rule: `"error"`,

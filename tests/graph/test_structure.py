@@ -97,7 +97,7 @@ def test_rows_of_parameters_that_are_skipped_unused_or_without_rule(policy):
     assert sum(coverage.shares().values()) == pytest.approx(1)
     assert of_rows(program)["rate"] == policy
     assert of_rows(program)["head.bias"] == "skip"
-    assert of_rows(program)["unused"] == "kronecker"
+    assert of_rows(program)["unused"] == "diagonal"
 
 
 def test_a_later_pattern_overrides_an_earlier_one():

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from fxkfac.graph.axes import letters
 from fxkfac.graph.ir import Form, Routes
 from fxkfac.graph.rules.registry import Call, NotLinear, Operand, rule
 
@@ -136,7 +137,10 @@ def dot(call: Call, operand: Operand) -> Form:
 
 @rule(aten.matmul.default)
 def matmul(call: Call, operand: Operand) -> Form:
-    """y = a b by NumPy's rules: vectors, matrices, stacks that broadcast."""
+    """y = a b by NumPy's rules: vectors, matrices, stacks that broadcast.
+
+    A stack of weights has a group axis, as in `bmm`, also where one input is broadcast over it.
+    """
     shapes = {"self": call.shape("self"), "other": call.shape("other")}
     depth = len(call.y_shape) - sum(len(s) > 1 for s in shapes.values())
     stack = [f"r{k}" for k in range(depth)]
@@ -146,7 +150,9 @@ def matmul(call: Call, operand: Operand) -> Form:
     }
     y = [*stack, *["p"] * (len(shapes["self"]) > 1), *["q"] * (len(shapes["other"]) > 1)]
     other = "other" if operand.name == "self" else "self"
-    return Form(axes[operand.name], axes[other], " ".join(y), call.args[other])
+    apart = [a for a in stack if a in letters(axes[operand.name]) and a not in letters(axes[other])]
+    x = call.args[other]
+    return Form(axes[operand.name], axes[other], " ".join(y), x, apart=tuple(apart))
 
 
 def _stacked(stack: list[str], shape: torch.Size, y_shape: torch.Size) -> list[str]:
