@@ -54,7 +54,7 @@ def gradient_moments(
     in_dims = (None, *axes)
     alone = vmap(of_one, in_dims, randomness="same")(chosen, *data)
     own = by_datum(run, run.prediction.detach())
-    if relative_error(alone, own) > tolerance(own):
+    if relative_error(alone, own) > tolerance(own, run.tapped.captured.precision):
         raise BatchAxisError(f"a datum by itself gives another prediction {COUPLED}")
     per_datum = vmap(
         grad(lambda p, v, *datum: (of_one(p, *datum) * v).sum()),

@@ -1,8 +1,8 @@
 """Ops that do two things with a parameter -> the same ops apart, so that each has a rule.
 
 A norm normalises, then scales and shifts: as `norm(x) · w + b` the scale is a product and the
-shift an addition, whichever norm it was. A parameter that is joined to data by `cat` or `where` is
-an addition to zeros, whose output has the gradient of every datum.
+shift an addition, whichever norm it was. A parameter that meets data in `cat`, `where` or the mask
+of an attention is an addition to zeros, whose output has the gradient of every datum.
 
 Requires: a rebuilt graph. Result: the same function, with more and simpler nodes.
 """
@@ -10,7 +10,7 @@ Requires: a rebuilt graph. Result: the same function, with more and simpler node
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,7 +50,7 @@ def decompose(graph: Graph, held: Sequence[Node], inputs: Sequence[Node]) -> Non
 
     Args:
         graph: The graph.
-        held: The placeholders of parameters and buffers.
+        held: The placeholders of the parameters.
         inputs: The placeholders of the data.
     """
     own = depend_on(graph, held) - depend_on(graph, inputs)
@@ -90,13 +90,19 @@ class _Rewriter:
 
     def without(self, *names: str) -> Node:
         """The same op with these arguments left out."""
-        places = [a.name for a in self.schema.arguments if not a.kwarg_only]
-        values = [None if name in names else self[name] for name in places]
-        kwargs = {a.name: self[a.name] for a in self.schema.arguments if a.kwarg_only}
-        return self.call(self.node.target, *values, **kwargs)
+        return self._again(dict.fromkeys(names))
+
+    def replaced(self, name: str, value: Node) -> Node:
+        """The same op with another value for one argument."""
+        return self._again({name: value})
+
+    def _again(self, other: Mapping[str, Any]) -> Node:
+        values = {a.name: other.get(a.name, self[a.name]) for a in self.schema.arguments}
+        named = {a.name: values.pop(a.name) for a in self.schema.arguments if a.kwarg_only}
+        return self.call(self.node.target, *values.values(), **named)
 
     def is_parameter(self, value: Any) -> bool:
-        """Whether an argument is made of parameters or buffers, and not of data."""
+        """Whether an argument is made of parameters, and not of data."""
         return value in self.own
 
 
@@ -217,16 +223,32 @@ def _join(at: _Rewriter) -> Node | None:
 
 
 def _where(at: _Rewriter) -> Node | None:
-    """A parameter that stands where a condition of the data holds, as a mask token does."""
+    """A parameter that stands where a condition of the data holds, as a mask token does.
+
+    Or where a number does not stand, as in a bias of the attention that is masked.
+    """
     names = [n for n in ("self", "other") if at.is_parameter(at[n])]
     if len(names) != 1:
         return None
-    data = at["other" if names[0] == "self" else "self"]
-    shape = at.call(aten.where.self, at["condition"], data, data)
-    zeros = at.call(aten.zeros_like.default, shape)
-    spread = at.call(aten.add.Tensor, zeros, at[names[0]])
-    both = (spread, data) if names[0] == "self" else (data, spread)
-    return at.call(aten.where.self, at["condition"], *both)
+    plain = at.replaced(names[0], at.call(aten.zeros_like.default, at[names[0]]))
+    zeros = at.call(aten.zeros_like.default, plain)
+    return at.replaced(names[0], at.call(aten.add.Tensor, zeros, at[names[0]]))
+
+
+def _attention(at: _Rewriter) -> Node | None:
+    """A mask that is made of parameters, as a relative position bias is, is added to the scores."""
+    mask = at["attn_mask"]
+    if not at.is_parameter(mask) or not mask.meta["val"].is_floating_point():
+        return None
+    if mask.meta["val"].shape[:-2] == at["query"].meta["val"].shape[:-2]:
+        return None  # each datum has its own already
+    zeros = at.call(no_scores, at["query"], at["key"])
+    return at.replaced("attn_mask", at.call(aten.add.Tensor, zeros, mask))
+
+
+def no_scores(query: Tensor, key: Tensor) -> Tensor:
+    """Zeros in the shape of an attention's scores."""
+    return query.new_zeros(*query.shape[:-1], key.shape[-2])
 
 
 DECOMPOSITIONS: dict[Any, Rewrite] = {
@@ -241,4 +263,8 @@ DECOMPOSITIONS: dict[Any, Rewrite] = {
     aten.cat.default: _join,
     aten.stack.default: _join,
     aten.where.self: _where,
+    aten.where.ScalarOther: _where,
+    aten.where.ScalarSelf: _where,
+    aten.masked_fill.Scalar: _where,
+    aten.scaled_dot_product_attention.default: _attention,
 }

@@ -16,6 +16,7 @@ import torch
 from torch.fx import Node
 
 from fxkfac.graph.axes import axis_tokens
+from fxkfac.graph.dependence import LIKE, SHAPE_ONLY
 from fxkfac.graph.ir import Example, Form
 from fxkfac.graph.rules.addition import addition_factor
 from fxkfac.graph.rules.registry import NotLinear
@@ -35,21 +36,33 @@ def lift(node: Node, form: Form, dependent: set[Node], example: Example) -> list
     """
     return [
         (addition, _at(addition, layout, sign, node, form, example))
-        for addition, layout, sign in _additions(node, (), dependent)
+        for addition, layout, sign in _additions(node, (), dependent, example)
     ]
 
 
 def _additions(
-    node: Node, layout: tuple[Node, ...], dependent: set[Node], scale: float = 1.0
+    node: Node,
+    layout: tuple[Node, ...],
+    dependent: set[Node],
+    example: Example,
+    scale: float = 1.0,
 ) -> Iterator[tuple[Node, tuple[Node, ...], float]]:
     """Follow every reader of an output through layout ops to an addition of data."""
     for user in node.users:
+        if user.target in SHAPE_ONLY | LIKE:
+            continue
         if is_layout(user) and user not in dependent and user.args[0] is node:
-            yield from _additions(user, (*layout, user), dependent, scale * scale_of(user))
-        elif user in dependent and (factor := addition_factor(user, node)):
+            moved, factor = (*layout, user), scale_of(user)
+            yield from _additions(user, moved, dependent, example, scale * factor)
+        elif _spreads(user, node, dependent, example) and (factor := addition_factor(user, node)):
             yield user, layout, scale * factor
         else:
             raise NotLinear(SUMMED)
+
+
+def _spreads(user: Node, node: Node, dependent: set[Node], example: Example) -> bool:
+    """Whether a reader meets data, or something in their shape, such as a mask without values."""
+    return user in dependent or example.shapes.get(user) != example.shapes.get(node)
 
 
 def _at(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
 from torch import Tensor
@@ -125,7 +126,8 @@ def parameter_gradient(use: Use, x: Tensor | None, gradient: Tensor) -> Float[Te
         part = use.form.scale * g.sum(1, keepdim=True)
     else:
         full = normal_y(use, gradient, None).shape[1:-1]
-        flat = rows.expand(-1, *full, -1).flatten(1, -2)
+        dtype = torch.promote_types(rows.dtype, g.dtype)  # under autocast they may differ
+        flat, g = rows.expand(-1, *full, -1).flatten(1, -2).to(dtype), g.to(dtype)
         part = flat.mT @ g  # Σ_rows x gᵀ, (group, in, out)
     entries = normal_weight(use).flatten().to(part.device)
     return part.new_zeros(use.view.numel).index_add(0, entries, part.flatten())

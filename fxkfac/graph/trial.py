@@ -96,6 +96,7 @@ def match_and_locate(
         signature.batch_size(trial.data),
         uses,
         trial.generator,
+        captured.precision,
     )
     routed = {n.name for n in captured.module.graph.nodes if _is_routed(n)}
     constant = (c and u.node not in routed for c, u in zip(located.constant, uses, strict=True))
@@ -114,6 +115,7 @@ def coupled(trial: Trial, located: Located) -> bool:
             trial.data,
             signature.batch_size(trial.data),
             located.prediction,
+            trial.captured.precision,
         )
 
 
