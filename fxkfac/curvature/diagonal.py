@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, vmap
 from torch.fx import GraphModule
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fxkfac.curvature.perdatum import zero_moment
 from fxkfac.errors import BatchAxisError, FxkfacError
@@ -19,6 +20,7 @@ from fxkfac.graph.program import Program, Run
 from fxkfac.graph.verify import relative_error, tolerance
 
 
+@sdpa_kernel(SDPBackend.MATH)  # vmap would run the fused attention datum by datum, and say so
 def gradient_moments(
     program: Program,
     run: Run,

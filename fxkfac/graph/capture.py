@@ -11,11 +11,11 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from functools import cached_property
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.fx.traceback as fx_traceback
@@ -201,6 +201,21 @@ FRONT_ENDS: dict[str, Callable[[FunctionalModel, Signature, list[Tensor]], Captu
 }
 
 
+class _UsersOwn:
+    """The standard error, without what torch prints there, such as the graph of a failed export."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        if is_foreign(sys._getframe(1).f_code.co_filename):
+            return len(text)
+        return self._stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 @contextmanager
 def quietly() -> Iterator[None]:
     """Tracing and trial runs draw random numbers and speak of their own doings; nobody else's."""
@@ -210,7 +225,7 @@ def quietly() -> Iterator[None]:
     try:
         with own_randomness(0), warnings.catch_warnings(), _transforms_closed():
             warnings.simplefilter("ignore")
-            with torch.enable_grad():
+            with torch.enable_grad(), redirect_stderr(_UsersOwn(sys.stderr)):
                 yield
     finally:
         logging.disable(disabled)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Size
@@ -41,6 +42,7 @@ class Unsupported:
     reason: str
     source: Source | None
     module: str
+    is_final: bool = False  # any front end would record the same op
 
     def __str__(self) -> str:
         at = f" at {self.source}" if self.source else f" in module {self.module or 'the model'!r}"
@@ -200,7 +202,16 @@ def op_name(node: Node) -> str:
 
 def _refuse(node: Node, chain: Chain, parameters: Mapping[Node, str], reason: str) -> Unsupported:
     names = tuple(parameters[n] for n in chain if n in parameters)
-    return Unsupported(names, op_name(node), node.name, reason, source_of(node), module_of(node))
+    at = source_of(node), module_of(node)
+    return Unsupported(names, op_name(node), node.name, reason, *at, _is_basic(node.target))
+
+
+def _is_basic(target: Any) -> bool:
+    """Whether an op is a function of one number, as `exp` is, and of no simpler ops made."""
+    if not isinstance(target, OpOverload):
+        return False
+    tensors = [a for a in target._schema.arguments if isinstance(a.type, torch.TensorType)]
+    return len(tensors) == 1 and {torch.Tag.core, torch.Tag.pointwise} <= set(target.tags)
 
 
 def unsupported_message(unsupported: Sequence[Unsupported]) -> str:

@@ -104,7 +104,8 @@ def normal_weight(use: Use) -> Tensor:
 
     Entries are numbered along the concatenated rvec of `use.parameters`.
     """
-    return rearrange(use.view.index(), use.form.normal_weight, **use.form.sizes)
+    sizes = use.form.row_sizes(use.form.weight, None)
+    return rearrange(use.view.index(), use.form.normal_weight, **sizes)
 
 
 def parameter_gradient(use: Use, x: Tensor | None, gradient: Tensor) -> Float[Tensor, " numel"]:
