@@ -64,18 +64,19 @@ def locate(
     other = Reordered(n, torch.arange(n).roll(1), precision)
     first, second = run(data), run(permute(data, other.order))
     at = next(_fits([(first[0].detach(), second[0].detach())], other), None)
-    cotangent = torch.randn(first[0].shape, generator=generator, dtype=torch.float64)
-    cotangent = cotangent.to(first[0])
-    turned = cotangent if at is None else _permuted(cotangent, at, other)
+    if at is None:  # a cotangent that goes wherever the entries of the prediction go
+        cotangent, turned = first[0].detach().cos(), second[0].detach().cos()
+    else:
+        cotangent = torch.randn(first[0].shape, generator=generator, dtype=torch.float64)
+        cotangent = cotangent.to(first[0])
+        turned = _permuted(cotangent, at, other)
     before, after = _gradients(first, cotangent), _gradients(second, turned)
     axes, constant = [], []
     for k, use in enumerate(uses):
         g = (before[use.tap], after[use.tap])
         pairs = [g, (first[2][use.tap].detach(), second[2][use.tap].detach())]
         axes.append(_batch_axis(use, pairs, (first[1][k], second[1][k]), other))
-        summed = at is not None and axes[-1] is None and bool(g[0].any())
-        summed = summed and _close(*g, precision)
-        constant.append(summed)
+        constant.append(axes[-1] is None and bool(g[0].any()) and _close(*g, precision))
     return Located(at, tuple(axes), tuple(constant))
 
 

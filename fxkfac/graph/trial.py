@@ -104,9 +104,13 @@ def match_and_locate(
 
 
 def coupled(trial: Trial, located: Located) -> bool:
-    """Whether the prediction for some data changes with another datum."""
+    """Whether the prediction for some data changes with another datum.
+
+    Where no one axis of the prediction holds the data, as in a matrix that compares every datum
+    with every other one, no part of it is one datum's own.
+    """
     if located.prediction is None:
-        return False
+        return True
     quiet, signature = without_dropout(trial.captured.module), trial.model.signature
     with torch.no_grad():
         return is_coupled(
