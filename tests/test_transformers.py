@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("transformers", reason="the models are those of transformers")
 
 from test_zoo import State, assert_close, assert_same
-from transformer_models import CASES, Case, NextToken, next_labels, padded
+from transformer_models import CASES, Case
 
 import fxkfac
 from fxkfac import errors
