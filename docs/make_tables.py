@@ -11,7 +11,7 @@ from pathlib import Path
 from fxkfac.curvature.backpropagation import FISHERS
 from fxkfac.curvature.losses import TORCH_LOSSES
 from fxkfac.graph.capture import FRONT_ENDS
-from fxkfac.graph.decompose import DECOMPOSITIONS
+from fxkfac.graph.decompositions import DECOMPOSITIONS
 from fxkfac.graph.rules import RULES
 from fxkfac.graph.view import LAYOUT_OPS
 

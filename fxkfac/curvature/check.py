@@ -36,7 +36,8 @@ def check(
         The relative error of every covered parameter, ‖found − expected‖ / ‖expected‖.
 
     Raises:
-        TapMismatch: A gradient differs by more than half of the digits of its dtype.
+        TapMismatch: A gradient differs by more than half of the digits of its dtype, or of
+            float32 where the model computes in less than float64 inside.
     """
     ((inputs, targets),) = batches([data])
     likelihood = likelihood_of(loss)
@@ -51,8 +52,9 @@ def check(
         taps = (run.prediction, run.inputs, run.taps)
         found = tap_gradients(run.tapped, taps, cotangent, names, state, tensors)
         expected = model.gradients(state, tensors, cotangent, names)
-    errors = gradient_errors(found, expected)
-    wrong = {n: e for n, e in errors.items() if not e <= tolerance(expected[n])}
+    precision = run.tapped.captured.precision
+    errors = gradient_errors(found, expected, precision)
+    wrong = {n: e for n, e in errors.items() if not e <= tolerance(expected[n], precision)}
     if wrong:
         listed = ", ".join(f"{name} ({error:.1e})" for name, error in wrong.items())
         raise TapMismatch(

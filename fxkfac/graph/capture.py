@@ -11,10 +11,11 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from functools import cached_property
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.fx.traceback as fx_traceback
@@ -30,6 +31,7 @@ from torch.overrides import TorchFunctionMode
 
 from fxkfac.functional import FunctionalModel, nest_names, prediction_of, split_inputs
 from fxkfac.graph.cleanup import STOP, rebuild
+from fxkfac.graph.dependence import precision
 from fxkfac.graph.signature import Signature
 from fxkfac.graph.source import is_foreign
 from fxkfac.isolation import in_place_of, own_randomness
@@ -61,6 +63,11 @@ class Captured:
     def inputs(self) -> list[Node]:
         """The placeholders of the input tensors."""
         return self._nodes()[len(self.parameters) + len(self.buffers) :]
+
+    @cached_property
+    def precision(self) -> torch.dtype:
+        """Float32 where anything is computed of the parameters in less than float64."""
+        return precision(self.module.graph, self._nodes()[: len(self.parameters)])
 
     def _nodes(self) -> list[Node]:
         return [n for n in self.module.graph.nodes if n.op == "placeholder"]
@@ -94,8 +101,9 @@ def by_export(bound: FunctionalModel, signature: Signature, tensors: list[Tensor
         else:
             raise Refusal(f"the graph takes an input of kind {spec.kind}")
     result = program.graph_signature.user_outputs[-1]
-    module = rebuild(program.graph_module, roles, names, len(tensors), str(result))
-    return Captured(module, tuple(bound.tensors), tuple(bound.buffers()), "torch.export")
+    own = tuple(bound.tensors), tuple(bound.buffers())
+    module = rebuild(program.graph_module, roles, *own, len(tensors), str(result))
+    return Captured(module, *own, "torch.export")
 
 
 class _Callee(nn.Module):
@@ -146,8 +154,9 @@ def by_make_fx(mode: str) -> Callable[[FunctionalModel, Signature, list[Tensor]]
         roles |= {n: k for k, n in enumerate(placeholders[len(names) :])}
         (output,) = (n for n in module.graph.nodes if n.op == "output")
         (result,) = output.all_input_nodes
-        module = rebuild(module, roles, names, len(tensors), result.name, saved_detach=True)
-        return Captured(module, tuple(bound.tensors), tuple(bound.buffers()), f"make_fx ({mode})")
+        own = tuple(bound.tensors), tuple(bound.buffers())
+        module = rebuild(module, roles, *own, len(tensors), result.name, saved_detach=True)
+        return Captured(module, *own, f"make_fx ({mode})")
 
     return capture
 
@@ -192,6 +201,21 @@ FRONT_ENDS: dict[str, Callable[[FunctionalModel, Signature, list[Tensor]], Captu
 }
 
 
+class _UsersOwn:
+    """The standard error, without what torch prints there, such as the graph of a failed export."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        if is_foreign(sys._getframe(1).f_code.co_filename):
+            return len(text)
+        return self._stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 @contextmanager
 def quietly() -> Iterator[None]:
     """Tracing and trial runs draw random numbers and speak of their own doings; nobody else's."""
@@ -201,7 +225,7 @@ def quietly() -> Iterator[None]:
     try:
         with own_randomness(0), warnings.catch_warnings(), _transforms_closed():
             warnings.simplefilter("ignore")
-            with torch.enable_grad():
+            with torch.enable_grad(), redirect_stderr(_UsersOwn(sys.stderr)):
                 yield
     finally:
         logging.disable(disabled)

@@ -7,14 +7,14 @@ Requires: a graph of ATen ops. Result: placeholders in a fixed order, one output
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-from fxkfac.graph.decompose import decompose
+from fxkfac.graph.decompositions import decompose
 from fxkfac.graph.dependence import length
 from fxkfac.graph.merge import drop_zeros, merge_common
 
@@ -42,7 +42,8 @@ ASSERTIONS = {
 def rebuild(
     module: GraphModule,
     roles: Mapping[str, str | int | Tensor],
-    names: list[str],
+    parameters: Sequence[str],
+    buffers: Sequence[str],
     inputs: int,
     result: str,
     saved_detach: bool = False,
@@ -53,14 +54,15 @@ def rebuild(
         module: The front end's graph.
         roles: For each of its placeholders: the name of a parameter or buffer, the position of an
             input tensor, or a constant.
-        names: Parameters and buffers, in the order in which they become placeholders.
+        parameters, buffers: Their names, in the order in which they become placeholders.
         inputs: Number of input tensors, the placeholders that follow.
         result: Name of the node that is the prediction.
         saved_detach: Whether a `detach` without mark is one that autograd put there.
     """
     root = nn.Module()
     graph = Graph()
-    named = {name: graph.placeholder(_identifier(k, name)) for k, name in enumerate(names)}
+    names = enumerate([*parameters, *buffers])
+    named = {name: graph.placeholder(_identifier(k, name)) for k, name in names}
     tensors = [graph.placeholder(f"input_{k}") for k in range(inputs)]
     copies: dict[Node, Node] = {}
     for node in module.graph.nodes:
@@ -77,7 +79,7 @@ def rebuild(
     graph.output(copies[next(n for n in module.graph.nodes if n.name == result)])
     graph.eliminate_dead_code()
     drop_zeros(graph)
-    decompose(graph, list(named.values()), tensors)
+    decompose(graph, [named[name] for name in parameters], tensors)
     merge_common(graph)
     graph.eliminate_dead_code()
     return GraphModule(root, graph)

@@ -1,4 +1,4 @@
-"""Which nodes hold values of the data, and which only their sizes."""
+"""Which nodes hold values of the data, which only their sizes, and how precise they are."""
 
 from __future__ import annotations
 
@@ -50,3 +50,14 @@ def depend_on(graph: Graph, inputs: Sequence[Node]) -> set[Node]:
         if node.target not in SHAPE_ONLY | LIKE and dependent & set(node.all_input_nodes):
             dependent.add(node)
     return dependent
+
+
+def precision(graph: Graph, inputs: Sequence[Node]) -> torch.dtype:
+    """Float32 where something that depends on the inputs has fewer digits than float64.
+
+    A norm or a state-space scan may compute in float32 inside, whatever the model's dtype. That is
+    the lowest: half of the digits of half precision are one, by which two data may differ.
+    """
+    values = (node.meta.get("val") for node in depend_on(graph, inputs))
+    dtypes = {v.dtype for v in values if isinstance(v, Tensor) and v.dtype.is_floating_point}
+    return torch.float64 if dtypes <= {torch.float64} else torch.float32

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from fxkfac.errors import OptionError
 from fxkfac.graph.dependence import LIKE, SHAPE_ONLY, depend_on
@@ -25,7 +26,7 @@ def derived_weights(
     Layout ops behind the computation are views of the weight, as behind a parameter.
 
     Raises:
-        OptionError: A parameter meets data itself.
+        OptionError: A parameter meets data itself, or the weight is another one for each datum.
     """
     sources: dict[Node, tuple[str, ...]] = {n: (name,) for n, name in parameters.items()}
     data = depend_on(graph, inputs)
@@ -42,6 +43,12 @@ def derived_weights(
                 f"{parameters[root]!r} has structure 'derived', but enters an op with the data "
                 "itself; expected a computation from parameters alone in between. Leave it out."
             )
+        if free_symbols(root.meta.get("val")):
+            raise OptionError(
+                f"the weight computed from {', '.join(sources[root])} has the batch size in its "
+                "shape; expected one weight for all data. Repeat it after it is computed, or take "
+                "the structure 'diagonal' or 'dense'."
+            )
     names: dict[Node, str] = {}
     for root in roots:
         names[root] = _unique(_name(root, sources[root]), names.values())
@@ -49,8 +56,8 @@ def derived_weights(
 
 
 def _root(node: Node) -> Node:
-    while node.op != "placeholder" and is_layout(node) and len(node.all_input_nodes) == 1:
-        node = node.all_input_nodes[0]
+    while node.op != "placeholder" and is_layout(node) and isinstance(node.args[0], Node):
+        node = node.args[0]  # further arguments are sizes
     return node
 
 

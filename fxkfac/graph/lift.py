@@ -3,7 +3,8 @@
 A table of positions, `embedding(W, arange(T))`, has an output without batch axis: the gradient
 there is summed over the data, and no datum's own part is left. The addition that broadcasts the
 output over the data has a gradient with all of its parts. So the use is tapped there, and has the
-axes of the addition; those along which the output is broadcast are rows.
+axes of the addition; those along which the output is broadcast are rows, and an axis that a reshape
+took apart on the way is as many axes.
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
+from einops import EinopsError, rearrange
+from torch import Tensor
 from torch.fx import Node
 
-from fxkfac.graph.axes import axis_tokens
+from fxkfac.graph.axes import axis_tokens, letters, renamed
+from fxkfac.graph.dependence import LIKE, SHAPE_ONLY
 from fxkfac.graph.ir import Example, Form
 from fxkfac.graph.rules.addition import addition_factor
 from fxkfac.graph.rules.registry import NotLinear
@@ -35,21 +39,33 @@ def lift(node: Node, form: Form, dependent: set[Node], example: Example) -> list
     """
     return [
         (addition, _at(addition, layout, sign, node, form, example))
-        for addition, layout, sign in _additions(node, (), dependent)
+        for addition, layout, sign in _additions(node, (), dependent, example)
     ]
 
 
 def _additions(
-    node: Node, layout: tuple[Node, ...], dependent: set[Node], scale: float = 1.0
+    node: Node,
+    layout: tuple[Node, ...],
+    dependent: set[Node],
+    example: Example,
+    scale: float = 1.0,
 ) -> Iterator[tuple[Node, tuple[Node, ...], float]]:
     """Follow every reader of an output through layout ops to an addition of data."""
     for user in node.users:
+        if user.target in SHAPE_ONLY | LIKE:
+            continue
         if is_layout(user) and user not in dependent and user.args[0] is node:
-            yield from _additions(user, (*layout, user), dependent, scale * scale_of(user))
-        elif user in dependent and (factor := addition_factor(user, node)):
+            moved, factor = (*layout, user), scale_of(user)
+            yield from _additions(user, moved, dependent, example, scale * factor)
+        elif _spreads(user, node, dependent, example) and (factor := addition_factor(user, node)):
             yield user, layout, scale * factor
         else:
             raise NotLinear(SUMMED)
+
+
+def _spreads(user: Node, node: Node, dependent: set[Node], example: Example) -> bool:
+    """Whether a reader meets data, or something in their shape, such as a mask without values."""
+    return user in dependent or example.shapes.get(user) != example.shapes.get(node)
 
 
 def _at(
@@ -65,29 +81,56 @@ def _at(
     moved = View(("",), (tuple(y_shape),), (node, *layout), example.numbers).index()
     places = moved.expand(shape)
     tokens = axis_tokens(form.y)
-    axes = [axis_of(places, a, tuple(y_shape), tokens) for a in range(len(shape))]
-    if sorted(t for t in axes if t in tokens) != sorted(
-        t for t, n in zip(tokens, y_shape, strict=True) if n > 1
-    ):
+    names = ["1" if size == 1 else f"s{a}" for a, size in enumerate(shape)]
+    parts: dict[str, str] = {}
+    sizes: dict[str, int] = {}
+    for token, own in zip(tokens, _own_axes(places, tuple(y_shape)), strict=True):
+        if len(own) == 1:
+            names[own[0]] = token
+            continue
+        if token.startswith("("):
+            raise NotLinear(SUMMED)
+        split = {f"{token}_{j}": a for j, a in enumerate(own)}
+        parts[token] = " ".join(split) or "1"  # a row axis that a reshape takes apart, or a unit
+        sizes |= {part: shape[a] for part, a in split.items()}
+        for part, a in split.items():
+            names[a] = part
+    lifted = replace(
+        form,
+        weight=renamed(form.weight, parts),
+        x=renamed(form.x, parts),
+        y=" ".join(names),
+        sizes={**form.sizes, **sizes},
+        scale=form.scale * sign,
+    )
+    _require_places(places, renamed(form.y, parts), names, lifted, tuple(y_shape))
+    return lifted
+
+
+def _own_axes(places: Tensor, y_shape: tuple[int, ...]) -> list[list[int]]:
+    """For each axis of the output the axes of the addition that walk along it, outermost first."""
+    steps: list[dict[int, int]] = [{} for _ in y_shape]
+    for axis, size in enumerate(places.shape):
+        if size == 1:
+            continue
+        step = int(places.movedim(axis, 0).flatten(1)[:2, 0].diff())
+        for k, length in enumerate(y_shape):
+            stride = math.prod(y_shape[k + 1 :])
+            if stride <= step < stride * length and step % stride == 0:
+                steps[k][axis] = step
+    return [sorted(own, key=own.__getitem__, reverse=True) for own in steps]
+
+
+def _require_places(
+    places: Tensor, y: str, names: list[str], lifted: Form, y_shape: tuple[int, ...]
+) -> None:
+    """The axes found must lead to every entry's place, not only to those they were found by."""
+    kept = " ".join(n if n in axis_tokens(y) or n in letters(y) else "1" for n in names)
+    sizes = {a: n for a, n in lifted.sizes.items() if a in letters(y)}
+    try:
+        moved = rearrange(torch.arange(math.prod(y_shape)).view(y_shape), f"{y} -> {kept}", **sizes)
+        right = moved.expand(places.shape).equal(places)
+    except (EinopsError, RuntimeError):
+        right = False
+    if not right:
         raise NotLinear(SUMMED)
-    return replace(form, y=" ".join(axes), scale=form.scale * sign)
-
-
-def axis_of(places: torch.Tensor, axis: int, y_shape: tuple[int, ...], tokens: list[str]) -> str:
-    """What one axis of an op that takes an output is: one of its axes, a unit axis, or a new one.
-
-    Args:
-        places: The numbers of the output's entries, as they lie in the operand.
-        axis: The axis of `places`.
-        y_shape, tokens: Shape and axes of the output.
-    """
-    if places.shape[axis] == 1:
-        return "1"
-    along = places.movedim(axis, 0).flatten(1)[:, 0]
-    for k, token in enumerate(tokens):
-        stride = math.prod(y_shape[k + 1 :])
-        if along.equal(along[0] + stride * torch.arange(len(along))):
-            return token
-    if bool((places.diff(dim=axis) == 0).all()):
-        return f"s{axis}"
-    raise NotLinear(SUMMED)

@@ -21,6 +21,21 @@ Layout = tuple[int, int, int]  # axis, outer, inner
 
 
 @dataclass(frozen=True)
+class Reordered:
+    """The data in another order.
+
+    Attributes:
+        n: Number of data.
+        order: Which datum is at each place.
+        precision: The dtype whose digits count, where the tensors' own has more.
+    """
+
+    n: int
+    order: Tensor
+    precision: torch.dtype
+
+
+@dataclass(frozen=True)
 class Located:
     """What the experiment found.
 
@@ -43,21 +58,25 @@ def locate(
     n: int,
     uses: Sequence[Use],
     generator: Generator,
+    precision: torch.dtype,
 ) -> Located:
     """Find the batch axis of the prediction and of every use."""
-    order = torch.arange(n).roll(1)
-    first, second = run(data), run(permute(data, order))
-    at = next(_fits([(first[0].detach(), second[0].detach())], n, order), None)
-    cotangent = torch.randn(first[0].shape, generator=generator, dtype=torch.float64)
-    cotangent = cotangent.to(first[0])
-    turned = cotangent if at is None else _permuted(cotangent, at, n, order)
+    other = Reordered(n, torch.arange(n).roll(1), precision)
+    first, second = run(data), run(permute(data, other.order))
+    at = next(_fits([(first[0].detach(), second[0].detach())], other), None)
+    if at is None:  # a cotangent that goes wherever the entries of the prediction go
+        cotangent, turned = first[0].detach().cos(), second[0].detach().cos()
+    else:
+        cotangent = torch.randn(first[0].shape, generator=generator, dtype=torch.float64)
+        cotangent = cotangent.to(first[0])
+        turned = _permuted(cotangent, at, other)
     before, after = _gradients(first, cotangent), _gradients(second, turned)
     axes, constant = [], []
     for k, use in enumerate(uses):
         g = (before[use.tap], after[use.tap])
         pairs = [g, (first[2][use.tap].detach(), second[2][use.tap].detach())]
-        axes.append(_batch_axis(use, pairs, (first[1][k], second[1][k]), n, order))
-        constant.append(at is not None and axes[-1] is None and bool(g[0].any()) and _close(*g))
+        axes.append(_batch_axis(use, pairs, (first[1][k], second[1][k]), other))
+        constant.append(axes[-1] is None and bool(g[0].any()) and _close(*g, precision))
     if at is not None and any(constant):
         shared = _shared_by_data(first, uses, cotangent, at, n)
         constant = [c and s for c, s in zip(constant, shared, strict=True)]
@@ -70,6 +89,7 @@ def is_coupled(
     data: list[Tensor],
     n: int,
     at: Layout,
+    precision: torch.dtype,
 ) -> bool:
     """Put the last datum in the place of the first: do the others' predictions change?"""
     if n < 2:
@@ -80,7 +100,7 @@ def is_coupled(
         run(some).unflatten(axis, (outer, n, inner)).narrow(axis + 1, 1, n - 1)
         for some in (data, replaced)
     )
-    return not _close(before, after)
+    return not _close(before, after, precision)
 
 
 def _shared_by_data(
@@ -124,8 +144,7 @@ def _batch_axis(
     use: Use,
     outputs: list[tuple[Tensor, Tensor]],
     inputs: tuple[Tensor | None, Tensor | None],
-    n: int,
-    order: Tensor,
+    other: Reordered,
 ) -> BatchAxis | None:
     """The one layout that explains gradient, output and input of a use."""
     rows = use.form.rows
@@ -137,8 +156,8 @@ def _batch_axis(
         pairs.append((_by_rows(x[0].detach()), _by_rows(x[1].detach())))
     elif isinstance(x[0], OneHotRows) and isinstance(x[1], OneHotRows):
         pairs.append((x[0].indices.unsqueeze(-1), x[1].indices.unsqueeze(-1)))
-    found = list(_fits(pairs, n, order, axes=len(rows)))
-    if not found or (len(found) > 1 and n > 1):
+    found = list(_fits(pairs, other, axes=len(rows)))
+    if not found or (len(found) > 1 and other.n > 1):
         return None
     axis, outer, inner = found[0]
     return BatchAxis(rows[axis], outer, inner)
@@ -150,14 +169,14 @@ def _by_rows(t: Tensor) -> Tensor:
 
 
 def _fits(
-    pairs: list[tuple[Tensor, Tensor]], n: int, order: Tensor, axes: int | None = None
+    pairs: list[tuple[Tensor, Tensor]], other: Reordered, axes: int | None = None
 ) -> Iterator[Layout]:
     """All layouts under which every second tensor is the first one, permuted."""
-    shape = pairs[0][0].shape
+    shape, n = pairs[0][0].shape, other.n
     for axis in range(len(shape) if axes is None else axes):
         for outer in _divisors(shape[axis] // n) if shape[axis] % n == 0 else ():
             layout = (axis, outer, shape[axis] // n // outer)
-            if all(_explains(a, b, layout, n, order) for a, b in pairs):
+            if all(_explains(a, b, layout, other) for a, b in pairs):
                 yield layout
 
 
@@ -165,23 +184,25 @@ def _divisors(number: int) -> list[int]:
     return [k for k in range(1, number + 1) if number % k == 0]
 
 
-def _explains(a: Tensor, b: Tensor, layout: Layout, n: int, order: Tensor) -> bool:
+def _explains(a: Tensor, b: Tensor, layout: Layout, other: Reordered) -> bool:
     axis, outer, inner = layout
-    if a.shape[axis] == 1 and n > 1:  # this tensor is broadcast over the data
-        return _close(a, b)
-    return a.shape[axis] == outer * n * inner and _close(_permuted(a, layout, n, order), b)
+    if a.shape[axis] == 1 and other.n > 1:  # this tensor is broadcast over the data
+        return _close(a, b, other.precision)
+    if a.shape[axis] != outer * other.n * inner:
+        return False
+    return _close(_permuted(a, layout, other), b, other.precision)
 
 
-def _permuted(t: Tensor, layout: Layout, n: int, order: Tensor) -> Tensor:
+def _permuted(t: Tensor, layout: Layout, other: Reordered) -> Tensor:
     axis, outer, inner = layout
-    split = t.unflatten(axis, (outer, n, inner))
-    return split.index_select(axis + 1, order.to(t.device)).flatten(axis, axis + 2)
+    split = t.unflatten(axis, (outer, other.n, inner))
+    return split.index_select(axis + 1, other.order.to(t.device)).flatten(axis, axis + 2)
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
+def _close(a: Tensor, b: Tensor, precision: torch.dtype) -> bool:
     """Equal up to the rounding of sums in another order: half of the digits."""
     if not a.is_floating_point():
         return torch.equal(a, b)
-    tolerance = torch.finfo(a.dtype).eps ** 0.5
+    tolerance = max(torch.finfo(a.dtype).eps, torch.finfo(precision).eps) ** 0.5
     a, b = a.double(), b.double()
     return bool((a - b).norm() <= tolerance * (a.norm() + b.norm()))

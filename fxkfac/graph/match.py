@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
-from torch import Size
+import torch
+from torch import Size, Tensor
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from fxkfac.graph.apart import take_apart
-from fxkfac.graph.axes import letters
+from fxkfac.graph.axes import letters, renamed
 from fxkfac.graph.bias import join_biases
 from fxkfac.graph.dependence import LIKE, SHAPE_ONLY, STOPS, depend_on, reach_output
 from fxkfac.graph.ir import Example, Form, OneHot, Source, Use
@@ -36,6 +39,7 @@ class Unsupported:
     reason: str
     source: Source | None
     module: str
+    is_final: bool = False  # any front end would record the same op
 
     def __str__(self) -> str:
         at = f" at {self.source}" if self.source else f" in module {self.module or 'the model'!r}"
@@ -187,21 +191,51 @@ def _view(chain: Chain, parameters: Mapping[Node, str], example: Example) -> Vie
 
 
 def _narrow(view: View, form: Form, shape: Size) -> tuple[View, Form]:
-    """An axis along which the weight only repeats itself is a row axis, not one of the weight."""
+    """An axis along which the weight only repeats itself is a row axis, not one of the weight.
+
+    One that repeats a part of itself, as the heads for every datum, is both: (rows, part), or
+    (part, rows) where every entry stands several times next to itself.
+    """
     if not {"expand", "repeat"} & set(view.steps):
         return view, form
-    index, tokens, narrowed = view.index(), form.weight.split(), []
+    index, tokens = view.index(), form.weight.split()
     if len(tokens) != index.ndim:  # bracketed axes are never expanded ones
         return view, form
-    for axis, size in enumerate(shape):
-        repeats = size > 1 and bool((index.narrow(axis, 0, 1) == index).all())
-        if repeats and isinstance(form.prepare, OneHot) and tokens[axis] == "v":
+    periods = {axis: period for axis in range(len(shape)) if (period := _period(index, axis))}
+    sizes: dict[str, int] = {}
+    parts: dict[str, str] = {}
+    for axis, period in list(periods.items()):
+        token, (length, step) = tokens[axis], period
+        if isinstance(form.prepare, OneHot) and token == "v" and length == 1:
             raise NotLinear("every index looks up the same entries; use them without an index")
-        if repeats:
-            narrowed.append(axis)
+        if length == 1:
             tokens[axis] = "1"
-    weight = " ".join(tokens)
-    return replace(view, narrowed=tuple(narrowed)), replace(form, weight=weight)
+        elif form.prepare is None and form.folded is None:
+            parts[token] = f"{token}_rows {token}" if step == 1 else f"{token} {token}_rows"
+            sizes[token] = length
+        else:
+            del periods[axis]
+    narrowed = replace(view, narrowed=tuple((axis, *p) for axis, p in periods.items()))
+    if free_symbols(view.chain[-1].meta.get("val")) and _repeats(narrowed.index()):
+        raise NotLinear("it is repeated for the data within an axis; let the op broadcast it")
+    x, y = renamed(form.x, parts), renamed(form.y, parts)
+    return narrowed, replace(form, weight=" ".join(tokens), x=x, y=y, sizes={**form.sizes, **sizes})
+
+
+def _period(index: Tensor, axis: int) -> tuple[int, int] | None:
+    """How many places of an axis all others repeat, and how far apart they are."""
+    along = index.movedim(axis, 0)
+    n = len(along)
+    for k in (k for k in range(1, n) if n % k == 0):
+        if (along.unflatten(0, (-1, k)) == along[:k]).all():
+            return k, 1
+        if (along.unflatten(0, (k, -1)) == along[:: n // k].unsqueeze(1)).all():
+            return k, n // k
+    return None
+
+
+def _repeats(index: Tensor) -> bool:
+    return len(index.unique()) < index.numel()
 
 
 def _require_einsum(form: Form) -> None:
@@ -218,7 +252,16 @@ def op_name(node: Node) -> str:
 
 def _refuse(node: Node, chain: Chain, parameters: Mapping[Node, str], reason: str) -> Unsupported:
     names = tuple(parameters[n] for n in chain if n in parameters)
-    return Unsupported(names, op_name(node), node.name, reason, source_of(node), module_of(node))
+    at = source_of(node), module_of(node)
+    return Unsupported(names, op_name(node), node.name, reason, *at, _is_basic(node.target))
+
+
+def _is_basic(target: Any) -> bool:
+    """Whether an op is a function of one number, as `exp` is, and of no simpler ops made."""
+    if not isinstance(target, OpOverload):
+        return False
+    tensors = [a for a in target._schema.arguments if isinstance(a.type, torch.TensorType)]
+    return len(tensors) == 1 and {torch.Tag.core, torch.Tag.pointwise} <= set(target.tags)
 
 
 def unsupported_message(unsupported: Sequence[Unsupported]) -> str:

@@ -155,7 +155,8 @@ def normal_weight(use: Use) -> Tensor:
 
     Entries are numbered along the concatenated rvec of `use.parameters`.
     """
-    return rearrange(use.view.index(), use.form.normal_weight, **use.form.sizes)
+    sizes = use.form.row_sizes(use.form.weight, None)
+    return rearrange(use.view.index(), use.form.normal_weight, **sizes)
 
 
 def parameter_gradient(use: Use, x: Input, gradient: Tensor) -> Float[Tensor, " numel"]:
@@ -177,7 +178,8 @@ def parameter_gradient(use: Use, x: Input, gradient: Tensor) -> Float[Tensor, " 
         part = use.form.scale * g.sum(1, keepdim=True)
     else:
         full = normal_y(use, gradient, None).shape[1:-1]
-        flat = rows.expand(-1, *full, -1).flatten(1, -2)
+        dtype = torch.promote_types(rows.dtype, g.dtype)  # under autocast they may differ
+        flat, g = rows.expand(-1, *full, -1).flatten(1, -2).to(dtype), g.to(dtype)
         part = flat.mT @ g  # Σ_rows x gᵀ, (group, in, out)
     entries = normal_weight(use).flatten().to(part.device)
     return part.new_zeros(use.view.numel).index_add(0, entries, part.flatten())

@@ -7,16 +7,17 @@ these are linear ops with one group for each matrix, of which a row has the one 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import Node
 
 from fxkfac.graph.axes import axis_tokens, letters
 from fxkfac.graph.ir import Example, Form, OneHot, Routes
-from fxkfac.graph.lift import axis_of
 from fxkfac.graph.rules.registry import RULES, NotLinear, Operand, call_of, operands
 from fxkfac.graph.view import View, is_layout
 
@@ -80,7 +81,7 @@ def _at(
     places, own = moved.index(), axis_tokens(taken.weight)
     if len(own) != places.ndim or moved.scale is None or taken.routes or taken.prepare:
         raise NotLinear("it is taken apart")
-    axes = [axis_of(places, a, shape, tokens) for a in range(places.ndim)]
+    axes = [_axis(places, a, shape, tokens) for a in range(places.ndim)]
     became = {axis: own[k] for k, axis in enumerate(axes) if axis != "1"}
     if set(became) != {t for t, n in zip(tokens, shape, strict=True) if n > 1}:
         raise NotLinear("its axes are no longer apart")
@@ -95,3 +96,14 @@ def _at(
     if lost or not found.d_in or not found.d_out:
         raise NotLinear("it is no matrix of a product for each row")
     return found
+
+
+def _axis(places: Tensor, axis: int, y_shape: tuple[int, ...], tokens: list[str]) -> str:
+    """Which axis of the look-up's output, with entries numbered, an axis of the operand is."""
+    if places.shape[axis] == 1:
+        return "1"
+    along = places.movedim(axis, 0).flatten(1)[:, 0]
+    for k, token in enumerate(tokens):
+        if along.equal(along[0] + math.prod(y_shape[k + 1 :]) * torch.arange(len(along))):
+            return token
+    raise NotLinear("its axes are no longer apart")

@@ -88,7 +88,7 @@ def compile_graph(
     """Try the front ends in order; take the first whose graph is proven to be the model.
 
     Where it has uses without normal form, the others may take the op apart: the one that covers
-    most parameters is taken.
+    most parameters is taken. They are not tried where no op can be taken apart.
     With `dynamic` false the graph is taken for this batch size alone.
     """
     refusals: dict[str, str] = {}
@@ -112,6 +112,8 @@ def compile_graph(
             return tapped
         if best is None or len(tapped.uncovered) < len(best.uncovered):
             best = tapped
+        if all(u.is_final for u in tapped.unsupported):
+            break
     refused = _refused(best, structures)
     if dynamic and model.signature.batch_size(tensors) == 1 and (best is None or refused):
         return compile_graph(model, tensors, structures, dynamic=False)

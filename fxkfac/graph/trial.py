@@ -122,6 +122,7 @@ def _locate(trial: Trial, uses: Sequence[Use]) -> tuple[tuple[Use, ...], Located
         signature.batch_size(trial.data),
         uses,
         trial.generator,
+        trial.captured.precision,
     )
     routed = {n.name for n in trial.captured.module.graph.nodes if _is_routed(n)}
     constant = (c and u.node not in routed for c, u in zip(located.constant, uses, strict=True))
@@ -129,9 +130,13 @@ def _locate(trial: Trial, uses: Sequence[Use]) -> tuple[tuple[Use, ...], Located
 
 
 def coupled(trial: Trial, located: Located) -> bool:
-    """Whether the prediction for some data changes with another datum."""
+    """Whether the prediction for some data changes with another datum.
+
+    Where no one axis of the prediction holds the data, as in a matrix that compares every datum
+    with every other one, no part of it is one datum's own.
+    """
     if located.prediction is None:
-        return False
+        return True
     quiet, signature = without_dropout(trial.captured.module), trial.model.signature
     with torch.no_grad():
         return is_coupled(
@@ -140,6 +145,7 @@ def coupled(trial: Trial, located: Located) -> bool:
             trial.data,
             signature.batch_size(trial.data),
             located.prediction,
+            trial.captured.precision,
         )
 
 

@@ -67,9 +67,19 @@ class FlatModel:
         return dict(zip(leaves, gradients, strict=True))
 
 
-def tolerance(t: Tensor) -> float:
-    """Half of the digits: far above rounding, far below a lost or doubled term."""
-    return torch.finfo(t.dtype).eps ** 0.5
+def tolerance(t: Tensor, precision: torch.dtype = torch.float64) -> float:
+    """Half of the digits: far above rounding, far below a lost or doubled term.
+
+    Args:
+        t: What is expected.
+        precision: The dtype in which it is computed, where that has fewer digits.
+    """
+    return rounding(t, precision) ** 0.5
+
+
+def rounding(t: Tensor, precision: torch.dtype) -> float:
+    """The relative rounding error of one op, in the lower one of two dtypes."""
+    return max(torch.finfo(t.dtype).eps, torch.finfo(precision).eps)
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
@@ -83,7 +93,7 @@ ROUNDING = 32  # digits lost in the sum over the rows of a gradient that cancels
 
 
 def gradient_errors(
-    found: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], precision: torch.dtype
 ) -> dict[str, float]:
     """The relative error of every gradient.
 
@@ -94,7 +104,7 @@ def gradient_errors(
     errors = {}
     for name, t in expected.items():
         norm = float(t.double().norm())
-        is_rounding = norm <= ROUNDING * torch.finfo(t.dtype).eps * largest
+        is_rounding = norm <= ROUNDING * rounding(t, precision) * largest
         scale = largest / norm if is_rounding and norm > 0 else 1.0
         errors[name] = relative_error(found[name], t) / scale
     return errors
@@ -119,7 +129,9 @@ def is_model(model: FlatModel, captured: Captured, state: State, data: Sequence[
     if found.shape != expected.shape:
         return f"its graph predicts {tuple(found.shape)}, the model {tuple(expected.shape)}"
     off = relative_error(found, expected)
-    return "" if off <= tolerance(expected) else f"its prediction is not the model's ({off:.1e})"
+    if off <= tolerance(expected, captured.precision):
+        return ""
+    return f"its prediction is not the model's ({off:.1e})"
 
 
 def require_gradients(
@@ -135,8 +147,10 @@ def require_gradients(
     cotangent = torch.linspace(-1, 1, prediction.numel()).to(prediction).view_as(prediction)
     found = tap_gradients(tapped, taps, cotangent, names, state, data)
     expected = model.gradients(state, data, cotangent, names)
-    errors = gradient_errors(found, expected)
-    wrong = [f"{n} ({e:.1e})" for n, e in errors.items() if not e <= tolerance(expected[n])]
+    precision = tapped.captured.precision
+    errors = gradient_errors(found, expected, precision)
+    limits = {n: tolerance(t, precision) for n, t in expected.items()}
+    wrong = [f"{n} ({e:.1e})" for n, e in errors.items() if not e <= limits[n]]
     if wrong:
         raise Refusal(
             "gradients put together from its taps are not the model's: relative errors "

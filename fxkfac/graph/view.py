@@ -84,14 +84,15 @@ class View:
         shapes: Their shapes.
         chain: The nodes of the chain in graph order, placeholders first.
         numbers: Values at trace time of the scalars that the chain uses, such as sizes.
-        narrowed: Axes of the operand along which it is constant; only their first entry counts.
+        narrowed: Axes of the operand along which it repeats itself, how many places count, and
+            how far these are apart.
     """
 
     parameters: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     chain: tuple[Node, ...]
     numbers: Mapping[Node, Any] = field(repr=False)
-    narrowed: tuple[int, ...] = ()
+    narrowed: tuple[tuple[int, int, int], ...] = ()
 
     @property
     def steps(self) -> tuple[str, ...]:
@@ -123,8 +124,8 @@ class View:
         for node in self.chain[len(self.shapes) :]:
             known[node] = _move(node, known)
         operand = known[self.chain[-1]]
-        for axis in self.narrowed:
-            operand = operand.narrow(axis, 0, 1)
+        for axis, length, step in self.narrowed:
+            operand = operand.index_select(axis, step * torch.arange(length))
         return operand
 
 

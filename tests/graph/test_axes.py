@@ -80,6 +80,6 @@ def test_a_small_gradient_is_no_rounding():
     """In float32, what is lost of a gradient far smaller than another is still seen."""
     expected = {"large": torch.ones(4), "small": torch.full((4,), 1e-5), "none": torch.zeros(4)}
     found = {"large": torch.ones(4), "small": torch.zeros(4), "none": torch.full((4,), 1e-8)}
-    errors = gradient_errors(found, expected)
+    errors = gradient_errors(found, expected, torch.float32)
     assert errors["small"] == 1.0
     assert errors["none"] < 1e-7

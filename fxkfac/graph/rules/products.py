@@ -27,7 +27,8 @@ def linear(call: Call, operand: Operand) -> Form:
         return Form(f"{out} i", f"{r} i", f"{r} {out}", call.args["input"])
     if operand.name == "bias":
         return Form("o", "", f"{r} o")
-    return _left(call, "weight", Form("r i", "o i", "r o"))
+    out = "o" if call.ndim("weight") == 2 else ""
+    return Form(f"{r} i", f"{out} i", f"{r} {out}", call.args["weight"])
 
 
 def _left(call: Call, other: str, form: Form) -> Form:

@@ -1,0 +1,42 @@
+"""Ops that do two things with a parameter -> the same ops apart, so that each has a rule.
+
+A norm normalises, then scales and shifts: as `norm(x) · w + b` the scale is a product and the
+shift an addition, whichever norm it was. A parameter that meets data in `cat`, `where` or the mask
+of an attention is an addition to zeros, whose output has the gradient of every datum.
+
+Requires: a rebuilt graph. Result: the same function, with more and simpler nodes. Each file below
+holds one family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch.fx import Graph, Node
+
+from fxkfac.graph.decompositions import elementwise, joins, look_ups, norms, products
+from fxkfac.graph.decompositions.rewriter import DECOMPOSITIONS, Rewriter
+from fxkfac.graph.dependence import depend_on
+
+__all__ = ["DECOMPOSITIONS", "decompose", "elementwise", "joins", "look_ups", "norms", "products"]
+
+
+def decompose(graph: Graph, held: Sequence[Node], inputs: Sequence[Node]) -> None:
+    """Rewrite in place every node of an op in `DECOMPOSITIONS`.
+
+    Args:
+        graph: The graph.
+        held: The placeholders of the parameters.
+        inputs: The placeholders of the data.
+    """
+    own = depend_on(graph, held) - depend_on(graph, inputs)
+    for node in list(graph.nodes):
+        rewrite = DECOMPOSITIONS.get(node.target)
+        if rewrite is None:
+            continue
+        with graph.inserting_before(node):
+            result = rewrite(Rewriter(graph, node, own))
+        if result is not None:
+            node.replace_all_uses_with(result)
+            graph.erase_node(node)
+    graph.lint()
