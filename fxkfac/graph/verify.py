@@ -25,6 +25,8 @@ from fxkfac.graph.signature import Signature
 if TYPE_CHECKING:
     from fxkfac.graph.program import Tapped
 
+WRONG_GRADIENTS = "gradients put together"  # how the reason begins where only they are wrong
+
 State = Mapping[str, Tensor]  # parameters and buffers by name, in the graph's order
 
 
@@ -139,7 +141,7 @@ def require_gradients(
     wrong = [f"{n} ({e:.1e})" for n, e in errors.items() if not e <= tolerance(expected[n])]
     if wrong:
         raise Refusal(
-            "gradients put together from its taps are not the model's: relative errors "
+            f"{WRONG_GRADIENTS} from its taps are not the model's: relative errors "
             f"{', '.join(wrong[:4])}. A custom autograd.Function or a detached part gets lost."
         )
 
