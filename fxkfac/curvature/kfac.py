@@ -34,9 +34,10 @@ from fxkfac.functional import Params
 from fxkfac.graph.ir import Use
 from fxkfac.graph.program import Program, Run
 from fxkfac.graph.structure import EXACT, NONE
-from fxkfac.isolation import own_randomness
+from fxkfac.isolation import full_precision, own_randomness
 
 
+@full_precision()
 def kfac(
     program: Program,
     loss: Any,

@@ -111,10 +111,15 @@ class _Callee(nn.Module):
         bound, inputs = self.bound[0], self.signature.inputs(tensors)
         args, kwargs = split_inputs(inputs)
         if bound.structure is None:
-            return prediction_of(self.model(*args, **kwargs))
+            with bound.autocast.again():
+                return prediction_of(self.model(*args, **kwargs))
         named = dict(zip(bound.tensors, params, strict=True))
         named |= {alias: named[name] for alias, name in bound.aliases.items()}
-        with fx_traceback.preserve_node_meta(), _RecordSource():  # export records modules' alone
+        with (
+            fx_traceback.preserve_node_meta(),
+            _RecordSource(),  # export records modules' lines alone
+            bound.autocast.again(),
+        ):
             return prediction_of(bound.model(nest_names(named, bound.structure), *args, **kwargs))
 
 

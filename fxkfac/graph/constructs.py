@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import rnn
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import CheckpointFunction
 
 from fxkfac.graph.ir import Source
 from fxkfac.graph.source import caller, is_foreign
@@ -34,6 +35,7 @@ DETACH = (
     "write its backward by detach, as y + (f(x) - y).detach(), or select by params= only what "
     "comes after it"
 )
+SAVED = "pass use_reentrant=False, which computes the same"
 PYTHON = "trace the Python module or function that it was made from"
 
 # (module, function) -> (what the user calls it, what to do)
@@ -108,10 +110,8 @@ def _watching(found: list[Construct]) -> Iterator[None]:
             return
         if what := codes.get(frame.f_code):
             found.append(Construct(what[0], caller(frame), what[1]))
-        elif frame.f_code is apply and not _is_torchs(frame.f_locals["cls"]):
-            kind = frame.f_locals["cls"].__qualname__.rpartition("<locals>.")[2]
-            name = f"the custom autograd.Function {kind}"
-            found.append(Construct(name, caller(frame), DETACH, of_gradients=True))
+        elif frame.f_code is apply:
+            found.extend(_custom(frame.f_locals["cls"], caller(frame)))
 
     sys.setprofile(see)
     try:
@@ -120,9 +120,15 @@ def _watching(found: list[Construct]) -> Iterator[None]:
         sys.setprofile(before)
 
 
-def _is_torchs(kind: type) -> bool:
-    file = getattr(sys.modules.get(kind.__module__), "__file__", None)
-    return bool(file) and is_foreign(str(file))
+def _custom(kind: type, source: Source | None) -> list[Construct]:
+    """A custom autograd Function; of torch's own, only the one that forbids `autograd.grad`."""
+    if kind is CheckpointFunction:
+        return [Construct("checkpoint(.., use_reentrant=True)", source, SAVED)]
+    file = getattr(sys.modules.get(kind.__module__), "__file__", None) or ""
+    if is_foreign(file):
+        return []
+    name = kind.__qualname__.rpartition("<locals>.")[2]
+    return [Construct(f"the custom autograd.Function {name}", source, DETACH, of_gradients=True)]
 
 
 class _Values(TorchFunctionMode):

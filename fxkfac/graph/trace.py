@@ -28,8 +28,10 @@ from fxkfac.graph.structure import Structures, structures_of
 from fxkfac.graph.tap import tap_uses
 from fxkfac.graph.trial import attempt, coupled, match_and_locate
 from fxkfac.graph.verify import WRONG_GRADIENTS, FlatModel, require_gradients, run_graph
+from fxkfac.isolation import full_precision
 
 
+@full_precision()
 def trace(
     model: nn.Module | Callable[..., Any],
     inputs: Inputs,

@@ -9,6 +9,7 @@ from torch import nn
 from torch._higher_order_ops.scan import scan
 from torch._higher_order_ops.while_loop import while_loop
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.utils.checkpoint import checkpoint
 
 import fxkfac
 from fxkfac.errors import CaptureError
@@ -152,6 +153,18 @@ def test_packed_sequences(lengths):
     said = refused(seeded(Packed), (rand(3, 6, 4), lengths))
     assert f"pack_padded_sequence at {__file__}:{line_of('pack')} in forward" in said
     assert "mask=" in said
+
+
+def test_reentrant_checkpoints():
+    """PyTorch itself gives no `autograd.grad` through these."""
+
+    def model(params, x):
+        h = torch.tanh(x @ params["W"])
+        return checkpoint(lambda h: h @ params["V"], h, use_reentrant=True)  # HERE: reentrant
+
+    said = refused(model, X, P)
+    assert f"use_reentrant=True) at {__file__}:{line_of('reentrant')} in model" in said
+    assert "use_reentrant=False" in said
 
 
 def test_scripted_parts():
