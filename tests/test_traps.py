@@ -116,9 +116,9 @@ class TestTraps:
             return h.transpose(0, 1)
 
         params = {"U": rand(4, 4), "W": rand(2, 4)}
-        program = fxkfac.trace(model, rand(3, 3, 2), params)  # as many data as tokens
+        program = fxkfac.trace(model, rand(5, 3, 2), params)  # tried with 3 data: as many as tokens
         assert [use.batch.axis for use in program.uses] == [program.uses[0].form.rows[1]] * 2
-        factors = fxkfac.kfac(program, MSE(), (rand(3, 3, 2), rand(3, 3, 4)), sharing="reduce")
+        factors = fxkfac.kfac(program, MSE(), (rand(5, 3, 2), rand(5, 3, 4)), sharing="reduce")
         assert not factors["U"].A.any()
 
     def test_dropout_does_not_hide_the_batch_axis(self):
