@@ -27,7 +27,13 @@ from fxkfac.graph.signature import BatchAxes, Signature, signature_of
 from fxkfac.graph.structure import Structures, structures_of
 from fxkfac.graph.tap import tap_uses
 from fxkfac.graph.trial import attempt, coupled, match_and_locate
-from fxkfac.graph.verify import WRONG_GRADIENTS, FlatModel, require_gradients, run_graph
+from fxkfac.graph.verify import (
+    WRONG_GRADIENTS,
+    FlatModel,
+    require_gradients,
+    require_graph_gradients,
+    run_graph,
+)
 from fxkfac.isolation import full_precision
 
 
@@ -171,6 +177,8 @@ def _compile(
     covered = [name for name in model.bound.selected if name not in lost]
     taps = run_graph(module, trial.state, trial.data)
     require_gradients(model, tapped, taps, trial.state, trial.data, covered)
+    exact = [name for name in tapped.uncovered if structures.exact_if_lost(name)]
+    require_graph_gradients(model, captured, trial.state, trial.data, exact)
     return tapped
 
 

@@ -98,9 +98,15 @@ def test_control_flow_and_values(model, line, name, remedy, as_module):
 class Step(torch.autograd.Function):
     """A step whose backward is that of the identity."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, x):
+    def forward(x):
         return (x > 0).to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
 
     @staticmethod
     def backward(ctx, g):
@@ -109,10 +115,13 @@ class Step(torch.autograd.Function):
 
 def test_a_custom_function_is_named():
     def model(params, x):
-        return Step.apply(x @ params["W"]) @ params["V"]  # HERE: Step
+        def one(x):
+            return Step.apply(x @ params["W"]) @ params["V"]  # HERE: Step
+
+        return torch.func.vmap(one)(x)
 
     said = refused(model, X, P)
-    assert f"autograd.Function Step at {__file__}:{line_of('Step')} in model" in said
+    assert f"autograd.Function Step at {__file__}:{line_of('Step')} in one" in said
     assert "detach" in said
     assert "params=" in said
 
