@@ -545,3 +545,45 @@ def positions_and_class_token():
 
     parts = {"token": (1, 1, 4), "positions": (1, 4, 4)}
     return Made(forward, **parts, value=nn.Linear(4, 4), head=nn.Linear(4, 2))
+
+
+# --- experts that rows choose ---
+
+
+@entry("experts", x=(3, 4), y=(3, 2))
+def top_two_of_stacked():
+    """Every token goes through two of the stacked experts, W[i] and b[i], by einsum."""
+
+    def forward(m, x):
+        weights, chosen = m.gate(x).softmax(-1).topk(2, dim=-1)  # (n, t, 2)
+        own = torch.einsum("nti,ntkio->ntko", x, m.W[chosen]) + m.b[chosen]
+        return torch.einsum("ntko,ntk->nto", own.tanh(), weights)
+
+    return Made(forward, W=(3, 4, 2), b=(3, 2), gate=nn.Linear(4, 3))
+
+
+@entry("experts", x=(3, 4), y=(3, 2))
+def gathered_for_bmm():
+    """Weights gathered for every token of the flattened batch, then bmm."""
+
+    def forward(m, x):
+        flat = x.flatten(0, 1)
+        chosen = m.gate(flat).argmax(-1)
+        own = torch.bmm(m.W[chosen], flat.unsqueeze(-1)).squeeze(-1)
+        return own.tanh().unflatten(0, x.shape[:2])
+
+    return Made(forward, W=(3, 2, 4), gate=nn.Linear(4, 3))
+
+
+@entry("experts", x=(3, 4), y=(3, 2), coupled=True, reduce=False)
+def expert_choice():
+    """Every expert takes the tokens that it likes best, of whatever datum."""
+
+    def forward(m, x):
+        flat = x.flatten(0, 1)
+        weights, chosen = (flat @ m.gate).softmax(-1).mT.topk(2, dim=1)
+        own = torch.bmm(flat[chosen], m.W) * weights.unsqueeze(-1)
+        out = flat.new_zeros(len(flat), 2).index_add(0, chosen.flatten(), own.flatten(0, 1))
+        return out.unflatten(0, x.shape[:2])
+
+    return Made(forward, W=(2, 4, 2), gate=(4, 2))

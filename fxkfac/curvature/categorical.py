@@ -67,6 +67,12 @@ class Categorical(Likelihood):
             return float(valid.numel())
         return float(self.weight.to(widen(f))[valid].sum())
 
+    def ignored(self, f: Tensor, y: Tensor) -> Tensor | None:
+        """Positions whose class is `ignore_index`."""
+        if y.is_floating_point():
+            return None
+        return (y == self.ignore_index).unsqueeze(_class_axis(f))
+
     def gradient(self, f: Tensor, y: Tensor) -> Tensor:
         """(Σ_k w_k q_k) σ - w q. Example 14, and weights."""
         axis = _class_axis(f)

@@ -28,12 +28,12 @@ class Sums:
     Attributes:
         a: Σ x̃ x̃ᵀ of shape (group, in, in), or its diagonal `Counted` for one-hot rows.
         b: Σ_c Σ g gᵀ of shape (group, out, out), without R.
-        rows: Number of rows summed in `a`.
+        rows: Number of rows summed in `a`; (group,) where groups have rows of their own.
     """
 
     a: Tensor | Counted
     b: Tensor
-    rows: int
+    rows: int | Tensor
 
     def __add__(self, other: Sums) -> Sums:
         if isinstance(self.a, Counted) and isinstance(other.a, Counted):
@@ -43,6 +43,11 @@ class Sums:
             assert isinstance(other.a, Tensor)
             a = self.a + other.a
         return Sums(a, self.b + other.b, self.rows + other.rows)
+
+
+def _rows(rows: int | Tensor) -> int | Tensor:
+    """What B is divided by; a group that no row has chosen has B = 0, too."""
+    return rows.clamp_min(1).view(-1, 1, 1) if isinstance(rows, Tensor) else rows
 
 
 @dataclass(frozen=True)
@@ -131,7 +136,7 @@ class Factors(Curvature):
         if self.settings.fisher == "forward-only":
             B = torch.diag_embed(torch.ones_like(sums.b.diagonal(dim1=-2, dim2=-1)))  # B = I
         else:
-            B = sums.b / sums.rows  # B = (1/#rows) Σ_c Σ g gᵀ
+            B = sums.b / _rows(sums.rows)  # B = (1/#rows) Σ_c Σ g gᵀ
         return Kronecker(
             A[0] if A.ndim == 3 and len(A) == 1 else A,
             B[0] if len(B) == 1 else B,

@@ -25,13 +25,14 @@ from fxkfac.curvature.diagonal import gradient_moments, positions_in_datum
 from fxkfac.curvature.factors import Factors, Settings, Sums
 from fxkfac.curvature.likelihoods import Likelihood
 from fxkfac.curvature.losses import likelihood_of, loss_text
-from fxkfac.curvature.padding import Mask, Padding, padding_of
+from fxkfac.curvature.padding import Mask, Padding, ignored_positions, padding_of
 from fxkfac.curvature.perdatum import exact_moment, exact_names
 from fxkfac.curvature.plan import BlockPlan, plan_blocks
-from fxkfac.curvature.sharing import SHARINGS, Counted, input_moment, output_moment
+from fxkfac.curvature.sharing import SHARINGS, Counted, Kept, input_moment, output_moment, rows_kept
 from fxkfac.errors import DataError, NonFiniteError, OptionError
 from fxkfac.functional import Params
 from fxkfac.graph.ir import Use
+from fxkfac.graph.normal import Input, detached
 from fxkfac.graph.program import Program, Run
 from fxkfac.graph.structure import EXACT, NONE
 from fxkfac.isolation import full_precision, own_randomness
@@ -66,7 +67,9 @@ def kfac(
         separate_weight_and_bias: Give each bias a block of its own, rather than W̃ = (W b).
         mask: Which positions of each datum are real, as (N, T): the keyword of an input, such as
             `"attention_mask"`, or a function of (inputs, targets), such as
-            `lambda x, y: y != -100`. Rows that are not are left out of A, B and the counts.
+            `lambda x, y: segments == 0`. Rows that are not are left out of A, B and the counts.
+            Without a mask, rows are left out that no term of the loss can see: those at positions
+            whose target is the loss's `ignore_index`, and at which no gradient arrives.
         generator: Source of random labels and signs: the same state gives the same factors, bit
             for bit. Default: the program's own, which goes on from call to call.
         progress: Show a progress bar over the batches.
@@ -123,7 +126,7 @@ class _Batch:
 
     program: Program
     run: Run
-    inputs: Mapping[Use, Tensor | None]
+    inputs: Mapping[Use, Input]
     settings: Settings
     likelihood: Likelihood
     targets: Tensor
@@ -142,10 +145,13 @@ class _Batch:
             self.generator,
         )
 
-    def input(self, use: Use) -> Tensor | None:
+    def input(self, use: Use) -> Input:
         """The tapped input of a use."""
-        x = self.inputs[use]
-        return None if x is None else x.detach()
+        return detached(self.inputs[use])
+
+    def kept(self, use: Use) -> Kept:
+        """Which rows of a use belong to which group, and are no padding."""
+        return rows_kept(use, self.inputs[use], self.padding.real(use, self.output(use)))
 
     def output(self, use: Use) -> Tensor:
         """The tapped output of a use."""
@@ -174,7 +180,11 @@ def _batch(
             )
         likelihood.validate(prediction, targets)
         tapped = dict(zip(run.tapped.uses, run.inputs, strict=True))
-        padding = padding_of(mask, inputs, targets, run)
+        padding = (
+            ignored_positions(likelihood, run, targets)
+            if mask is None
+            else padding_of(mask, inputs, targets, run)
+        )
         batch = _Batch(program, run, tapped, settings, likelihood, targets, generator, padding)
         apart = frozenset(n for n, kind in settings.structures.items() if kind != "kronecker")
         plans = plan_blocks(run.tapped.uses, settings.separate_weight_and_bias, apart)
@@ -222,21 +232,25 @@ def _sums(
     """Raw sums of every term of every block, and of the exact blocks of `names`."""
     terms = [term for plan in plans for term in plan.terms]
     sharing = batch.settings.sharing
-    kept = batch.padding.kept
-    moments = [input_moment(t, sharing, batch.input, batch.output, kept) for t in terms]
 
     def output_moments(gradients: Sequence[Tensor]) -> list[Tensor]:
-        return [output_moment(t, sharing, lambda use: gradients[use.tap], kept) for t in terms]
+        return [
+            output_moment(t, sharing, lambda use: gradients[use.tap], batch.kept) for t in terms
+        ]
 
     total: list[Tensor] = []
     exact: dict[str, Tensor] = {}
     for gradients in _gradients(batch):
+        for use in batch.run.tapped.uses:
+            batch.padding.look(use, gradients[use.tap])
         for name, moment in _exact_moments(batch, names, gradients).items():
             exact[name] = exact[name] + moment if name in exact else moment
         parts = output_moments(gradients)
         total = [t + p for t, p in zip(total, parts, strict=True)] if total else parts
     if not total:  # forward-only: nothing is sent back
         total = output_moments([torch.zeros_like(y) for y in batch.run.taps])
+    # Last, since what is padding may only be known when all gradients have been seen.
+    moments = [input_moment(t, sharing, batch.input, batch.output, batch.kept) for t in terms]
     rest = iter(Sums(a, b, rows) for (a, rows), b in zip(moments, total, strict=True))
     return [tuple(next(rest) for _ in plan.terms) for plan in plans], exact
 

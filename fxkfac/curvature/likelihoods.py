@@ -80,6 +80,10 @@ class Likelihood:
         """What `reduction="mean"` divides by, for this batch: counts of batches add up."""
         return float(len(f))
 
+    def ignored(self, f: Tensor, y: Target) -> Tensor | None:
+        """Sites whose target counts for nothing, like `f` with event axes of length one."""
+        return None
+
     def reduction_factor(self, count: float) -> float:
         """R, given the count of the whole data set. Raises `DataError` if there is none."""
         if self.reduction == "sum":

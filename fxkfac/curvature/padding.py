@@ -1,19 +1,22 @@
-"""Rows that are padding: left out of A, of B and of the counts, where the user says which they are.
+"""Rows that are padding: left out of A, of B and of the counts.
 
 A mask (N, T) says which of the T positions of each datum are real. It is laid over every use whose
 one shared axis has T places; uses with other rows, such as a class token's or a pooled one's, keep
-all of theirs.
+all of theirs. Without a mask, padding is what no term of the loss can see: positions whose target
+is ignored, in the rows of uses at which no gradient arrives.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from fxkfac.curvature.diagonal import by_datum
+from fxkfac.curvature.likelihoods import Likelihood
 from fxkfac.errors import DataError
 from fxkfac.graph.ir import Use
 from fxkfac.graph.normal import normal_y
@@ -31,32 +34,60 @@ class Padding:
     """The positions of one batch that are real, and the rows of the uses that they are.
 
     Attributes:
-        mask: Of shape (N, T), `None` where nothing is padding.
+        mask: Positions that are real, (N, T); `None` where the user gives no mask.
+        ignored: Positions whose target the loss ignores, (N, T), if there are any.
+        seen: For every use, the rows at which a gradient has arrived.
     """
 
     mask: Tensor | None = None
+    ignored: Tensor | None = None
+    seen: dict[Use, Tensor] = field(default_factory=dict)
 
-    def kept(self, use: Use, y: Tensor) -> Float[Tensor, "batch shared"] | None:
+    def real(self, use: Use, y: Tensor) -> Float[Tensor, "batch shared"] | None:
         """Ones where a row of the use is real, zeros where not; `None` where all are kept.
 
         Args:
             use: The use.
             y: Its output, as tapped.
         """
-        if self.mask is None or use.batch is None or use.is_bias:
+        if self.mask is not None:
+            return self.mask.to(y.dtype) if _aligned(use, y, self.mask) else None
+        if self.ignored is None or use not in self.seen:
             return None
-        rows = normal_y(use, y, use.batch).shape[1:3]
-        return self.mask.to(y.dtype) if rows == self.mask.shape else None
+        return (self.seen[use] | ~self.ignored).to(y.dtype)
+
+    def look(self, use: Use, gradient: Tensor) -> None:
+        """Remember at which rows a gradient arrives.
+
+        An ignored target alone does not make a row padding: a prompt has none, and yet all that is
+        said after it depends on it.
+        """
+        if self.ignored is not None and _aligned(use, gradient, self.ignored):
+            rows = (normal_y(use, gradient, use.batch) != 0).any(-1).any(0)
+            self.seen[use] = self.seen[use] | rows if use in self.seen else rows
 
 
-def padding_of(mask: Mask | None, inputs: Any, targets: Tensor, run: Run) -> Padding:
+def _aligned(use: Use, y: Tensor, positions: Tensor) -> bool:
+    """Whether the rows of a use are the positions of the data."""
+    if use.batch is None or use.is_bias:
+        return False
+    return normal_y(use, y, use.batch).shape[1:3] == positions.shape
+
+
+def ignored_positions(likelihood: Likelihood, run: Run, targets: Tensor) -> Padding:
+    """The padding that follows from a loss which ignores some targets, as by `ignore_index`."""
+    found = likelihood.ignored(run.prediction.detach(), targets)
+    if found is None or run.tapped.prediction is None or not bool(found.any()):
+        return Padding()
+    return Padding(ignored=by_datum(run, found))
+
+
+def padding_of(mask: Mask, inputs: Any, targets: Tensor, run: Run) -> Padding:
     """Read the mask of one batch.
 
     Raises:
         DataError: There is no such input, the mask is not (N, T), or no use has rows like it.
     """
-    if mask is None:
-        return Padding()
     if isinstance(mask, str):
         if not isinstance(inputs, Mapping) or mask not in inputs:
             raise DataError(f"mask={mask!r}, but no input has this keyword; pass a function.")
@@ -68,7 +99,7 @@ def padding_of(mask: Mask | None, inputs: Any, targets: Tensor, run: Run) -> Pad
         raise DataError(f"the mask is {shape}; expected a tensor (N, T) with N = {run.n}.")
     padding = Padding(found.to(torch.bool))
     uses = run.tapped.uses
-    if all(padding.kept(u, run.taps[u.tap]) is None for u in uses):
+    if all(padding.real(u, run.taps[u.tap]) is None for u in uses):
         raise DataError(
             f"no use has rows like the mask {tuple(found.shape)}: one shared axis of "
             f"{found.shape[1]} places. Leave the mask out."

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fxkfac.curvature.sharing import accurate_dtype, known
 from fxkfac.graph.ir import Use
-from fxkfac.graph.normal import OneHotRows, normal_weight, normal_x, normal_y
+from fxkfac.graph.normal import Input, OneHotRows, normal_weight, normal_x, normal_y
 from fxkfac.graph.program import Program, Tapped
 from fxkfac.graph.structure import EXACT
 
@@ -27,7 +27,7 @@ def exact_moment(
     structure: str,
     shape: tuple[int, ...],
     uses: Sequence[Use],
-    inputs: Callable[[Use], Tensor | None],
+    inputs: Callable[[Use], Input],
     gradients: Callable[[Use], Tensor],
 ) -> Tensor:
     """Σ_n G_n² in the parameter's shape, or Σ_n vec(G_n) vec(G_n)ᵀ, for one vector."""
@@ -67,7 +67,7 @@ def zero_moment(parameter: Tensor, structure: str) -> Tensor:
 def _gradients(
     name: str,
     uses: Sequence[Use],
-    inputs: Callable[[Use], Tensor | None],
+    inputs: Callable[[Use], Input],
     gradients: Callable[[Use], Tensor],
 ) -> Iterator[Tensor]:
     """(chunk, numel): the gradients of some of the data after those of others."""
@@ -107,8 +107,9 @@ def _own(name: str, use: Use, x: Tensor | OneHotRows | None, g: Tensor) -> Tenso
     elif x is None:
         G = use.form.scale * g.sum(2).movedim(0, 1)
     else:
+        groups = max(groups, len(x))
         x = x.to(g.dtype).expand(groups, n, shared, -1)
-        G = torch.einsum("gnsi,gnso->ngio", x, g)
+        G = torch.einsum("gnsi,gnso->ngio", x, g.expand(groups, -1, -1, -1))
     entries = normal_weight(use).flatten().to(g.device)
     flat = g.new_zeros(n, use.view.numel).index_add(1, entries, G.flatten(1))
     sizes = [torch.Size(shape).numel() for shape in use.view.shapes]

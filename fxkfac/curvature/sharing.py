@@ -9,7 +9,7 @@ gradient is Σ_s g, so that its block is exact.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -21,17 +21,29 @@ from torch import Tensor
 from fxkfac.curvature.plan import TermPlan
 from fxkfac.errors import BatchAxisError, FxkfacError
 from fxkfac.graph.ir import BatchAxis, Use
-from fxkfac.graph.normal import OneHotRows, normal_weight, normal_x, normal_y
+from fxkfac.graph.normal import (
+    Input,
+    OneHotRows,
+    Routed,
+    group_of_rows,
+    normal_weight,
+    normal_x,
+    normal_y,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
 SHARINGS = ("expand", "reduce")
 
-Inputs = Callable[[Use], Tensor | None]
+Inputs = Callable[[Use], Input]
 Gradients = Callable[[Use], Tensor]
-Kept = Callable[[Use, Tensor], Tensor | None]
 Rows = Tensor | OneHotRows | None
+
+# Ones where a row of a use counts, for every group or for all alike; `None` where all rows do.
+# Without a batch axis, all rows are one datum's.
+Kept = Tensor | None
+KeptOf = Callable[[Use], Kept]
 
 
 @dataclass(frozen=True)
@@ -41,9 +53,25 @@ class Counted:
     diagonal: Float[Tensor, " d_in"]
 
 
+def rows_kept(use: Use, x: Input, real: Tensor | None) -> Kept:
+    """Which rows count, of shape (group, batch, shared), or (1, batch, shared).
+
+    Args:
+        use: The use.
+        x: Its tapped input.
+        real: Which rows are no padding, (batch, shared).
+    """
+    if not isinstance(x, Routed):
+        return None if real is None else real.unsqueeze(0)
+    chosen = group_of_rows(use, x, use.batch)
+    if use.batch is None:
+        chosen = chosen.flatten(1).unsqueeze(1)
+    return chosen.to(x.x.dtype) * (1 if real is None else real)
+
+
 def input_moment(
-    term: TermPlan, sharing: str, inputs: Inputs, outputs: Gradients, kept: Kept
-) -> tuple[Tensor | Counted, int]:
+    term: TermPlan, sharing: str, inputs: Inputs, outputs: Gradients, kept: KeptOf
+) -> tuple[Tensor | Counted, int | Tensor]:
     """Σ_rows x̃ x̃ᵀ of a term over one batch, and its number of rows.
 
     Args:
@@ -51,54 +79,72 @@ def input_moment(
         sharing: `"expand"` or `"reduce"`; a bias by itself is not asked.
         inputs: The input of a use, as tapped.
         outputs: The output of a use, as tapped; for its shape.
-        kept: Which rows of a use are no padding, given its output.
+        kept: Which rows of a use count.
 
     Returns:
-        The sum of shape (group, in, in), or its diagonal for one-hot rows; the number of rows.
+        The sum of shape (group, in, in), or its diagonal for one-hot rows; the number of rows, of
+        shape (group,) where groups have rows of their own.
     """
     if term.is_bias:
         y = outputs(term.uses[0])
         n = normal_y(term.uses[0], y, known(term.uses[0])).shape[1]
         return torch.full((1, 1, 1), n, dtype=accurate_dtype(y), device=y.device), n
-    real = [kept(u, outputs(u)) for u in term.uses]
-    at = [
-        known(u) if sharing == "reduce" or m is not None else None
-        for u, m in zip(term.uses, real, strict=True)
-    ]
+    masks = [kept(u) for u in term.uses]
+    at = [_layout(u, sharing, m) for u, m in zip(term.uses, masks, strict=True)]
     rows = [normal_x(u, inputs(u), b) for u, b in zip(term.uses, at, strict=True)]
     like = [normal_y(u, outputs(u), b) for u, b in zip(term.uses, at, strict=True)]
-    total = sum(
-        y.shape[1:-1].numel() if m is None else int(m.count_nonzero())
-        for y, m in zip(like, real, strict=True)
-    )
+    total = _total(_rows(y, m) for y, m in zip(like, masks, strict=True))
     if sharing == "expand" and all(isinstance(r, OneHotRows) for r in rows):
-        return _count(rows, like, real), total
+        return _count(rows, like, masks), total
     dense = [
-        _with_columns(term, k, _accurate(_dense(r, y)))
-        for k, (r, y) in enumerate(zip(rows, like, strict=True))
-    ]
-    dense = [
-        x if m is None else x * m.unsqueeze(-1).to(x.dtype)
-        for x, m in zip(dense, real, strict=True)
+        _masked(_by_datum(_with_columns(term, k, _accurate(_dense(r, y)))), m)
+        for k, (r, y, m) in enumerate(zip(rows, like, masks, strict=True))
     ]
     if sharing == "reduce":
-        places = sum(_places(y, m) for y, m in zip(like, real, strict=True))
+        places = sum(_places(y, m) for y, m in zip(like, masks, strict=True))
         assert isinstance(places, Tensor)
         x = torch.cat(dense, dim=2).sum(2) / places.clamp_min(1).unsqueeze(-1)  # x̂ = mean_s x
-        return x.mT @ x, int((places > 0).sum())
-    x = torch.cat([d.flatten(1, -2) for d in dense], dim=1)
+        return x.mT @ x, _total([(places > 0).sum(-1)])
+    x = torch.cat([d.flatten(1, 2) for d in dense], dim=1)
     return x.mT @ x, total
 
 
-def _places(y: Tensor, real: Tensor | None) -> Float[Tensor, " batch"]:
+def _layout(use: Use, sharing: str, kept: Kept) -> BatchAxis | None:
+    """The batch axis, where rows have to be told by their datum."""
+    if sharing == "reduce":
+        return known(use)
+    return None if kept is None else use.batch
+
+
+def _by_datum(x: Tensor) -> Float[Tensor, "group batch shared d"]:
+    """Rows in whatever axes as rows of one datum."""
+    return x if x.ndim == 4 else x.flatten(1, -2).unsqueeze(1)
+
+
+def _masked(x: Float[Tensor, "group batch shared d"], kept: Kept) -> Tensor:
+    return x if kept is None else x * kept.unsqueeze(-1).to(x.dtype)
+
+
+def _rows(y: Tensor, kept: Kept) -> int | Tensor:
+    """The number of rows of an output in normal form; of every group, where these differ."""
+    return y.shape[1:-1].numel() if kept is None else kept.count_nonzero((1, 2))
+
+
+def _total(numbers: Iterable[int | Tensor]) -> int | Tensor:
+    """Their sum; one number where all groups have the same."""
+    total = sum(numbers)
+    return int(total) if isinstance(total, Tensor) and len(total) == 1 else total
+
+
+def _places(y: Tensor, kept: Kept) -> Float[Tensor, "group batch"]:
     """The number of rows of every datum in an output in normal form."""
-    if real is None:
-        return y.new_full(y.shape[1:2], y.shape[2], dtype=accurate_dtype(y))
-    return real.to(accurate_dtype(y)).sum(1)
+    if kept is None:
+        return y.new_full((1, y.shape[1]), y.shape[2], dtype=accurate_dtype(y))
+    return kept.to(accurate_dtype(y)).sum(2)
 
 
 def output_moment(
-    term: TermPlan, sharing: str, gradients: Gradients, kept: Kept
+    term: TermPlan, sharing: str, gradients: Gradients, kept: KeptOf
 ) -> Float[Tensor, "g o o"]:
     """Σ_rows g gᵀ of a term over one batch, for one backpropagated vector."""
     if term.is_bias:
@@ -106,20 +152,16 @@ def output_moment(
         g = sum(_bias_gradient(term, u, gradients(u)) for u in term.uses)  # Σ_s g of every datum
         assert isinstance(g, Tensor)
         return (g.mT @ g).unsqueeze(0)
-    parts = [_real_gradient(u, gradients(u), sharing, kept) for u in term.uses]
+    parts = []
+    for use in term.uses:
+        mask = kept(use)
+        y = normal_y(use, gradients(use), _layout(use, sharing, mask))
+        parts.append(_masked(_by_datum(y), mask))
     if sharing == "reduce":
         g = _accurate(torch.cat(parts, dim=2)).sum(2)  # ĝ = Σ_s g
     else:
-        g = _accurate(torch.cat([p.flatten(1, -2) for p in parts], dim=1))
+        g = _accurate(torch.cat([p.flatten(1, 2) for p in parts], dim=1))
     return g.mT @ g
-
-
-def _real_gradient(use: Use, gradient: Tensor, sharing: str, kept: Kept) -> Tensor:
-    """The gradient of a use in normal form, zero in the rows that are padding."""
-    real = kept(use, gradient)
-    if real is not None:
-        return normal_y(use, gradient, known(use)) * real.unsqueeze(-1).to(gradient.dtype)
-    return normal_y(use, gradient, known(use) if sharing == "reduce" else None)
 
 
 LARGEST_BLOCK = 2**28  # numbers in the exact block of a bias: 1 GiB in float32
@@ -177,9 +219,9 @@ def _with_columns(term: TermPlan, place: int, x: Tensor) -> Tensor:
     return torch.cat([x, *ones], dim=-1) if ones else x
 
 
-def _count(rows: Sequence[Rows], like: Sequence[Tensor], real: Sequence[Tensor | None]) -> Counted:
+def _count(rows: Sequence[Rows], like: Sequence[Tensor], kept: Sequence[Kept]) -> Counted:
     total: list[Tensor] = []
-    for r, y, m in zip(rows, like, real, strict=True):
+    for r, y, m in zip(rows, like, kept, strict=True):
         assert isinstance(r, OneHotRows)
         indices = r.indices.expand(y.shape[1:-1]).flatten()
         weights = None if m is None else m.flatten().to(accurate_dtype(y))

@@ -40,7 +40,8 @@ def join_biases(uses: list[Use], graph: Graph, example: Example) -> list[Use]:
 
 def _has_column(form: Form) -> bool:
     """Whether a bias may be one more column: not beside one-hot rows, patches of y, or a scale."""
-    return not isinstance(form.prepare, OneHot) and form.folded is None and not form.is_elementwise
+    plain = form.folded is None and form.routes is None
+    return plain and not isinstance(form.prepare, OneHot) and not form.is_elementwise
 
 
 def _join(

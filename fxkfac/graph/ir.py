@@ -67,6 +67,25 @@ class OneHot:
 
 
 @dataclass(frozen=True)
+class Routes:
+    """Every row takes the weight of one group, whose number an index says.
+
+    Attributes:
+        index: The node of the numbers; or, for rows that are sorted by group, of each group's end.
+        axes: The row axes of the numbers, as an einops axis list.
+        axis: The group axis, which only the weight has.
+        size: Number of groups.
+        ends: Whether the index holds the groups' ends.
+    """
+
+    index: Node
+    axes: str
+    axis: str
+    size: int
+    ends: bool = False
+
+
+@dataclass(frozen=True)
 class Form:
     """One linear op as one einsum over named axes.
 
@@ -80,6 +99,7 @@ class Form:
         sizes: Lengths of axes inside brackets that the shapes do not tell.
         scale: The op computes `scale` times the einsum.
         apart: Axes in W and y that count as group axes, although x does not have them.
+        routes: Which group's weight a row takes, where it takes one alone.
     """
 
     weight: str
@@ -91,12 +111,14 @@ class Form:
     sizes: Mapping[str, int] = field(default_factory=dict)
     scale: float = 1.0
     apart: tuple[str, ...] = ()
+    routes: Routes | None = None
 
     @property
     def group(self) -> list[str]:
-        """Axes in W, x and y; and those that are taken apart."""
-        inside = [*letters(self.x), *self.apart]
-        return [a for a in letters(self.weight) if a in inside and a in letters(self.y)]
+        """Axes in W, x and y; those that are taken apart, and the one that is chosen from."""
+        chosen = [self.routes.axis] if self.routes else []
+        inside = [*letters(self.x), *self.apart, *chosen]
+        return [a for a in letters(self.weight) if a in inside and a in [*letters(self.y), *chosen]]
 
     @property
     def d_in(self) -> list[str]:
@@ -133,11 +155,17 @@ class Form:
         present = [a for a in self.rows if a in own]
         return self._normal_rows(self.x, present, self.d_in, batch)
 
-    def spread(self, batch: BatchAxis) -> list[str]:
-        """Shared axes that x lacks while it has others: x repeats itself along them."""
+    def normal_routes(self, batch: BatchAxis | None = None) -> str:
+        """The same for the numbers of the groups: (1, rows.., 1) or (1, batch, shared, 1)."""
+        assert self.routes is not None
+        axes = self.routes.axes
+        return self._normal_rows(axes, [a for a in self.rows if a in letters(axes)], [], batch)
+
+    def spread(self, axes: str, batch: BatchAxis) -> list[str]:
+        """Shared axes that a tensor lacks while it has others: it repeats itself along them."""
         shared = [a for a in self.rows if a != batch.axis]
-        lacking = [a for a in shared if a not in letters(self.x)]
-        inside = batch.outer * batch.inner > 1 and batch.axis in letters(self.x)
+        lacking = [a for a in shared if a not in letters(axes)]
+        inside = batch.outer * batch.inner > 1 and batch.axis in letters(axes)
         return lacking if inside or len(lacking) < len(shared) else []
 
     def normal_y(self, batch: BatchAxis | None = None) -> str:

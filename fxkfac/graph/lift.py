@@ -65,7 +65,7 @@ def _at(
     moved = View(("",), (tuple(y_shape),), (node, *layout), example.numbers).index()
     places = moved.expand(shape)
     tokens = axis_tokens(form.y)
-    axes = [_axis(places, a, tuple(y_shape), tokens) for a in range(len(shape))]
+    axes = [axis_of(places, a, tuple(y_shape), tokens) for a in range(len(shape))]
     if sorted(t for t in axes if t in tokens) != sorted(
         t for t, n in zip(tokens, y_shape, strict=True) if n > 1
     ):
@@ -73,8 +73,14 @@ def _at(
     return replace(form, y=" ".join(axes), scale=form.scale * sign)
 
 
-def _axis(places: torch.Tensor, axis: int, y_shape: tuple[int, ...], tokens: list[str]) -> str:
-    """What one axis of the addition is: an axis of the output, a unit axis, or a new row axis."""
+def axis_of(places: torch.Tensor, axis: int, y_shape: tuple[int, ...], tokens: list[str]) -> str:
+    """What one axis of an op that takes an output is: one of its axes, a unit axis, or a new one.
+
+    Args:
+        places: The numbers of the output's entries, as they lie in the operand.
+        axis: The axis of `places`.
+        y_shape, tokens: Shape and axes of the output.
+    """
     if places.shape[axis] == 1:
         return "1"
     along = places.movedim(axis, 0).flatten(1)[:, 0]

@@ -57,8 +57,10 @@ def locate(
         g = (before[use.tap], after[use.tap])
         pairs = [g, (first[2][use.tap].detach(), second[2][use.tap].detach())]
         axes.append(_batch_axis(use, pairs, (first[1][k], second[1][k]), n, order))
-        summed = at is not None and axes[-1] is None and bool(g[0].any()) and _close(*g)
-        constant.append(summed)
+        constant.append(at is not None and axes[-1] is None and bool(g[0].any()) and _close(*g))
+    if at is not None and any(constant):
+        shared = _shared_by_data(first, uses, cotangent, at, n)
+        constant = [c and s for c, s in zip(constant, shared, strict=True)]
     return Located(at, tuple(axes), tuple(constant))
 
 
@@ -81,12 +83,40 @@ def is_coupled(
     return not _close(before, after)
 
 
+def _shared_by_data(
+    taps: Taps, uses: Sequence[Use], cotangent: Tensor, at: Layout, n: int
+) -> list[bool]:
+    """For every use, whether a row has gradients from several data.
+
+    Rows that are chosen from all data, as by experts of a given capacity, are the same in any
+    order, too; but each one's gradient comes from its own datum alone.
+    """
+    datum = torch.arange(n, device=cotangent.device).view(-1, 1)
+    axis, outer, inner = at
+    first = (datum == 0).expand(outer, n, inner).flatten()
+    first = first.view(-1, *[1] * (cotangent.ndim - axis - 1))
+    one, rest = (_gradients(taps, cotangent * (first if k else ~first)) for k in (True, False))
+    return [
+        bool((_rows(u, one[u.tap]) & _rows(u, rest[u.tap])).any()) if n > 1 else True for u in uses
+    ]
+
+
+def _rows(use: Use, gradient: Tensor) -> Tensor:
+    """Which rows have a gradient."""
+    return (normal_y(use, gradient, None) != 0).any(-1).any(0)
+
+
 def _gradients(taps: Taps, cotangent: Tensor) -> tuple[Tensor, ...]:
     prediction, _, outputs = taps
     if not outputs or not prediction.requires_grad:
         return tuple(torch.zeros_like(y) for y in outputs)
     return torch.autograd.grad(
-        prediction, outputs, cotangent, allow_unused=True, materialize_grads=True
+        prediction,
+        outputs,
+        cotangent,
+        retain_graph=True,
+        allow_unused=True,
+        materialize_grads=True,
     )
 
 

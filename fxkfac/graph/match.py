@@ -7,7 +7,7 @@ is listed in `unsupported` with the reason. Nothing is left out silently.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,6 +21,7 @@ from fxkfac.graph.bias import join_biases
 from fxkfac.graph.dependence import LIKE, SHAPE_ONLY, depend_on
 from fxkfac.graph.ir import Example, Form, OneHot, Source, Use
 from fxkfac.graph.lift import lift
+from fxkfac.graph.route import route
 from fxkfac.graph.rules.registry import RULES, NotLinear, Operand, call_of, operands
 from fxkfac.graph.source import module_of, source_of
 from fxkfac.graph.view import View, is_layout
@@ -61,7 +62,7 @@ def match(
     parameters: Mapping[Node, str],
     inputs: Sequence[Node],
     example: Example,
-    lifted: frozenset[str] = frozenset(),
+    lifted: Collection[str] = (),
     apart: Mapping[str, int] | None = None,
 ) -> Matched:
     """Find every use of the parameters, whose nodes are the keys of `parameters`.
@@ -81,7 +82,10 @@ def match(
         try:
             use = _use(node, operand, chain, parameters, example)
             use = take_apart(use, apart or {})
-            found += _lifted(use, node, dependent, example) if node.name in lifted else [use]
+            if node.name in lifted:
+                found += _lifted(use, node, dependent, example)
+            else:
+                found += _routed(use, node, example) or [use]
         except NotLinear as reason:
             unsupported.append(_refuse(node, chain, parameters, str(reason)))
     return Matched(tuple(join_biases(found, graph, example)), tuple(unsupported))
@@ -130,6 +134,23 @@ def _lifted(use: Use, node: Node, dependent: set[Node], example: Example) -> lis
     return [
         replace(use, node=at.name, form=form, y_shape=tuple(example.shapes[at]))
         for at, form in lift(node, use.form, dependent, example)
+    ]
+
+
+def _routed(use: Use, node: Node, example: Example) -> list[Use]:
+    """The products that take the matrices which a use looks up, if that is what it does."""
+    return [
+        replace(
+            use,
+            op=op_name(at),
+            node=at.name,
+            form=form,
+            source=source_of(at),
+            module=module_of(at),
+            x_shape=tuple(example.shapes[form.input]) if form.input is not None else (),
+            y_shape=tuple(example.shapes[at]),
+        )
+        for at, form in route(node, use.form, example)
     ]
 
 
@@ -188,7 +209,8 @@ def _narrow(view: View, form: Form, shape: Size) -> tuple[View, Form]:
 
 
 def _require_einsum(form: Form) -> None:
-    lost = [a for a in letters(form.weight) if a not in letters(form.x) + letters(form.y)]
+    known = [*letters(form.x), *letters(form.y), *form.group]
+    lost = [a for a in letters(form.weight) if a not in known]
     if lost:
         raise NotLinear("the op sums over the parameter alone; sum it before the product")
 

@@ -6,17 +6,18 @@ Design: y[g, rows, o] = Σ_i W[g, i, o] x[g, rows, i]. Whoever is above this fil
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
 from torch import Tensor
 
-from fxkfac.graph.axes import axis_lengths
-from fxkfac.graph.ir import BatchAxis, Folded, OneHot, Patches, Use
+from fxkfac.graph.axes import axis_lengths, axis_tokens
+from fxkfac.graph.ir import BatchAxis, Folded, Form, OneHot, Patches, Use
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,23 @@ class OneHotRows:
     size: int
     ignored: int | None
     scale: float
+
+
+class Routed(NamedTuple):
+    """The tapped input of a use whose rows take the weight of one group each."""
+
+    x: Tensor
+    numbers: Tensor
+
+
+Input = Tensor | Routed | None  # what is tapped as the input of a use
+
+
+def detached(x: Input) -> Input:
+    """The same, without the graph behind it."""
+    if isinstance(x, Routed):
+        return Routed(x.x.detach(), x.numbers)
+    return None if x is None else x.detach()
 
 
 def unfold(x: Tensor, patches: Patches) -> Tensor:
@@ -56,12 +74,17 @@ def _only(x: Tensor, axes: tuple[int, ...]) -> Tensor:
     return x.squeeze(axes)
 
 
-def normal_x(use: Use, x: Tensor | None, batch: BatchAxis | None) -> Tensor | OneHotRows | None:
+def normal_x(use: Use, x: Input, batch: BatchAxis | None) -> Tensor | OneHotRows | None:
     """The input of a use in normal form; `None` where it is the constant one.
 
     Row axes that the input does not have come out with length one, all or none of the shared ones.
+    Where every row takes the weight of one group, it is zero in the others.
     """
     form = use.form
+    if isinstance(x, Routed):
+        rows = normal_x(use, x.x, batch)
+        assert isinstance(rows, Tensor)
+        return rows * group_of_rows(use, x, batch).unsqueeze(-1)
     if x is None:
         return None
     if isinstance(form.prepare, OneHot):
@@ -73,13 +96,42 @@ def normal_x(use: Use, x: Tensor | None, batch: BatchAxis | None) -> Tensor | On
         return OneHotRows(indices, form.prepare.size, form.prepare.ignored, form.scale)
     if isinstance(form.prepare, Patches):
         x = unfold(x, form.prepare)
-    if batch is not None and (lacking := form.spread(batch)):
-        lengths = axis_lengths(form.y, use.y_shape, form.sizes)
-        axes = f"{form.x} {' '.join(lacking)}"
-        sizes = {a: lengths[a] for a in lacking} | form.row_sizes(form.x, None)
-        x, form = repeat(x, f"{form.x} -> {axes}", **sizes), replace(form, x=axes)
-    x = reduce(x, form.normal_x(batch), "sum", **form.row_sizes(form.x, batch))
+    x, axes = _spread(use, x, form.x, batch)
+    x = reduce(x, replace(form, x=axes).normal_x(batch), "sum", **form.row_sizes(axes, batch))
     return x if form.scale == 1.0 else form.scale * x
+
+
+def _spread(use: Use, t: Tensor, axes: str, batch: BatchAxis | None) -> tuple[Tensor, str]:
+    """Repeat a tensor along the shared axes that it lacks, where it has others of them."""
+    lacking = use.form.spread(axes, batch) if batch is not None else []
+    if not lacking:
+        return t, axes
+    lengths = axis_lengths(use.form.y, use.y_shape, use.form.sizes)
+    sizes = {a: lengths[a] for a in lacking} | use.form.row_sizes(axes, None)
+    wider = f"{axes} {' '.join(lacking)}"
+    return repeat(t, f"{axes} -> {wider}", **sizes), wider
+
+
+def group_of_rows(
+    use: Use, x: Routed, batch: BatchAxis | None
+) -> Bool[Tensor, "group batch shared"]:
+    """Whether a row takes the weight of a group, for every group; (group, rows..) without batch."""
+    form, routes = use.form, use.form.routes
+    assert routes is not None
+    numbers, axes = _spread(use, _numbers(form, x), routes.axes, batch)
+    pattern = replace(form, routes=replace(routes, axes=axes)).normal_routes(batch)
+    numbers = rearrange(numbers, pattern, **form.row_sizes(axes, batch)).squeeze(-1)
+    groups = torch.arange(routes.size, device=numbers.device)
+    return numbers == groups.view(-1, *[1] * (numbers.ndim - 1))
+
+
+def _numbers(form: Form, x: Routed) -> Tensor:
+    """The number of every row's group; no group's where a row lies behind the last one."""
+    assert form.routes is not None
+    if not form.routes.ends:
+        return x.numbers.remainder(form.routes.size)  # W[-1] is the last one
+    rows = x.x.shape[axis_tokens(form.x).index(form.routes.axes)]
+    return torch.searchsorted(x.numbers, torch.arange(rows).to(x.numbers), right=True)
 
 
 def normal_y(use: Use, y: Tensor, batch: BatchAxis | None) -> Tensor:
@@ -106,7 +158,7 @@ def normal_weight(use: Use) -> Tensor:
     return rearrange(use.view.index(), use.form.normal_weight, **use.form.sizes)
 
 
-def parameter_gradient(use: Use, x: Tensor | None, gradient: Tensor) -> Float[Tensor, " numel"]:
+def parameter_gradient(use: Use, x: Input, gradient: Tensor) -> Float[Tensor, " numel"]:
     """The use's part of the parameters' gradient, Σ_rows x gᵀ mapped back through the view.
 
     Args:

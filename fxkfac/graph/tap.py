@@ -8,14 +8,16 @@ the parameters ask for none, so no weight gradient is ever computed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from fxkfac.graph.ir import Use
+from fxkfac.graph.ir import Form, Use
+from fxkfac.graph.normal import Routed
 
 aten = torch.ops.aten
 
@@ -38,14 +40,19 @@ def tap_uses(module: GraphModule, uses: Sequence[Use]) -> tuple[GraphModule, tup
     places = list(dict.fromkeys(use.node for use in uses))
     taps = [_insert(nodes[name]) for name in places]
     (output,) = (n for n in graph.nodes if n.op == "output")
-    inputs = [nodes[u.form.input.name] if u.form.input else None for u in uses]
-    tapped = dict(zip(places, taps, strict=True))
     # A use may read the output of another one: then what it reads is that tap.
-    inputs = [tapped.get(n.name, n) if n else None for n in inputs]
-    output.args = ((output.args[0], inputs, taps),)
+    nodes |= dict(zip(places, taps, strict=True))
+    output.args = ((output.args[0], [_input(u.form, nodes) for u in uses], taps),)
     graph.lint()
     placed = tuple(replace(use, tap=places.index(use.node)) for use in uses)
     return GraphModule(module, graph), placed
+
+
+def _input(form: Form, nodes: Mapping[str, Node]) -> Any:
+    if form.input is None:
+        return None
+    x = nodes[form.input.name]
+    return Routed(x, nodes[form.routes.index.name]) if form.routes else x  # type: ignore[arg-type]
 
 
 def _insert(node: Node) -> Node:

@@ -6,7 +6,7 @@ three trustworthy.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -155,10 +155,8 @@ def _compile(
     """Match, tap, locate and verify one captured graph."""
     trial = attempt(model, captured, tensors, dynamic, structures)
     example = record(captured.module, [*trial.state.values(), *trial.data])
-    matched, uses, located = match_and_locate(trial, example, frozenset())
-    if summed := frozenset(u.node for u, c in zip(uses, located.constant, strict=True) if c):
-        matched, uses, located = match_and_locate(trial, example, summed)
-    uses, unsupported = _covered(uses, located, matched)
+    matched, located = match_and_locate(trial, example)
+    uses, unsupported = _covered(matched, located)
     module, uses = tap_uses(captured.module, uses)
     tapped = Tapped(
         captured,
@@ -182,20 +180,18 @@ def _compile(
     return tapped
 
 
-def _covered(
-    uses: Sequence[Use], located: Located, matched: Matched
-) -> tuple[tuple[Use, ...], tuple[Unsupported, ...]]:
+def _covered(matched: Matched, located: Located) -> tuple[tuple[Use, ...], tuple[Unsupported, ...]]:
     """Give the uses their batch axes; a parameter with one use without normal form loses all."""
     summed = [
         Unsupported(u.parameters, u.op, u.node, SUMMED, u.source, u.module)
-        for u, constant in zip(uses, located.constant, strict=True)
+        for u, constant in zip(matched.uses, located.constant, strict=True)
         if constant
     ]
     unsupported = (*matched.unsupported, *summed)
     lost = {p for u in unsupported for p in u.parameters}
     kept: list[Use] = []
     places: dict[int, int] = {}
-    for k, (use, batch) in enumerate(zip(uses, located.uses, strict=True)):
+    for k, (use, batch) in enumerate(zip(matched.uses, located.uses, strict=True)):
         if lost & set(use.parameters):
             continue
         places[k] = len(kept)

@@ -6,7 +6,7 @@ the example and on other data, and the uses with what the experiments found of t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,6 +15,7 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from fxkfac.graph.capture import Captured, Refusal
+from fxkfac.graph.dependence import depend_on
 from fxkfac.graph.derived import derived_weights
 from fxkfac.graph.ir import Example, Use
 from fxkfac.graph.locate import Located, is_coupled, locate
@@ -77,18 +78,43 @@ def _differs_at(
         return str(error)
 
 
-def match_and_locate(
-    trial: Trial, example: Example, lifted: frozenset[str]
-) -> tuple[Matched, tuple[Use, ...], Located]:
-    """Match, and find by experiment where the data are in each tap."""
-    captured, bound, signature = trial.captured, trial.model.bound, trial.model.signature
-    apart = set(bound.selected) - set(trial.structures.derived)
+def match_and_locate(trial: Trial, example: Example) -> tuple[Matched, Located]:
+    """Match, and find by experiment where the data are in each tap.
+
+    An op that meets no data may need to be lifted. Whether it does, the same experiment tells: both
+    ways are tapped in it.
+    """
+    plain = _match(trial, example, ())
+    dependent = depend_on(trial.captured.module.graph, trial.captured.inputs())
+    names = {n.name for n in dependent}
+    apart = {u.node for u in plain.uses if u.node not in names}
+    ways = {frozenset[str](): plain}
+    if apart:
+        ways[frozenset(apart)] = _match(trial, example, apart)
+    uses, located = _locate(trial, [u for way in ways.values() for u in way.uses])
+    constant = zip(uses[: len(plain.uses)], located.constant, strict=False)
+    lifted = frozenset(u.node for u, c in constant if c and u.node in apart)
+    if lifted not in ways:  # some are to be lifted and others not
+        ways = {lifted: _match(trial, example, lifted)}
+        uses, located = _locate(trial, ways[lifted].uses)
+    start = 0 if lifted == next(iter(ways)) else len(plain.uses)
+    end = start + len(ways[lifted].uses)
+    located = replace(located, uses=located.uses[start:end], constant=located.constant[start:end])
+    return ways[lifted], located
+
+
+def _match(trial: Trial, example: Example, lifted: Collection[str]) -> Matched:
+    captured = trial.captured
+    apart = set(trial.model.bound.selected) - set(trial.structures.derived)
     selected = {n: name for n, name in captured.placeholders().items() if name in apart}
     selected |= trial.derived
-    matched = match(
-        captured.module.graph, selected, captured.inputs(), example, lifted, trial.structures.apart
-    )
-    quiet, uses = tap_uses(without_dropout(captured.module), matched.uses)
+    graph, parts = captured.module.graph, trial.structures.apart
+    return match(graph, selected, captured.inputs(), example, lifted, parts)
+
+
+def _locate(trial: Trial, uses: Sequence[Use]) -> tuple[tuple[Use, ...], Located]:
+    signature = trial.model.signature
+    quiet, uses = tap_uses(without_dropout(trial.captured.module), uses)
     located = locate(
         lambda data: run_graph(quiet, trial.state, data),
         signature.permute,
@@ -97,9 +123,9 @@ def match_and_locate(
         uses,
         trial.generator,
     )
-    routed = {n.name for n in captured.module.graph.nodes if _is_routed(n)}
+    routed = {n.name for n in trial.captured.module.graph.nodes if _is_routed(n)}
     constant = (c and u.node not in routed for c, u in zip(located.constant, uses, strict=True))
-    return matched, uses, replace(located, constant=tuple(constant))
+    return uses, replace(located, constant=tuple(constant))
 
 
 def coupled(trial: Trial, located: Located) -> bool:

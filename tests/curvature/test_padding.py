@@ -92,3 +92,63 @@ def test_masks_that_do_not_fit(data):
     ]:
         with pytest.raises(DataError, match=says):
             fxkfac.kfac(program, loss, data, mask=mask)
+
+
+class Causal(nn.Module):
+    """A language model of one block: no position sees a later one."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.qkv = nn.Embedding(7, 4), nn.Linear(4, 12)
+        self.mlp, self.head = nn.Linear(4, 4), nn.Linear(4, 7)
+
+    def forward(self, tokens):
+        h = self.table(tokens)
+        q, k, v = self.qkv(h).chunk(3, dim=-1)
+        h = h + nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.head(h + torch.tanh(self.mlp(h))).movedim(-1, 1)
+
+
+LENGTHS = (3, 5, 2, 4)
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.parametrize("fisher", ["type-2", "empirical"])
+def test_rows_that_no_loss_term_can_see_follow_from_ignore_index(fisher, sharing):
+    """Padded behind, with a prompt of one token: as if each datum had its own length."""
+    tokens, labels = classes(N, T, C=7), classes(N, T, C=7, seed=2)
+    labels[:, 0] = -100  # the prompt, which all other positions see
+    for n, length in enumerate(LENGTHS):
+        labels[n, length:] = -100
+    model, loss = seeded(Causal), nn.CrossEntropyLoss(reduction="sum")
+    program = fxkfac.trace(model, tokens)
+    found = fxkfac.kfac(program, loss, (tokens, labels), fisher=fisher, sharing=sharing)
+    singles = [
+        fxkfac.kfac(program, loss, (t[None, :m], y[None, :m]), fisher=fisher, sharing=sharing)
+        for t, y, m in zip(tokens, labels, LENGTHS, strict=True)
+    ]
+    expected = singles[0] + singles[1] + singles[2] + singles[3]
+    for name, block in expected.items():
+        torch.testing.assert_close(found[name].A, block.A)
+        torch.testing.assert_close(found[name].B, block.B)
+
+
+def test_the_same_for_a_loss_over_flat_positions():
+    tokens, labels = classes(N, T, C=7), classes(N, T, C=7, seed=2)
+    labels[:, 3:] = -100
+    model, loss = seeded(Causal), nn.CrossEntropyLoss()
+    plain = fxkfac.kfac(fxkfac.trace(model, tokens), loss, (tokens, labels))
+
+    class Flat(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, tokens):
+            return self.model(tokens).movedim(1, -1).flatten(0, 1)
+
+    flat = fxkfac.trace(Flat(), tokens)
+    found = fxkfac.kfac(flat, loss, (tokens, labels.flatten()))
+    for name, block in plain.items():
+        torch.testing.assert_close(found[f"model.{name}"].A, block.A)
+        torch.testing.assert_close(found[f"model.{name}"].B, block.B)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from fxkfac.graph.ir import Form
+from fxkfac.graph.ir import Form, Routes
 from fxkfac.graph.rules.registry import Call, NotLinear, Operand, rule
 
 aten = torch.ops.aten
@@ -76,6 +76,22 @@ def bmm(call: Call, operand: Operand) -> Form:
     if operand.name == "self":
         return Form("g o i", "g i r", "g o r", call.args["mat2"])
     return Form("g i o", "g r i", "g r o", call.args["self"])
+
+
+@rule(aten._grouped_mm.default)
+def grouped_mm(call: Call, operand: Operand) -> Form:
+    """y[rows of g] = a[rows of g] b[g]: rows sorted by group, `offs` says where each one ends."""
+    other = "self" if operand.name == "mat2" else "mat2"
+    if operand.name not in ("self", "mat2") or call.ndim(operand.name) != 3:
+        raise NotLinear("the parameter is what the groups' weights multiply")
+    x = call.args[other]
+    if call.ndim(other) == 3:
+        return bmm(call, operand)
+    weight = "chosen i o" if operand.name == "mat2" else "chosen o i"
+    routes = Routes(call.args["offs"], "r", "chosen", call.shape(operand.name)[0], ends=True)
+    if operand.name == "mat2":
+        return Form(weight, "r i", "r o", x, routes=routes)
+    return Form(weight, "i r", "o r", x, routes=routes)
 
 
 @rule(aten.baddbmm.default)
