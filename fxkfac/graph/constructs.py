@@ -8,6 +8,7 @@ custom `autograd.Function`s), a torch-function mode the values that Python reads
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from torch.nn.utils import rnn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
+from fxkfac.errors import FxkfacError
 from fxkfac.graph.ir import Source
 from fxkfac.graph.source import caller, is_foreign
 from fxkfac.graph.verify import FlatModel
@@ -36,6 +38,7 @@ DETACH = (
     "comes after it"
 )
 SAVED = "pass use_reentrant=False, which computes the same"
+INPUTS = "trace on inputs with which the model runs"
 PYTHON = "trace the Python module or function that it was made from"
 
 # (module, function) -> (what the user calls it, what to do)
@@ -71,8 +74,10 @@ class Construct:
 
 
 def constructs_of(model: FlatModel, tensors: list[Tensor]) -> list[Construct]:
-    """What one run of the model meets, in order; once for every line."""
-    found = _scripted(model.bound.model)
+    """What one run of the model meets, in order; once for every line. Or why it does not run."""
+    found = _scripted(model.bound.model) or _own_error(model, tensors)
+    if found:
+        return found
     with suppress(Exception), _watching(found), _Values(found):  # the model's own errors, too
         model.predict(model.state(), tensors)
     return list({(c.name, c.source): c for c in found}.values())
@@ -88,6 +93,20 @@ def _scripted(model: Any) -> list[Construct]:
         Construct(f"{name or 'the model'} is a {type(part).__name__} of torch.jit", None, PYTHON)
         for name, part in outermost.items()
     ]
+
+
+def _own_error(model: FlatModel, tensors: list[Tensor]) -> list[Construct]:
+    """The model's own error on these inputs."""
+    try:
+        model.predict(model.state(), tensors)
+    except FxkfacError:
+        return []
+    except Exception as error:
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+        own = [frame for frame in frames if not is_foreign(frame.f_code.co_filename)]
+        said = f"the model's own {type(error).__name__}, {str(error).splitlines()[:1]},"
+        return [Construct(said, caller(own[-1]) if own else None, INPUTS)]
+    return []
 
 
 def _codes() -> Mapping[CodeType, tuple[str, str]]:

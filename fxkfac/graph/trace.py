@@ -223,7 +223,7 @@ def _capture_message(
         listed = "\n".join(f"  {c}" for c in blamed)
         return (
             f"no front end could capture {name}:\n{reasons}\n"
-            f"What no graph can hold, and what to do:\n{listed}\n"
+            f"What stands in the way, and what to do:\n{listed}\n"
             "Or trace a function around the part of the model that can be captured."
         )
     return (
