@@ -17,7 +17,8 @@ import fxkfac
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
-import zoo_wide  # noqa: E402, F401  # registers more
+import zoo_functional  # noqa: E402, F401  # registers more
+import zoo_wide  # noqa: E402, F401  # and more
 from zoo import ZOO, Entry  # noqa: E402
 
 CURVLINOPS, N = "curvlinops-for-pytorch", 4  # data in a batch

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxkfac.errors import FxkfacError, ParameterError, UnknownParameter
-from fxkfac.isolation import in_place_of
+from fxkfac.isolation import Autocast, in_place_of
 
 Params = Mapping[str, Any] | list[Any] | tuple[Any, ...]  # tensors, nested by name or position
 Inputs = Any  # a tensor, a tuple or list of tensors, or a dict of keyword arguments
@@ -77,11 +77,6 @@ def _items(params: Params) -> Iterable[tuple[Any, Any]]:
     return params.items() if isinstance(params, Mapping) else enumerate(params)
 
 
-def _call(function: Callable[..., Any], inputs: Inputs) -> Any:
-    args, kwargs = split_inputs(inputs)
-    return function(*args, **kwargs)
-
-
 def split_inputs(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword arguments of the model's call."""
     if isinstance(inputs, Mapping):
@@ -102,6 +97,7 @@ class FunctionalModel:
         aliases: Every further name of a tied parameter, mapped to the name in `tensors`.
         selected: The names whose curvature is asked for, in the model's order.
         replaced: Names whose tensors in `tensors` stand in the place of the module's own.
+        autocast: What was on where the model was bound, and is on whenever it runs.
     """
 
     model: nn.Module | Callable[..., Any]
@@ -110,6 +106,7 @@ class FunctionalModel:
     aliases: dict[str, str]
     selected: tuple[str, ...]
     replaced: frozenset[str] = frozenset()
+    autocast: Autocast = field(default_factory=Autocast.now)
 
     def __call__(self, tensors: Mapping[str, Tensor], inputs: Inputs) -> Any:
         """Run the model with `tensors` in the place of its parameters and buffers of that name."""
@@ -125,13 +122,18 @@ class FunctionalModel:
         if not isinstance(self.model, nn.Module):
             assert self.structure is not None
             nested = nest_names(full, self.structure)
-            yield lambda inputs: _call(partial(self.model, nested), inputs)
+            yield lambda inputs: self._call(partial(self.model, nested), inputs)
             return
         # Batch norm and its kin write into buffers while they run: hand them copies.
         full |= {name: full.get(name, b).clone() for name, b in self.buffers().items()}
         own = dict(self.model.named_parameters(remove_duplicate=False)) | self.buffers()
         with in_place_of({id(held): full[name] for name, held in own.items()}, self.model):
-            yield lambda inputs: _call(self.model, inputs)
+            yield lambda inputs: self._call(self.model, inputs)
+
+    def _call(self, function: Callable[..., Any], inputs: Inputs) -> Any:
+        args, kwargs = split_inputs(inputs)
+        with self.autocast.again():
+            return function(*args, **kwargs)
 
     def buffers(self) -> dict[str, Tensor]:
         """The module's buffers by name, as they are now; empty for a function."""

@@ -1,9 +1,14 @@
-"""Running the user's model and leaving nothing changed: random state, parameters, buffers."""
+"""Running the user's model and leaving nothing changed: random state, parameters, buffers.
+
+And the other way round: the user's autocast is for the model, not for the arithmetic around it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -46,3 +51,45 @@ def in_place_of(tensors: Mapping[int, Tensor], module: nn.Module) -> Iterator[No
 def _flat(module: nn.Module) -> list[Tensor] | None:
     """The list by which recurrent modules hold their parameters a second time."""
     return getattr(module, "_flat_weights", None)
+
+
+DEVICES = ("cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class Autocast:
+    """Where autocast is on: for every such device, the dtype to which it casts."""
+
+    dtypes: tuple[tuple[str, torch.dtype], ...] = ()
+
+    @staticmethod
+    def now() -> Autocast:
+        """What the caller has on, also where `full_precision` has switched it off."""
+        on = [d for d in DEVICES if torch.is_autocast_enabled(d)]
+        here = Autocast(tuple((d, torch.get_autocast_dtype(d)) for d in on))
+        return _callers.get() or here
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Have the same on, and nothing else changed."""
+        with ExitStack() as stack:
+            for device, dtype in self.dtypes:
+                stack.enter_context(torch.autocast(device, dtype))
+            yield
+
+
+_callers: ContextVar[Autocast | None] = ContextVar("callers autocast", default=None)
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Leave every product in the dtype of its factors, also where the caller has autocast on."""
+    before = _callers.set(Autocast.now())
+    try:
+        with ExitStack() as stack:
+            for device in DEVICES:
+                if torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, enabled=False))
+            yield
+    finally:
+        _callers.reset(before)

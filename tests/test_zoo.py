@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-import zoo_wide  # noqa: F401 - registers its entries
+import zoo_functional  # noqa: F401 - registers its entries
+import zoo_wide  # noqa: F401 - likewise
 from torch import Tensor, nn
 from zoo import SPELLINGS, ZOO, Entry
 

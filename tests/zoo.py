@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
+from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 import fxkfac
@@ -83,14 +84,11 @@ class Entry:
         inputs, targets = data
         index = torch.as_tensor(index)
         axis = self.trace_options.get("batch_axis", 0)
-        if isinstance(inputs, dict):
-            chosen: Any = {key: _take(t, axis, index) for key, t in inputs.items()}
-        elif isinstance(inputs, tuple | list):
-            axes = axis if isinstance(axis, tuple) else (axis,) * len(inputs)
-            pairs = zip(inputs, axes, strict=True)
-            chosen = type(inputs)(_take(t, a, index) for t, a in pairs)
+        if isinstance(axis, tuple):
+            pairs = zip(inputs, axis, strict=True)
+            chosen: Any = type(inputs)(_take(t, a, index) for t, a in pairs)
         else:
-            chosen = _take(inputs, axis, index)
+            chosen = pytree.tree_map(lambda t: _take(t, axis, index), inputs)
         return chosen, _take(targets, self.target_axis, index)
 
 
@@ -1622,7 +1620,7 @@ def custom_linear():
     return Made(lambda m, x: _OwnLinear.apply(x, m.W).tanh() @ m.V, W=(4, 4), V=(4, 3))
 
 
-@entry("special", x=(4,), y=(3,), expected="refused")
+@entry("special", x=(4,), y=(3,), unshared=True)
 def custom_derivative():
     """A custom autograd.Function whose derivative is not that of its value."""
     return Made(

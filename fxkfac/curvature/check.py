@@ -18,9 +18,10 @@ from fxkfac.errors import TapMismatch
 from fxkfac.functional import Params
 from fxkfac.graph.program import Program
 from fxkfac.graph.verify import FlatModel, gradient_errors, tap_gradients, tolerance
-from fxkfac.isolation import own_randomness
+from fxkfac.isolation import full_precision, own_randomness
 
 
+@full_precision()
 def check(
     program: Program, loss: Any, data: tuple[Any, Tensor], params: Params | None = None
 ) -> dict[str, float]:

@@ -14,6 +14,7 @@ from fxkfac.curvature.blocks import Block, Dense, Diagonal
 from fxkfac.curvature.sharing import accurate_dtype
 from fxkfac.errors import OptionError, UnknownParameter
 from fxkfac.functional import unknown
+from fxkfac.isolation import full_precision
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -39,6 +40,7 @@ class Curvature(Mapping[str, AnyBlock]):
     def canonical(self, name: str) -> str:
         """The name of a tied parameter that the blocks know it by."""
 
+    @full_precision()
     def dense(self, *names: str) -> Float[Tensor, "numel numel"]:
         """The curvature of the named parameters (all, without names) as one matrix.
 
@@ -66,6 +68,7 @@ class Curvature(Mapping[str, AnyBlock]):
             raise unknown(name, self.shapes)
         return canonical
 
+    @full_precision()
     def solve(
         self, gradients: Mapping[str, Tensor], damping: float, damp: str = "block"
     ) -> dict[str, Tensor]:

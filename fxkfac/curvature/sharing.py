@@ -20,7 +20,8 @@ from torch import Tensor
 
 from fxkfac.curvature.plan import TermPlan
 from fxkfac.errors import BatchAxisError, FxkfacError
-from fxkfac.graph.ir import BatchAxis, Use
+from fxkfac.graph.form import BatchAxis
+from fxkfac.graph.ir import Use
 from fxkfac.graph.normal import (
     Input,
     OneHotRows,

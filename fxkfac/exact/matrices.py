@@ -26,11 +26,13 @@ from fxkfac.exact.data import Data
 from fxkfac.exact.functions import jacobian_rows, order, require_vec, vjp
 from fxkfac.exact.problem import Loss, Middle, Model, Problem, bind_for, canonical, pose
 from fxkfac.functional import Params
+from fxkfac.isolation import full_precision
 from fxkfac.linalg import rvec
 
 Names = str | list[str] | tuple[str, str] | None
 
 
+@full_precision()
 def hessian(
     model: Model,
     loss: Loss,
@@ -49,6 +51,7 @@ def hessian(
     return block.arrange(jacobian_rows(slope, leaves(block.columns)))
 
 
+@full_precision()
 def ggn(
     model: Model,
     loss: Loss,
@@ -65,6 +68,7 @@ def ggn(
     return block.sandwich(block.problem.loss_hessian())
 
 
+@full_precision()
 def type1_fisher(
     model: Model,
     loss: Loss,
@@ -85,6 +89,7 @@ def type1_fisher(
     return block.sandwich(block.problem.fisher("type-1", 1, None))
 
 
+@full_precision()
 def mc_fisher(
     model: Model,
     loss: Loss,
@@ -103,6 +108,7 @@ def mc_fisher(
     return block.sandwich(block.problem.fisher("mc", mc_samples, generator))
 
 
+@full_precision()
 def empirical_fisher(
     model: Model,
     loss: Loss,

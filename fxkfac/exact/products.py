@@ -27,8 +27,10 @@ from fxkfac.exact.problem import (
     predict,
 )
 from fxkfac.functional import FunctionalModel, Inputs, Params, flatten_names, nest_names
+from fxkfac.isolation import full_precision
 
 
+@full_precision()
 def jacobian_vector_product(
     model: Model, inputs: Inputs, vector: Params, params: Params | None = None
 ) -> Tensor:
@@ -37,6 +39,7 @@ def jacobian_vector_product(
     return predict(bound, tangents, inputs).jvp(tangents)
 
 
+@full_precision()
 def vector_jacobian_product(
     model: Model,
     inputs: Inputs,
@@ -58,6 +61,7 @@ def vector_jacobian_product(
     return dict(zip(chosen if listed is None else listed, pulled.values(), strict=True))
 
 
+@full_precision()
 def hessian_vector_product(
     model: Model, loss: Loss, data: Data, vector: Params, params: Params | None = None
 ) -> dict[str, Any]:
@@ -75,6 +79,7 @@ def hessian_vector_product(
     return _named(bound, dict(zip(tangents, products, strict=True)), vector)
 
 
+@full_precision()
 def ggn_vector_product(
     model: Model, loss: Loss, data: Data, vector: Params, params: Params | None = None
 ) -> dict[str, Any]:
@@ -84,6 +89,7 @@ def ggn_vector_product(
     return _sandwich(bound, problem, problem.loss_hessian(), tangents, vector)
 
 
+@full_precision()
 def fisher_vector_product(
     model: Model,
     loss: Loss,

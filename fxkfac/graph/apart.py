@@ -30,7 +30,7 @@ def take_apart(use: Use, apart: Mapping[str, int]) -> Use:
     numbers = normal_weight(use)  # (group, in, out)
     size, out = use.view.numel, numbers.shape[-1]
     (axis, *more) = form.d_out or [""]
-    alone = len(use.parameters) == 1 and not more and not form.group and axis
+    alone = len(use.parameters) == 1 and not more and len(numbers) == 1 and axis  # in one group
     if alone and size % parts == 0 and out % parts == 0:
         expected = torch.arange(out) // (out // parts)
         if bool((numbers // (size // parts) == expected).all()):

@@ -10,7 +10,8 @@ import torch
 from torch import SymInt, Tensor
 from torch.fx import Node
 
-from fxkfac.graph.ir import BatchAxis, OneHot, Use
+from fxkfac.graph.form import BatchAxis, OneHot
+from fxkfac.graph.ir import Use
 from fxkfac.graph.normal import normal_weight
 from fxkfac.graph.structure import Choice
 from fxkfac.graph.table import orientation, shape_text

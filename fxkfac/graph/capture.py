@@ -11,7 +11,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import AbstractContextManager, contextmanager, redirect_stderr
 from dataclasses import dataclass
 from functools import cached_property
 from types import FrameType
@@ -31,6 +31,7 @@ from torch.overrides import TorchFunctionMode
 
 from fxkfac.functional import FunctionalModel, nest_names, prediction_of, split_inputs
 from fxkfac.graph.cleanup import STOP, rebuild
+from fxkfac.graph.custom import whole_functions
 from fxkfac.graph.dependence import precision
 from fxkfac.graph.signature import Signature
 from fxkfac.graph.source import is_foreign
@@ -119,10 +120,15 @@ class _Callee(nn.Module):
         bound, inputs = self.bound[0], self.signature.inputs(tensors)
         args, kwargs = split_inputs(inputs)
         if bound.structure is None:
-            return prediction_of(self.model(*args, **kwargs))
+            with bound.autocast.again():
+                return prediction_of(self.model(*args, **kwargs))
         named = dict(zip(bound.tensors, params, strict=True))
         named |= {alias: named[name] for alias, name in bound.aliases.items()}
-        with fx_traceback.preserve_node_meta(), _RecordSource():  # export records modules' alone
+        with (
+            fx_traceback.preserve_node_meta(),
+            _RecordSource(),  # export records modules' lines alone
+            bound.autocast.again(),
+        ):
             return prediction_of(bound.model(nest_names(named, bound.structure), *args, **kwargs))
 
 
@@ -144,7 +150,7 @@ def by_make_fx(mode: str) -> Callable[[FunctionalModel, Signature, list[Tensor]]
 
         data = [t.clone() for t in tensors]  # the model may write into its inputs
         example = [*_leaves(bound), *bound.buffers().values(), *data]
-        with fx_traceback.preserve_node_meta():
+        with fx_traceback.preserve_node_meta(), whole_functions(_marked_here):
             module = make_fx(flat, tracing_mode=mode)(*example)  # type: ignore[arg-type]
             if _mutates(module):
                 functional = functionalize(Interpreter(module).run)
@@ -174,16 +180,29 @@ class _RecordSource(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        meta = fx_traceback.current_meta
-        before = dict(meta)
-        meta["stack_trace"] = _trace_of(sys._getframe(1))
-        if func in (Tensor.detach, Tensor.detach_, torch.detach) or not torch.is_grad_enabled():
-            meta["custom"] = {STOP: True}
-        try:
+        detaches = func in (Tensor.detach, Tensor.detach_, torch.detach)
+        with _marked(sys._getframe(1), detaches):
             return func(*args, **(kwargs or {}))
-        finally:
-            meta.clear()
-            meta.update(before)
+
+
+@contextmanager
+def _marked(frame: FrameType | None, detaches: bool = False) -> Iterator[None]:
+    """Give every node that is recorded now the user's line, and whether gradients stop there."""
+    meta = fx_traceback.current_meta
+    before = dict(meta)
+    if trace := _trace_of(frame):
+        meta["stack_trace"] = trace
+    if detaches or not torch.is_grad_enabled():
+        meta["custom"] = {STOP: True}
+    try:
+        yield
+    finally:
+        meta.clear()
+        meta.update(before)
+
+
+def _marked_here() -> AbstractContextManager[None]:
+    return _marked(sys._getframe(1))
 
 
 def _trace_of(frame: FrameType | None) -> str:

@@ -20,7 +20,8 @@ from torch.fx import Node
 
 from fxkfac.graph.axes import axis_tokens, letters, renamed
 from fxkfac.graph.dependence import LIKE, SHAPE_ONLY
-from fxkfac.graph.ir import Example, Form
+from fxkfac.graph.form import Form
+from fxkfac.graph.ir import Example
 from fxkfac.graph.rules.addition import addition_factor
 from fxkfac.graph.rules.registry import NotLinear
 from fxkfac.graph.view import View, is_layout, scale_of

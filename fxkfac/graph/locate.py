@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from fxkfac.graph.ir import BatchAxis, Use
+from fxkfac.graph.form import BatchAxis
+from fxkfac.graph.ir import Use
 from fxkfac.graph.normal import OneHotRows, normal_x, normal_y
 
 Taps = tuple[Tensor, list[Tensor | None], list[Tensor]]  # prediction, inputs, taps

@@ -21,7 +21,8 @@ from fxkfac.graph.apart import take_apart
 from fxkfac.graph.axes import letters, renamed
 from fxkfac.graph.bias import join_biases
 from fxkfac.graph.dependence import LIKE, SHAPE_ONLY, STOPS, depend_on, reach_output
-from fxkfac.graph.ir import Example, Form, OneHot, Source, Use
+from fxkfac.graph.form import Form, OneHot
+from fxkfac.graph.ir import Example, Source, Use
 from fxkfac.graph.lift import lift
 from fxkfac.graph.route import route
 from fxkfac.graph.rules.registry import RULES, NotLinear, Operand, call_of, operands

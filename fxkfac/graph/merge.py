@@ -17,6 +17,8 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
+from fxkfac.graph.custom import Whole
+
 aten = torch.ops.aten
 
 COMMUTATIVE = {aten.add.Tensor, aten.mul.Tensor, aten.maximum.default, aten.minimum.default}
@@ -72,7 +74,7 @@ def merge_common(graph: Graph) -> None:
 def _is_random(node: Node) -> bool:
     """Whether a second call gives something else than the first, or changes its arguments."""
     if not isinstance(node.target, OpOverload):
-        return False
+        return isinstance(node.target, Whole)  # nobody knows
     schema = node.target._schema
     drops = any("dropout" in name for name in (schema.name, *(a.name for a in schema.arguments)))
     return torch.Tag.nondeterministic_seeded in node.target.tags or schema.is_mutable or drops

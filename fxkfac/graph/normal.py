@@ -14,7 +14,8 @@ from einops import rearrange, reduce, repeat
 from torch import Tensor
 
 from fxkfac.graph.axes import axis_lengths, axis_tokens
-from fxkfac.graph.ir import BatchAxis, Folded, Form, OneHot, Patches, Use
+from fxkfac.graph.form import BatchAxis, Folded, Form, OneHot, Patches
+from fxkfac.graph.ir import Use
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int

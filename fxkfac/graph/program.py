@@ -21,6 +21,7 @@ from fxkfac.graph.signature import Signature
 from fxkfac.graph.structure import Choice, Structures
 from fxkfac.graph.table import program_table
 from fxkfac.graph.verify import FlatModel, is_model
+from fxkfac.isolation import full_precision
 
 if TYPE_CHECKING:
     import networkx
@@ -156,6 +157,7 @@ class Program:
     def _sizes(self) -> dict[str, int]:
         return {name: torch.Size(shape).numel() for name, shape in self.shapes.items()}
 
+    @full_precision()
     def at(self, inputs: Inputs) -> tuple[Tapped, list[Tensor]]:
         """The tapped graph for these inputs, and their tensors; compiled where it is new."""
         tensors = [t.detach() for t in self.signature.tensors(inputs)]
@@ -178,6 +180,7 @@ class Program:
         self._cache[key if tapped.dynamic else (key, n)] = tapped
         return tapped
 
+    @full_precision()
     def run(self, inputs: Inputs, params: Params | None = None) -> Run:
         """Run the tapped graph on one batch.
 

@@ -17,7 +17,8 @@ from torch._ops import OpOverload
 from torch.fx import Node
 
 from fxkfac.graph.axes import axis_tokens, letters
-from fxkfac.graph.ir import Example, Form, OneHot, Routes
+from fxkfac.graph.form import Form, OneHot, Routes
+from fxkfac.graph.ir import Example
 from fxkfac.graph.rules.registry import RULES, NotLinear, Operand, call_of, operands
 from fxkfac.graph.view import View, is_layout
 

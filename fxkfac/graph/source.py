@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import linecache
 import re
 from functools import cache
 from pathlib import Path
+from types import FrameType
 
 import einops
 import torch
@@ -23,6 +25,16 @@ FRAME = re.compile(r'File "(?P<file>.+)", line (?P<line>\d+), in (?P<function>\S
 def is_foreign(file: str) -> bool:
     """Whether a file is torch's or fxkfac's, not the user's."""
     return file.startswith(FOREIGN) or file.startswith(("torch/", "<"))
+
+
+def caller(frame: FrameType | None) -> Source | None:
+    """The innermost line of the user's own code that runs now, from this frame on."""
+    while frame is not None and is_foreign(frame.f_code.co_filename):
+        frame = frame.f_back
+    if frame is None:
+        return None
+    file, line = frame.f_code.co_filename, frame.f_lineno
+    return Source(file, line, frame.f_code.co_name, linecache.getline(file, line).strip())
 
 
 @cache

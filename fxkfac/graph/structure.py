@@ -66,6 +66,11 @@ class Structures:
         """Whether it is an error that this parameter has a use without normal form."""
         return self.unsupported == "error" and self.wanted.get(name, "kronecker") == "kronecker"
 
+    def exact_if_lost(self, name: str) -> bool:
+        """Whether its block is exact, from the graph alone, where it has no normal form."""
+        wanted = self.wanted.get(name, "kronecker")
+        return (self.unsupported if wanted == "kronecker" else wanted) in EXACT
+
     def choose(self, tapped: Tapped, sizes: Mapping[str, int]) -> dict[str, Choice]:
         """The structure of every selected parameter, given its uses."""
         names = [*self.selected, *tapped.derived]

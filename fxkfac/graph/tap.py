@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from fxkfac.graph.ir import Form, Use
+from fxkfac.graph.form import Form
+from fxkfac.graph.ir import Use
 from fxkfac.graph.normal import Routed
 
 aten = torch.ops.aten

@@ -6,7 +6,7 @@ three trustworthy.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fxkfac.errors import CaptureError, FxkfacError, UnsupportedUse
 from fxkfac.functional import FunctionalModel, Inputs, Params, bind
 from fxkfac.graph.capture import FRONT_ENDS, Captured, Refusal, quietly
+from fxkfac.graph.constructs import Construct, constructs_of
 from fxkfac.graph.ir import Use
 from fxkfac.graph.lift import SUMMED
 from fxkfac.graph.locate import Located
@@ -26,9 +27,17 @@ from fxkfac.graph.signature import BatchAxes, Signature, signature_of
 from fxkfac.graph.structure import Structures, structures_of
 from fxkfac.graph.tap import tap_uses
 from fxkfac.graph.trial import attempt, coupled, match_and_locate
-from fxkfac.graph.verify import FlatModel, require_gradients, run_graph
+from fxkfac.graph.verify import (
+    WRONG_GRADIENTS,
+    FlatModel,
+    require_gradients,
+    require_graph_gradients,
+    run_graph,
+)
+from fxkfac.isolation import full_precision
 
 
+@full_precision()
 def trace(
     model: nn.Module | Callable[..., Any],
     inputs: Inputs,
@@ -121,7 +130,9 @@ def compile_graph(
         raise UnsupportedUse(unsupported_message(refused))
     if best is not None:
         return best
-    raise CaptureError(_capture_message(model.bound, refusals))
+    with quietly():
+        met = constructs_of(model, tensors)
+    raise CaptureError(_capture_message(model.bound, refusals, met))
 
 
 def _refused(tapped: Tapped | None, structures: Structures) -> list[Unsupported]:
@@ -167,6 +178,8 @@ def _compile(
     covered = [name for name in model.bound.selected if name not in lost]
     taps = run_graph(module, trial.state, trial.data)
     require_gradients(model, tapped, taps, trial.state, trial.data, covered)
+    exact = [name for name in tapped.uncovered if structures.exact_if_lost(name)]
+    require_graph_gradients(model, captured, trial.state, trial.data, exact)
     return tapped
 
 
@@ -202,9 +215,20 @@ def _shorten(error: Exception) -> str:
     return f"{type(error).__name__}: {text[:240]}"
 
 
-def _capture_message(bound: FunctionalModel, refusals: Mapping[str, str]) -> str:
+def _capture_message(
+    bound: FunctionalModel, refusals: Mapping[str, str], met: Sequence[Construct]
+) -> str:
     name = getattr(bound.model, "__name__", type(bound.model).__name__)
     reasons = "\n".join(f"  {front_end}: {reason}" for front_end, reason in refusals.items())
+    of_gradients = {reason.startswith(WRONG_GRADIENTS) for reason in refusals.values()}
+    blamed = [c for c in met if c.of_gradients in of_gradients][:4]
+    if blamed:
+        listed = "\n".join(f"  {c}" for c in blamed)
+        return (
+            f"no front end could capture {name}:\n{reasons}\n"
+            f"What stands in the way, and what to do:\n{listed}\n"
+            "Or trace a function around the part of the model that can be captured."
+        )
     return (
         f"no front end could capture {name}:\n{reasons}\n"
         "Mend what the most general one names (the last), or trace a function around the part of "

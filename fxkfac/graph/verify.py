@@ -25,6 +25,8 @@ from fxkfac.graph.signature import Signature
 if TYPE_CHECKING:
     from fxkfac.graph.program import Tapped
 
+WRONG_GRADIENTS = "gradients put together"  # how the reason begins where only they are wrong
+
 State = Mapping[str, Tensor]  # parameters and buffers by name, in the graph's order
 
 
@@ -143,17 +145,50 @@ def require_gradients(
     names: Sequence[str],
 ) -> None:
     """Raise `Refusal` where a gradient from the taps is not autograd's on the model itself."""
-    prediction = taps[0]
-    cotangent = torch.linspace(-1, 1, prediction.numel()).to(prediction).view_as(prediction)
+    cotangent = _cotangent(taps[0])
     found = tap_gradients(tapped, taps, cotangent, names, state, data)
     expected = model.gradients(state, data, cotangent, names)
-    precision = tapped.captured.precision
+    _require_equal(found, expected, tapped.captured.precision, "from its taps")
+
+
+def require_graph_gradients(
+    model: FlatModel,
+    captured: Captured,
+    state: State,
+    data: Sequence[Tensor],
+    names: Sequence[str],
+) -> None:
+    """The same for parameters without normal form, whose gradients are the graph's by autograd."""
+    if not names:
+        return
+    leaves = {name: state[name].detach().requires_grad_() for name in names}
+    prediction = run_graph(captured.module, {**state, **leaves}, data)
+    cotangent = _cotangent(prediction)
+    found = tuple(torch.zeros_like(t) for t in leaves.values())
+    if prediction.requires_grad:
+        wanted = list(leaves.values())
+        found = torch.autograd.grad(
+            prediction, wanted, cotangent, allow_unused=True, materialize_grads=True
+        )
+    expected = model.gradients(state, data, cotangent, names)
+    _require_equal(
+        dict(zip(names, found, strict=True)), expected, captured.precision, "by autograd"
+    )
+
+
+def _cotangent(prediction: Tensor) -> Tensor:
+    return torch.linspace(-1, 1, prediction.numel()).to(prediction).view_as(prediction)
+
+
+def _require_equal(
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], precision: torch.dtype, how: str
+) -> None:
     errors = gradient_errors(found, expected, precision)
     limits = {n: tolerance(t, precision) for n, t in expected.items()}
     wrong = [f"{n} ({e:.1e})" for n, e in errors.items() if not e <= limits[n]]
     if wrong:
         raise Refusal(
-            "gradients put together from its taps are not the model's: relative errors "
+            f"{WRONG_GRADIENTS} {how} are not the model's: relative errors "
             f"{', '.join(wrong[:4])}. A custom autograd.Function or a detached part gets lost."
         )
 

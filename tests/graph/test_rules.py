@@ -11,7 +11,7 @@ from torch._ops import OpOverload
 import fxkfac
 from fxkfac import rules
 from fxkfac.errors import UnsupportedUse
-from fxkfac.graph.ir import BatchAxis, Form
+from fxkfac.graph.form import BatchAxis, Form
 from fxkfac.graph.rules import RULES, Call, Operand, registry, rule
 
 

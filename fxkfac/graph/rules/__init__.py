@@ -4,7 +4,7 @@ A rule takes the call and the operand that holds the parameter, and returns a `F
 `NotLinear` with the reason. Registering twice is an error. Each file below holds one family.
 """
 
-from fxkfac.graph.ir import Form, OneHot, Patches
+from fxkfac.graph.form import Form, OneHot, Patches
 from fxkfac.graph.rules import addition, convolution, elementwise, embedding, products
 from fxkfac.graph.rules.registry import RULES, Call, NotLinear, Operand, rule
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from fxkfac.graph.ir import Form
+from fxkfac.graph.form import Form
 from fxkfac.graph.rules.products import broadcast
 from fxkfac.graph.rules.registry import Call, NotLinear, Operand, rule
 

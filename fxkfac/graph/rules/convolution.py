@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fxkfac.graph.ir import Folded, Form, Patches
+from fxkfac.graph.form import Folded, Form, Patches
 from fxkfac.graph.rules.registry import Call, NotLinear, Operand, rule
 
 aten = torch.ops.aten

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fxkfac.graph.ir import Form
+from fxkfac.graph.form import Form
 from fxkfac.graph.rules.products import aligned, broadcast, rows
 from fxkfac.graph.rules.registry import Call, NotLinear, Operand, rule
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from fxkfac.graph.axes import letters
-from fxkfac.graph.ir import Form, Routes
+from fxkfac.graph.form import Form, Routes
 from fxkfac.graph.rules.registry import Call, NotLinear, Operand, rule
 
 aten = torch.ops.aten

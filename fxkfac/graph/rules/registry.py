@@ -10,7 +10,7 @@ from torch import Size
 from torch._ops import OpOverload
 from torch.fx import Node
 
-from fxkfac.graph.ir import Form
+from fxkfac.graph.form import Form
 
 
 class NotLinear(Exception):

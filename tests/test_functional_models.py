@@ -1,0 +1,98 @@
+"""Functional models: an ensemble by vmap is its members side by side; swapped parameters count."""
+
+import pytest
+import torch
+from drawn import F64, rand, seeded
+from torch import nn
+from torch.func import functional_call, stack_module_state, vmap
+
+import fxkfac
+
+MSE = nn.MSELoss(reduction="sum")
+close = torch.testing.assert_close
+MEMBERS = 3
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def conv_net():
+    conv = nn.Conv2d(2, 3, 3, bias=False)
+    return nn.Sequential(conv, nn.Tanh(), nn.Flatten(), nn.Linear(12, 3))
+
+
+def ensemble(make):
+    """The members, and a function of their stacked parameters."""
+    modules = [seeded(make, seed=k) for k in range(MEMBERS)]
+    params, _ = stack_module_state(modules)
+    base = seeded(make).to("meta")
+
+    def model(params, x):
+        return vmap(lambda p, x: functional_call(base, p, (x,)), (0, None), out_dims=1)(params, x)
+
+    return modules, model, {name: p.detach() for name, p in params.items()}
+
+
+@pytest.mark.parametrize("fisher", ["type-2", "empirical"])
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_every_member_has_a_block_of_its_own(fisher, sharing):
+    """As many groups as members; each is what that member has by itself."""
+    modules, model, params = ensemble(mlp)
+    x, y = rand(6, 4), rand(6, MEMBERS, 3)
+    program = fxkfac.trace(model, x, params)
+    options = {"fisher": fisher, "sharing": sharing}
+    together = fxkfac.kfac(program, MSE, (x, y), **options)
+    for k, module in enumerate(modules):
+        alone = fxkfac.kfac(fxkfac.trace(module, x), MSE, (x, y[:, k]), **options)
+        for name, block in alone.items():
+            assert len(together[name].A) == MEMBERS
+            close(together[name].A[k], block.A)
+            close(together[name].B[k], block.B)
+
+
+def test_convolutions_are_taken_apart_by_member():
+    """The members' kernels are one convolution with more channels, until `apart` says how many."""
+    modules, model, params = ensemble(conv_net)
+    x, y = rand(6, 2, 4, 4), rand(6, MEMBERS, 3)
+    program = fxkfac.trace(model, x, params, apart={"0.weight": MEMBERS})
+    together = fxkfac.kfac(program, MSE, (x, y)).dense("0.weight")
+    expected = []
+    for k, module in enumerate(modules):
+        program = fxkfac.trace(module, x, ["0.weight"])
+        expected.append(fxkfac.kfac(program, MSE, (x, y[:, k])).dense())
+    close(together, torch.block_diag(*expected))
+
+
+def test_the_swapped_parameters_are_meant():
+    """Not the module's own, whose shapes they have."""
+    own, other = seeded(mlp), seeded(mlp, seed=9)
+    swapped = {name: p.detach() for name, p in other.named_parameters()}
+    x, y = rand(6, 4), rand(6, 3)
+    program = fxkfac.trace(lambda p, x: functional_call(own, p, (x,)), x, swapped)
+    found = fxkfac.kfac(program, MSE, (x, y))
+    expected = fxkfac.kfac(fxkfac.trace(other, x), MSE, (x, y))
+    close(found.dense(), expected.dense())
+    by_params = fxkfac.kfac(fxkfac.trace(own, x), MSE, (x, y), params=swapped)
+    close(by_params.dense(), expected.dense())
+
+
+def test_a_step_of_a_sampler():
+    """Natural-gradient steps from one dict of parameters to the next, as samplers take them."""
+    module, batch = seeded(mlp), {"x": rand(6, 4), "y": rand(6, 3)}
+    params = {name: p.detach() for name, p in module.named_parameters()}
+
+    def forward(params, batch):
+        return functional_call(module, params, (batch["x"],))
+
+    def loss(params):
+        return MSE(forward(params, batch), batch["y"])
+
+    program = fxkfac.trace(forward, (batch,), params)
+    for _ in range(3):
+        factors = fxkfac.kfac(program, MSE, ((batch,), batch["y"]), params=params)
+        step = factors.solve(torch.func.grad(loss)(params), damping=1.0)
+        after = {name: p - 0.3 * step[name] for name, p in params.items()}
+        assert loss(after) < loss(params)
+        params = after
+    assert all(p.dtype == F64 for p in params.values())
