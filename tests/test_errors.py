@@ -249,11 +249,11 @@ class TestParameters:
         def f(params, x):
             return x @ params["W"]
 
-        with refuses(ParameterError, "params", "found None", "dict of tensors", "params={"):
+        with refuses(ParameterError, "params", "found None", "nested dicts", "params={"):
             fxkfac.trace(f, X)
 
     def test_a_function_with_a_list_of_names(self):
-        with refuses(ParameterError, "found list", "dict of tensors"):
+        with refuses(ParameterError, "params['0']", "str", "expected a tensor"):
             fxkfac.trace(lambda params, x: x @ params["W"], X, ["W"])
 
     def test_what_is_no_tensor(self):

@@ -96,3 +96,25 @@ def test_a_step_of_a_sampler():
         assert loss(after) < loss(params)
         params = after
     assert all(p.dtype == F64 for p in params.values())
+
+
+def test_params_in_lists_and_tuples():
+    """The (W, b) pairs of a functional MLP: names are positions."""
+
+    def mlp(params, x):
+        for W, b in params["layers"][:-1]:
+            x = torch.tanh(x @ W + b)
+        W, b = params["layers"][-1]
+        return x @ W + b
+
+    torch.manual_seed(0)
+    params = {"layers": [(torch.randn(3, 4).double(), torch.zeros(4).double())]}
+    params["layers"].append((torch.randn(4, 2).double(), torch.zeros(2).double()))
+    x, y = torch.randn(5, 3).double(), torch.randn(5, 2).double()
+    program = fxkfac.trace(mlp, x, params)
+    assert program.parameters == ("layers.0.0", "layers.0.1", "layers.1.0", "layers.1.1")
+    assert max(fxkfac.check(program, nn.MSELoss(), (x, y)).values()) < 1e-12
+    found = fxkfac.kfac(program, nn.MSELoss(), (x[:1], y[:1])).dense("layers.1.0", "layers.1.1")
+    names = ["layers.1.0", "layers.1.1"]
+    expected = fxkfac.exact.ggn(mlp, nn.MSELoss(), (x[:1], y[:1]), names, params)
+    torch.testing.assert_close(found, expected)

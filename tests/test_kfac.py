@@ -518,7 +518,7 @@ class TestParameters:
         params = {"W": rand(4, 3), "spare": rand(2)}
         program = fxkfac.trace(f, rand(5, 4), params)
         factors = fxkfac.kfac(program, CE(), (rand(5, 4), classes(5)))
-        assert list(factors) == ["W"]
+        assert list(factors) == ["W", "spare"]
         assert torch.equal(factors.dense("spare"), torch.zeros(2, 2, dtype=F64))
         close(factors.dense()[:12, :12], factors.dense("W"))
         assert not factors.dense()[12:].any()

@@ -1,4 +1,4 @@
-"""One batch -> its factors: run the tapped graph, send the vectors back, sum the products of rows."""
+"""One batch -> its factors: run the tapped graph, send vectors back, sum the products of rows."""
 
 from __future__ import annotations
 

@@ -46,11 +46,11 @@ def directional_derivative(p, x, tape):
 
 @of_the_zoo
 def force_by_func_grad(p, x, tape):
-    """Backward, every weight is used the other way round; no gradient comes by the energy."""
+    """Backward, weights are used the other way round; the energy's own value is not used at all."""
     W, b, V = p["first.W"], p["first.b"], p["second.W"]
+    tape.own("second.b")
     h = tape.layer("first.W", x, W.T, b).tanh()
-    tape.layer("second.W", h, V.T, p["second.b"])
-    up = tape.layer("second.W", torch.ones(len(x), 1).double(), V, term=1)
+    up = tape.layer("second.W", torch.ones(len(x), 1).double(), V)
     return -tape.layer("first.W", up * (1 - h.square()), W, term=1)
 
 
@@ -66,6 +66,7 @@ def energy_and_forces(p, x, tape):
 @of_the_zoo
 def laplacian(p, x, tape):
     """Each stream that the prediction needs exists once: x and ∂ₖ below, the two ∂ₖ² above."""
+    tape.own("second.b")  # no derivative sees it
     W, V = p["first.W"], p["second.W"]
     h = tape.layer("first.W", x, W.T, p["first.b"]).tanh()
     bend = -2 * h * (1 - h.square())
@@ -95,6 +96,6 @@ def poisson_by_forward_laplacian(p, x, tape):
 
 @of_the_zoo
 def ensemble(p, x, tape):
-    """The data have no axis for the members, so that it is one of the outputs."""
-    y = tape.layer("W", x, p["W"].flatten(0, 1).T, p["b"].flatten())
-    return y.unflatten(1, (2, 3)).tanh()
+    """Every member is a group; all of them see the same data."""
+    y = tape.layer("W", x.expand(2, *x.shape)[:, :, None], p["W"].mT, p["b"])
+    return y[:, :, 0].transpose(0, 1).tanh()
