@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -91,6 +91,21 @@ class Signature:
             t if axis is None else _varied(t, repeats=size > n, generator=generator)
             for t, axis in zip(repeated, self.axes, strict=True)
         ]
+
+    def unlike(self, tensors: list[Tensor], generator: Generator) -> Iterator[list[Tensor]]:
+        """Other data of the same size: all signs +, all −, any; indices drawn anew."""
+        for least, most in ((1, 1), (0, 0), (0, 1)):
+            yield [
+                t if axis is None else _unlike(t, least, most, generator)
+                for t, axis in zip(tensors, self.axes, strict=True)
+            ]
+
+
+def _unlike(t: Tensor, least: int, most: int, generator: Generator) -> Tensor:
+    if not t.is_floating_point():
+        return _varied(t, repeats=True, generator=generator)
+    signs = 2 * torch.randint(least, most + 1, t.shape, generator=generator).to(t) - 1
+    return t.abs() * signs
 
 
 def _varied(t: Tensor, repeats: bool, generator: Generator) -> Tensor:

@@ -63,9 +63,32 @@ def attempt(
         data = model.signature.vary(tensors, n, generator)
         if wrong := is_model(model, captured, state, data):
             raise Refusal(f"on data unlike the example {wrong}")
+        _require_no_choice(model, captured, state, data, generator)
     through = {node: p for node, p in captured.placeholders().items() if p in structures.derived}
     derived = derived_weights(captured.module.graph, through, captured.inputs())
     return Trial(model, captured, dynamic, state, data, generator, structures, derived)
+
+
+def _require_no_choice(
+    model: FlatModel,
+    captured: Captured,
+    state: State,
+    data: list[Tensor],
+    generator: torch.Generator,
+) -> None:
+    """Refuse a graph that holds for the signs of the example alone, as of an unrolled loop.
+
+    Data with other signs may lie outside of what the model is defined on; then nothing is known.
+    """
+    for other in model.signature.unlike(data, generator):
+        try:
+            defined = bool(torch.isfinite(model.predict(state, other)).all())
+        except Exception:  # the model's own, of whatever kind
+            continue
+        if defined and (wrong := is_model(model, captured, state, other)):
+            raise Refusal(
+                f"on data with other signs {wrong}: the path through the model depends on the data"
+            )
 
 
 def _differs_at(

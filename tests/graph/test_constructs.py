@@ -208,3 +208,24 @@ def test_a_model_that_does_not_run_itself():
     assert "own RuntimeError, ['mat1 and mat2 shapes cannot be multiplied (5x4 and 3x4)']" in said
     assert f"at {__file__}:{line_of('shapes')} in model" in said
     assert "inputs with which the model runs" in said
+
+
+def test_a_loop_whose_length_the_data_decide():
+    """make_fx unrolls it for the example; data of other signs show that."""
+
+    def model(params, x):
+        h = torch.tanh(x @ params["W"])
+        out, positive = h.clone(), (x[:, 0] > 0).nonzero()
+        for k in range(positive.shape[0]):
+            out = out.index_add(0, positive[k], h.index_select(0, positive[k]) @ params["V"])
+        return out
+
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"W": (3, 4), "V": (4, 4)}
+    params = {
+        name: torch.randn(*shape, generator=generator, dtype=torch.float64)
+        for name, shape in shapes.items()
+    }
+    x = torch.randn(6, 3, generator=generator, dtype=torch.float64)
+    with pytest.raises(CaptureError, match="depends on the data"):
+        fxkfac.trace(model, x, params)
