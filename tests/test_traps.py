@@ -9,7 +9,7 @@ import contextlib
 import pytest
 import torch
 import torch.nn.functional as F
-from drawn import F64, classes, generator, rand, seeded
+from drawn import F64, StraightThrough, classes, generator, rand, seeded
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -50,16 +50,6 @@ class Made(nn.Module):
 
     def forward(self, *x):
         return self.run(self, *x)
-
-
-class StraightThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.round()
-
-    @staticmethod
-    def backward(ctx, g):
-        return g
 
 
 class TestTraps:

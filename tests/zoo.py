@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from drawn import StraightThrough
 from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
@@ -1582,18 +1583,6 @@ class _Square(torch.autograd.Function):
         return 2 * x * g
 
 
-class _StraightThrough(torch.autograd.Function):
-    """Rounding whose derivative is taken to be one."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.round()
-
-    @staticmethod
-    def backward(ctx, g):
-        return g
-
-
 class _OwnLinear(torch.autograd.Function):
     """x Wᵀ with a backward by hand."""
 
@@ -1624,14 +1613,14 @@ def custom_linear():
 def custom_derivative():
     """A custom autograd.Function whose derivative is not that of its value."""
     return Made(
-        lambda m, x: m.b(_StraightThrough.apply(m.a(x))), a=nn.Linear(4, 3), b=nn.Linear(3, 3)
+        lambda m, x: m.b(StraightThrough.apply(m.a(x))), a=nn.Linear(4, 3), b=nn.Linear(3, 3)
     )
 
 
 @entry("special", x=(4,), y=(3,), unshared=True)
 def custom_derivative_above():
     """The same below all parameters, where its derivative plays no part."""
-    return Made(lambda m, x: m.a(_StraightThrough.apply(x)).tanh(), a=nn.Linear(4, 3))
+    return Made(lambda m, x: m.a(StraightThrough.apply(x)).tanh(), a=nn.Linear(4, 3))
 
 
 @entry("special", x=(4,), y=(3,), unshared=True)

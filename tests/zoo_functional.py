@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from drawn import StraightThroughEach
 from torch import nn
 from torch.func import (
     functional_call,
@@ -86,30 +87,12 @@ def swapped_with_buffers():
     return (lambda p, x: functional_call(module, {**p, **statistics}, (x,))), _tensors(module)
 
 
-class _Rounded(torch.autograd.Function):
-    """Rounding, whose derivative is taken to be one."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x):
-        return x.round()
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, g):
-        return g
-
-
 @entry("functional", x=(4,), y=(3,), expected="refused")
 def custom_derivative_under_vmap():
     """A custom autograd.Function under vmap, whose derivative is not that of its value."""
 
     def one(params, x):
-        h = _Rounded.apply(params["first"]["W"] @ x + params["first"]["b"])
+        h = StraightThroughEach.apply(params["first"]["W"] @ x + params["first"]["b"])
         return params["second"]["W"] @ h + params["second"]["b"]
 
     return vmap(one, (None, 0)), _mlp_params(4, 3)

@@ -9,34 +9,43 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from fxkfac.curvature.backpropagation import (
-    BY_POSITION,
-    backpropagated_vectors,
-)
+from fxkfac.curvature.backpropagation import BY_POSITION, backpropagated_vectors
 from fxkfac.curvature.diagonal import gradient_moments, positions_in_datum
 from fxkfac.curvature.factors import Factors, Settings, Sums
 from fxkfac.curvature.likelihoods import Likelihood
 from fxkfac.curvature.padding import Mask, Padding, ignored_positions, padding_of
 from fxkfac.curvature.perdatum import exact_moment, exact_names, zero_moment
 from fxkfac.curvature.plan import BlockPlan, plan_blocks
-from fxkfac.curvature.sharing import Counted, Kept, input_moment, output_moment, rows_kept
+from fxkfac.curvature.sharing import (
+    Counted,
+    Kept,
+    chosen_groups,
+    input_moment,
+    output_moment,
+    rows_kept,
+)
 from fxkfac.errors import DataError, NonFiniteError
 from fxkfac.functional import Params
 from fxkfac.graph.ir import Use
-from fxkfac.graph.normal import Input, detached
+from fxkfac.graph.normal import Input, Routed, detached
 from fxkfac.graph.program import Program, Run
 from fxkfac.graph.structure import EXACT
-from fxkfac.isolation import full_precision, own_randomness
+from fxkfac.isolation import own_randomness
 
 
-@full_precision()
 @dataclass(frozen=True)
 class Batch:
-    """One batch: what ran, and what is sent back from its prediction."""
+    """One batch: what ran, and what is sent back from its prediction.
+
+    Attributes:
+        inputs: The tapped input of every use.
+        groups: For uses whose rows choose a group, which one every row has chosen.
+    """
 
     program: Program
     run: Run
     inputs: Mapping[Use, Input]
+    groups: Mapping[Use, Tensor]
     settings: Settings
     likelihood: Likelihood
     targets: Tensor
@@ -61,7 +70,7 @@ class Batch:
 
     def kept(self, use: Use) -> Kept:
         """Which rows of a use belong to which group, and are no padding."""
-        return rows_kept(use, self.inputs[use], self.padding.real(use, self.output(use)))
+        return rows_kept(self.padding.real(use, self.output(use)), self.groups.get(use))
 
     def output(self, use: Use) -> Tensor:
         """The tapped output of a use."""
@@ -95,7 +104,10 @@ def batch_factors(
             if mask is None
             else padding_of(mask, inputs, targets, run)
         )
-        batch = Batch(program, run, tapped, settings, likelihood, targets, generator, padding)
+        groups = {u: chosen_groups(u, x) for u, x in tapped.items() if isinstance(x, Routed)}
+        batch = Batch(
+            program, run, tapped, groups, settings, likelihood, targets, generator, padding
+        )
         apart = frozenset(n for n, kind in settings.structures.items() if kind != "kronecker")
         plans = plan_blocks(run.tapped.uses, settings.separate_weight_and_bias, apart)
         from_taps, from_graph = exact_names(program, run.tapped, settings.structures)

@@ -12,9 +12,7 @@ from typing import Any
 
 from torch import Generator
 
-from fxkfac.curvature.backpropagation import (
-    require_fisher,
-)
+from fxkfac.curvature.backpropagation import require_fisher
 from fxkfac.curvature.batch import batch_factors
 from fxkfac.curvature.data import Data, batches
 from fxkfac.curvature.factors import Factors, Settings

@@ -54,20 +54,24 @@ class Counted:
     diagonal: Float[Tensor, " d_in"]
 
 
-def rows_kept(use: Use, x: Input, real: Tensor | None) -> Kept:
-    """Which rows count, of shape (group, batch, shared), or (1, batch, shared).
-
-    Args:
-        use: The use.
-        x: Its tapped input.
-        real: Which rows are no padding, (batch, shared).
-    """
-    if not isinstance(x, Routed):
-        return None if real is None else real.unsqueeze(0)
+def chosen_groups(use: Use, x: Routed) -> Float[Tensor, "group batch shared"]:
+    """Ones where a row has chosen a group; without a batch axis, all rows are one datum's."""
     chosen = group_of_rows(use, x, use.batch)
     if use.batch is None:
         chosen = chosen.flatten(1).unsqueeze(1)
-    return chosen.to(x.x.dtype) * (1 if real is None else real)
+    return chosen.to(x.x.dtype)
+
+
+def rows_kept(real: Tensor | None, groups: Tensor | None) -> Kept:
+    """Which rows count, of shape (group, batch, shared), or (1, batch, shared).
+
+    Args:
+        real: Which rows are no padding, (batch, shared); `None` where all are.
+        groups: Which group a row has chosen; `None` where all rows are every group's.
+    """
+    if real is None or groups is None:
+        return groups if real is None else real.unsqueeze(0)
+    return groups * real
 
 
 def input_moment(

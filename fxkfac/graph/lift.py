@@ -9,19 +9,17 @@ took apart on the way is as many axes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 
-import torch
-from einops import EinopsError, rearrange
 from torch import Tensor
 from torch.fx import Node
 
-from fxkfac.graph.axes import axis_tokens, letters, renamed
+from fxkfac.graph.axes import axis_tokens, renamed
 from fxkfac.graph.dependence import LIKE, SHAPE_ONLY
 from fxkfac.graph.form import Form
 from fxkfac.graph.ir import Example
+from fxkfac.graph.places import are_axes, own_axes
 from fxkfac.graph.rules.addition import addition_factor
 from fxkfac.graph.rules.registry import NotLinear
 from fxkfac.graph.view import View, is_layout, scale_of
@@ -81,21 +79,7 @@ def _at(
     shape, y_shape = example.shapes[addition], example.shapes[node]
     moved = View(("",), (tuple(y_shape),), (node, *layout), example.numbers).index()
     places = moved.expand(shape)
-    tokens = axis_tokens(form.y)
-    names = ["1" if size == 1 else f"s{a}" for a, size in enumerate(shape)]
-    parts: dict[str, str] = {}
-    sizes: dict[str, int] = {}
-    for token, own in zip(tokens, _own_axes(places, tuple(y_shape)), strict=True):
-        if len(own) == 1:
-            names[own[0]] = token
-            continue
-        if token.startswith("("):
-            raise NotLinear(SUMMED)
-        split = {f"{token}_{j}": a for j, a in enumerate(own)}
-        parts[token] = " ".join(split) or "1"  # a row axis that a reshape takes apart, or a unit
-        sizes |= {part: shape[a] for part, a in split.items()}
-        for part, a in split.items():
-            names[a] = part
+    names, parts, sizes = _named(places, axis_tokens(form.y), tuple(y_shape))
     lifted = replace(
         form,
         weight=renamed(form.weight, parts),
@@ -104,34 +88,27 @@ def _at(
         sizes={**form.sizes, **sizes},
         scale=form.scale * sign,
     )
-    _require_places(places, renamed(form.y, parts), names, lifted, tuple(y_shape))
+    if not are_axes(places, renamed(form.y, parts), names, tuple(y_shape), lifted.sizes):
+        raise NotLinear(SUMMED)
     return lifted
 
 
-def _own_axes(places: Tensor, y_shape: tuple[int, ...]) -> list[list[int]]:
-    """For each axis of the output the axes of the addition that walk along it, outermost first."""
-    steps: list[dict[int, int]] = [{} for _ in y_shape]
-    for axis, size in enumerate(places.shape):
-        if size == 1:
+def _named(
+    places: Tensor, tokens: list[str], y_shape: tuple[int, ...]
+) -> tuple[list[str], dict[str, str], dict[str, int]]:
+    """Names of the addition's axes; what axes taken apart became, and the sizes of the parts."""
+    names = ["1" if size == 1 else f"s{a}" for a, size in enumerate(places.shape)]
+    parts: dict[str, str] = {}
+    sizes: dict[str, int] = {}
+    for token, own in zip(tokens, own_axes(places, y_shape), strict=True):
+        if len(own) == 1:
+            names[own[0]] = token
             continue
-        step = int(places.movedim(axis, 0).flatten(1)[:2, 0].diff())
-        for k, length in enumerate(y_shape):
-            stride = math.prod(y_shape[k + 1 :])
-            if stride <= step < stride * length and step % stride == 0:
-                steps[k][axis] = step
-    return [sorted(own, key=own.__getitem__, reverse=True) for own in steps]
-
-
-def _require_places(
-    places: Tensor, y: str, names: list[str], lifted: Form, y_shape: tuple[int, ...]
-) -> None:
-    """The axes found must lead to every entry's place, not only to those they were found by."""
-    kept = " ".join(n if n in axis_tokens(y) or n in letters(y) else "1" for n in names)
-    sizes = {a: n for a, n in lifted.sizes.items() if a in letters(y)}
-    try:
-        moved = rearrange(torch.arange(math.prod(y_shape)).view(y_shape), f"{y} -> {kept}", **sizes)
-        right = moved.expand(places.shape).equal(places)
-    except (EinopsError, RuntimeError):
-        right = False
-    if not right:
-        raise NotLinear(SUMMED)
+        if token.startswith("("):
+            raise NotLinear(SUMMED)
+        split = {f"{token}_{j}": a for j, a in enumerate(own)}
+        parts[token] = " ".join(split) or "1"  # a row axis that a reshape takes apart, or a unit
+        sizes |= {part: places.shape[a] for part, a in split.items()}
+        for part, a in split.items():
+            names[a] = part
+    return names, parts, sizes

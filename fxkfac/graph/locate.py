@@ -15,9 +15,9 @@ from torch import Generator, Tensor
 
 from fxkfac.graph.form import BatchAxis
 from fxkfac.graph.ir import Use
-from fxkfac.graph.normal import OneHotRows, normal_x, normal_y
+from fxkfac.graph.normal import Input, OneHotRows, normal_x, normal_y
 
-Taps = tuple[Tensor, list[Tensor | None], list[Tensor]]  # prediction, inputs, taps
+Taps = tuple[Tensor, list[Input], list[Tensor]]  # prediction, inputs, taps
 Layout = tuple[int, int, int]  # axis, outer, inner
 
 
@@ -144,7 +144,7 @@ def _gradients(taps: Taps, cotangent: Tensor) -> tuple[Tensor, ...]:
 def _batch_axis(
     use: Use,
     outputs: list[tuple[Tensor, Tensor]],
-    inputs: tuple[Tensor | None, Tensor | None],
+    inputs: tuple[Input, Input],
     other: Reordered,
 ) -> BatchAxis | None:
     """The one layout that explains gradient, output and input of a use."""

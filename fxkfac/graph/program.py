@@ -17,6 +17,7 @@ from fxkfac.graph.coverage import Coverage, coverage
 from fxkfac.graph.ir import Use
 from fxkfac.graph.locate import Layout
 from fxkfac.graph.match import Unsupported
+from fxkfac.graph.normal import Input
 from fxkfac.graph.signature import Signature
 from fxkfac.graph.structure import Choice, Structures
 from fxkfac.graph.table import program_table
@@ -75,7 +76,7 @@ class Run:
 
     tapped: Tapped
     prediction: Tensor
-    inputs: list[Tensor | None]
+    inputs: list[Input]
     taps: list[Tensor]
     n: int
 

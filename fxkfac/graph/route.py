@@ -7,18 +7,17 @@ these are linear ops with one group for each matrix, of which a row has the one 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import Node
 
 from fxkfac.graph.axes import axis_tokens, letters
 from fxkfac.graph.form import Form, OneHot, Routes
 from fxkfac.graph.ir import Example
+from fxkfac.graph.places import are_axes, own_axes
 from fxkfac.graph.rules.registry import RULES, NotLinear, Operand, call_of, operands
 from fxkfac.graph.view import View, is_layout
 
@@ -76,35 +75,35 @@ def _at(
     example: Example,
 ) -> Form:
     """The product as an op with one group for each matrix."""
-    taken = RULES[product.target](call_of(product, example.shapes, example.numbers), operand)  # type: ignore[index]
-    shape, tokens = tuple(example.shapes[node]), axis_tokens(form.y)
-    moved = View(("",), (shape,), (node, *layout), example.numbers)
-    places, own = moved.index(), axis_tokens(taken.weight)
-    if len(own) != places.ndim or moved.scale is None or taken.routes or taken.prepare:
+    assert isinstance(product.target, OpOverload)
+    taken = RULES[product.target](call_of(product, example.shapes, example.numbers), operand)
+    moved = View(("",), (tuple(example.shapes[node]),), (node, *layout), example.numbers)
+    if moved.scale is None or taken.routes or taken.prepare:
         raise NotLinear("it is taken apart")
-    axes = [_axis(places, a, shape, tokens) for a in range(places.ndim)]
-    became = {axis: own[k] for k, axis in enumerate(axes) if axis != "1"}
-    if set(became) != {t for t, n in zip(tokens, shape, strict=True) if n > 1}:
-        raise NotLinear("its axes are no longer apart")
-    became = dict.fromkeys(tokens, "1") | became
-    rows = [t for t in tokens if t in letters(form.x)]
-    routes = Routes(form.input, " ".join(became[t] for t in rows), GROUP, form.prepare.size)  # type: ignore
-    weight = [GROUP if t == "v" else became[t] for t in axis_tokens(form.weight)]
+    became = _became(moved, axis_tokens(form.y), axis_tokens(taken.weight))
+    rows = [became[t] for t in axis_tokens(form.y) if t in letters(form.x)]
+    assert form.input is not None
+    assert isinstance(form.prepare, OneHot)
     found = replace(
-        taken, weight=" ".join(weight), routes=routes, scale=taken.scale * form.scale * moved.scale
+        taken,
+        weight=" ".join(GROUP if t == "v" else became[t] for t in axis_tokens(form.weight)),
+        routes=Routes(form.input, " ".join(rows), GROUP, form.prepare.size),
+        scale=taken.scale * form.scale * moved.scale,
     )
-    lost = [a for a in letters(routes.axes) if a not in found.rows]
+    lost = [a for a in rows if a != "1" and a not in found.rows]
     if lost or not found.d_in or not found.d_out:
         raise NotLinear("it is no matrix of a product for each row")
     return found
 
 
-def _axis(places: Tensor, axis: int, y_shape: tuple[int, ...], tokens: list[str]) -> str:
-    """Which axis of the look-up's output, with entries numbered, an axis of the operand is."""
-    if places.shape[axis] == 1:
-        return "1"
-    along = places.movedim(axis, 0).flatten(1)[:, 0]
-    for k, token in enumerate(tokens):
-        if along.equal(along[0] + math.prod(y_shape[k + 1 :]) * torch.arange(len(along))):
-            return token
-    raise NotLinear("its axes are no longer apart")
+def _became(moved: View, tokens: list[str], own: list[str]) -> dict[str, str]:
+    """What each axis of the looked-up tensor is called in the product."""
+    places, (shape,) = moved.index(), moved.shapes
+    found = own_axes(places, shape)
+    if len(own) != places.ndim or any(len(axes) > 1 for axes in found):
+        raise NotLinear("its axes are no longer apart")
+    at = {axes[0]: token for token, axes in zip(tokens, found, strict=True) if axes}
+    y = " ".join(t if axes else "1" for t, axes in zip(tokens, found, strict=True))
+    if not are_axes(places, y, [at.get(a, "1") for a in range(places.ndim)], shape, {}):
+        raise NotLinear("its axes are no longer apart")
+    return dict.fromkeys(tokens, "1") | {token: own[axis] for axis, token in at.items()}

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from drawn import F64, rand, seeded
+from drawn import F64, StraightThroughEach, rand, seeded
 from torch import nn
 from torch._higher_order_ops.scan import scan
 from torch._higher_order_ops.while_loop import while_loop
@@ -95,33 +95,15 @@ def test_control_flow_and_values(model, line, name, remedy, as_module):
     assert remedy in said
 
 
-class Step(torch.autograd.Function):
-    """A step whose backward is that of the identity."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x):
-        return (x > 0).to(x.dtype)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, g):
-        return g
-
-
 def test_a_custom_function_is_named():
     def model(params, x):
         def one(x):
-            return Step.apply(x @ params["W"]) @ params["V"]  # HERE: Step
+            return StraightThroughEach.apply(x @ params["W"]) @ params["V"]  # HERE: custom
 
         return torch.func.vmap(one)(x)
 
     said = refused(model, X, P)
-    assert f"autograd.Function Step at {__file__}:{line_of('Step')} in one" in said
+    assert f"autograd.Function StraightThroughEach at {__file__}:{line_of('custom')} in one" in said
     assert "detach" in said
     assert "params=" in said
 
@@ -139,12 +121,12 @@ def test_a_function_that_is_right_is_not_blamed_for_control_flow():
     """Where values are the matter, gradients are not; and the other way round."""
 
     def model(params, x):
-        y = Step.apply(x) @ params["W"]
+        y = StraightThroughEach.apply(x) @ params["W"]
         if y.sum() > 0:
             y = y.tanh()
         return y @ params["V"]
 
-    assert "Step" not in refused(model, X, P)
+    assert "StraightThroughEach" not in refused(model, X, P)
 
 
 class Packed(nn.Module):

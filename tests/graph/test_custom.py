@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from drawn import rand
+from drawn import StraightThrough, rand
 from torch import nn
 from torch.autograd import Function
 
@@ -15,18 +15,6 @@ MSE = nn.MSELoss()
 close = torch.testing.assert_close
 X, Y = rand(5, 4, seed=5), rand(5, 3, seed=6)
 P = {"W": rand(4, 4), "V": rand(4, 3)}
-
-
-class StraightThrough(Function):
-    """Rounding, whose gradient passes."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.round()
-
-    @staticmethod
-    def backward(ctx, g):
-        return g
 
 
 class Reversed(Function):

@@ -8,6 +8,8 @@ from typing import Any
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
+from fxkfac.graph.overloads import arguments, register
+
 
 class Rewriter:
     """The node that is rewritten, its arguments by name, and a way to write ops in its place."""
@@ -15,15 +17,10 @@ class Rewriter:
     def __init__(self, graph: Graph, node: Node, own: set[Node]) -> None:
         assert isinstance(node.target, OpOverload)
         self.graph, self.node, self.own = graph, node, own
-        self.schema = node.target._schema
+        self.schema, self.arguments = node.target._schema, arguments(node)
 
     def __getitem__(self, name: str) -> Any:
-        for place, argument in enumerate(self.schema.arguments):
-            if argument.name == name:
-                if place < len(self.node.args):
-                    return self.node.args[place]
-                return self.node.kwargs.get(name, argument.default_value)
-        return None
+        return self.arguments.get(name)
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         """One more op; it comes from the same line of the user's code."""
@@ -40,7 +37,7 @@ class Rewriter:
         return self._again({name: value})
 
     def _again(self, other: Mapping[str, Any]) -> Node:
-        values = {a.name: other.get(a.name, self[a.name]) for a in self.schema.arguments}
+        values = {**self.arguments, **other}
         named = {a.name: values.pop(a.name) for a in self.schema.arguments if a.kwarg_only}
         return self.call(self.node.target, *values.values(), **named)
 
@@ -56,12 +53,4 @@ DECOMPOSITIONS: dict[OpOverload, Rewrite] = {}
 
 def decomposition(*overloads: OpOverload) -> Callable[[Rewrite], Rewrite]:
     """Register a rewrite, which returns what stands in the node's place, or `None` to leave it."""
-
-    def register(rewrite: Rewrite) -> Rewrite:
-        for overload in overloads:
-            if overload in DECOMPOSITIONS:
-                raise ValueError(f"{overload} is taken apart already")
-            DECOMPOSITIONS[overload] = rewrite
-        return rewrite
-
-    return register
+    return register(DECOMPOSITIONS, *overloads)

@@ -22,20 +22,12 @@ def rows(ndim: int) -> str:
 def linear(call: Call, operand: Operand) -> Form:
     """y = x Wᵀ + b, x with any number of row axes."""
     r = rows(call.ndim("input") - 1)
+    out = "o" if call.ndim("weight") == 2 else ""  # a 1-D weight is one output without an axis
     if operand.name == "weight":
-        out = "o" if call.ndim("weight") == 2 else ""  # a 1-D weight is one output without an axis
         return Form(f"{out} i", f"{r} i", f"{r} {out}", call.args["input"])
     if operand.name == "bias":
         return Form("o", "", f"{r} o")
-    out = "o" if call.ndim("weight") == 2 else ""
     return Form(f"{r} i", f"{out} i", f"{r} {out}", call.args["weight"])
-
-
-def _left(call: Call, other: str, form: Form) -> Form:
-    """The parameter is what the other operand multiplies; needs matrices on both sides."""
-    if call.ndim(other) != 2 or len(form.weight.split()) != 2:
-        raise NotLinear(f"the parameter is multiplied by a {call.ndim(other)}-D tensor")
-    return Form(form.weight, form.x, form.y, call.args[other])
 
 
 @rule(aten.mm.default)
@@ -86,14 +78,13 @@ def grouped_mm(call: Call, operand: Operand) -> Form:
     other = "self" if operand.name == "mat2" else "mat2"
     if operand.name not in ("self", "mat2") or call.ndim(operand.name) != 3:
         raise NotLinear("the parameter is what the groups' weights multiply")
-    x = call.args[other]
     if call.ndim(other) == 3:
         return bmm(call, operand)
-    weight = "chosen i o" if operand.name == "mat2" else "chosen o i"
-    routes = Routes(call.args["offs"], "r", "chosen", call.shape(operand.name)[0], ends=True)
+    x, groups = call.args[other], call.shape(operand.name)[0]
+    routes = Routes(call.args["offs"], "r", "chosen", groups, ends=True)
     if operand.name == "mat2":
-        return Form(weight, "r i", "r o", x, routes=routes)
-    return Form(weight, "i r", "o r", x, routes=routes)
+        return Form("chosen i o", "r i", "r o", x, routes=routes)
+    return Form("chosen o i", "i r", "o r", x, routes=routes)
 
 
 @rule(aten.baddbmm.default)

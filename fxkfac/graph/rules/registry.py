@@ -11,6 +11,7 @@ from torch._ops import OpOverload
 from torch.fx import Node
 
 from fxkfac.graph.form import Form
+from fxkfac.graph.overloads import arguments, register
 
 
 class NotLinear(Exception):
@@ -68,27 +69,12 @@ RULES: dict[OpOverload, Rule] = {}
 
 def rule(*overloads: OpOverload) -> Callable[[Rule], Rule]:
     """Register a rule under one or more ATen overloads. Registering twice is an error."""
-
-    def register(function: Rule) -> Rule:
-        for overload in overloads:
-            if overload in RULES:
-                raise ValueError(f"{overload} has a rule already: {RULES[overload].__name__}")
-            RULES[overload] = function
-        return function
-
-    return register
+    return register(RULES, *overloads)
 
 
 def call_of(node: Node, shapes: Mapping[Node, Size], numbers: Mapping[Node, Any]) -> Call:
     """Bind a node's arguments to the names in its op's schema."""
-    assert isinstance(node.target, OpOverload)
-    args: dict[str, Any] = {}
-    for place, argument in enumerate(node.target._schema.arguments):
-        if place < len(node.args):
-            args[argument.name] = node.args[place]
-        else:
-            args[argument.name] = node.kwargs.get(argument.name, argument.default_value)
-    return Call(node, args, shapes, numbers)
+    return Call(node, arguments(node), shapes, numbers)
 
 
 def operands(call: Call, wanted: Callable[[Node], bool]) -> Iterator[tuple[Operand, Node]]:
