@@ -169,3 +169,18 @@ def test_experts_that_choose_among_all_data():
     assert fxkfac.kfac(program, nn.MSELoss(), (x, y))["W"].A.shape == (2, 3, 3)
     with pytest.raises(fxkfac.errors.BatchAxisError):
         fxkfac.kfac(program, nn.MSELoss(), (x, y), sharing="reduce")
+
+
+def test_several_indices_may_count_from_the_end():
+    """Traced without negative indices, and given some afterwards."""
+
+    def model(params, rows, columns):
+        return torch.tanh(params["table"][rows, columns])
+
+    params = {"table": torch.randn(4, 3, 2, dtype=torch.float64)}
+    rows, columns = torch.tensor([[0, 1], [3, 2], [1, 1]]), torch.tensor([[0, 2], [1, 1], [2, 0]])
+    program = fxkfac.trace(model, (rows, columns), params)
+    y = torch.zeros(3, 2, 2, dtype=torch.float64)
+    found = fxkfac.kfac(program, nn.MSELoss(), ((rows - 4, columns - 3), y)).dense()
+    expected = fxkfac.kfac(program, nn.MSELoss(), ((rows, columns), y)).dense()
+    torch.testing.assert_close(found, expected)

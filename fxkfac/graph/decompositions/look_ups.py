@@ -55,8 +55,10 @@ def index(at: Rewriter) -> Node | None:
     shape = at["self"].meta["val"].shape
     if any(indices[k].meta["val"].dtype == torch.bool for k in given):
         return None
-    place = indices[given[0]]
+    # -1 is the last one, of its own axis.
+    counted = {k: at.call(aten.remainder.Scalar, indices[k], shape[k]) for k in given}
+    place = counted[given[0]]
     for k in given[1:]:
-        place = at.call(aten.add.Tensor, at.call(aten.mul.Tensor, place, shape[k]), indices[k])
+        place = at.call(aten.add.Tensor, at.call(aten.mul.Tensor, place, shape[k]), counted[k])
     flat = at.call(aten.flatten.using_ints, at["self"], given[0], given[-1])
     return at.call(aten.index.Tensor, flat, [*[None] * given[0], place])
