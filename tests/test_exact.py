@@ -280,7 +280,6 @@ class TestAgreement:
             exact.hessian(mlp(), MSE(), data) - exact.ggn(mlp(), MSE(), data)
         ).abs().max() > 0.01
 
-    @pytest.mark.slow
     @all_losses
     def test_mc_converges_at_the_rate_of_monte_carlo(self, kind):  # Figure 7
         data, net = (X, Y[kind]), mlp()
@@ -516,7 +515,6 @@ class TestProducts:
         assert all(found[name].shape == v[name].shape for name in v)
         close(flat(found), matrices[fisher](net, loss, data, list(self.names)) @ flat(v))
 
-    @pytest.mark.slow
     def test_curvature_propagation_is_unbiased(self):
         net, data, v = mlp(), (X, Y[CE]), vector_like(mlp(), self.names)
         found = exact.fisher_vector_product(

@@ -105,7 +105,6 @@ def test_shifted_labels_give_the_models_own_loss(name):
     torch.testing.assert_close(case.loss(case.model(**inputs), targets).float(), expected)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", LANGUAGE)
 def test_exact_blocks_of_a_language_model(name):
     """With -100 among the labels, the diagonal of the last norm is the GGN's."""
