@@ -382,13 +382,13 @@ class TestMerge:
         assert torch.equal(a["0.weight"].A, before[0])
         assert a.n == before[1]
 
-    def test_sampled_parts_add_up_bit_for_bit(self, mlp):
+    def test_sampled_parts_add_up(self, mlp):
         _, program, X = mlp
         y, g = classes(5), generator(3)
         pairs = [(X[:2], y[:2]), (X[2:], y[2:])]
         a, b = (fxkfac.kfac(program, CE(), p, fisher="mc", generator=g) for p in pairs)
         whole = fxkfac.kfac(program, CE(), pairs, fisher="mc", generator=generator(3))
-        same_factors(a + b, whole, exactly=True)
+        same_factors(a + b, whole)  # from the same draws, but summed in another order
 
     def test_diagonals_add_up(self, normed):
         _, program, (X, y) = normed

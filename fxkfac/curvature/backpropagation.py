@@ -10,13 +10,12 @@ import difflib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fxkfac.curvature.likelihoods import Likelihood, derived_hessian_sqrt
+from fxkfac.curvature.likelihoods import Likelihood, hessian_root
 from fxkfac.errors import OptionError
 
 
@@ -78,11 +77,10 @@ class _Backpropagation:
 
 
 def _type2(at: _Backpropagation) -> Iterator[Tensor]:
-    S = _hessian_sqrt(at)
-    assert at.datum is not None
-    for e in range(int(at.datum.max()) + 1):
-        # S_n acts on each datum alone: one product gives ▲_{n,e} = S_n e for every n.
-        yield S((at.datum == e).to(at.f.dtype))
+    site, sites = _sites(at)
+    for column in at.likelihood.hessian_columns(at.f, at.y):
+        # Sites are independent, so that one column serves each of them, and all data.
+        yield from _at_each(column, site, sites)
 
 
 def _mc(at: _Backpropagation) -> Iterator[Tensor]:
@@ -98,13 +96,11 @@ def _type1(at: _Backpropagation) -> Iterator[Tensor]:
         # ▲ = √p(y) ∇_f c(f, y). Sites are independent and their would-be gradients have mean
         # zero, so that the expectation has no terms between two sites: one vector for each.
         gradient = at.likelihood.sampled_gradient(at.f, at.y, label)
-        vector = (probability.sqrt() * gradient).to(at.f.dtype)
-        for s in sites:
-            yield torch.where(site == s, vector, 0)
+        yield from _at_each((probability.sqrt() * gradient).to(at.f.dtype), site, sites)
 
 
 def _curvature_propagation(at: _Backpropagation) -> Iterator[Tensor]:
-    S = _hessian_sqrt(at)
+    S = hessian_root(at.likelihood, at.f, at.y)
     g = at.generator
     for _ in range(at.mc_samples):
         signs = 2 * torch.randint(2, at.f.shape, generator=g, device=g.device).to(at.f) - 1
@@ -119,14 +115,6 @@ def _forward_only(at: _Backpropagation) -> Iterator[Tensor]:
     return iter(())
 
 
-def _hessian_sqrt(at: _Backpropagation) -> Callable[[Tensor], Tensor]:
-    """v -> S v; a square root that is not given by a formula is found once for all v."""
-    given = getattr(at.likelihood.hessian_sqrt, "__func__", None)
-    if given is Likelihood.hessian_sqrt:
-        return derived_hessian_sqrt(at.likelihood, at.f, at.y)
-    return partial(at.likelihood.hessian_sqrt, at.f, at.y)
-
-
 def _sites(at: _Backpropagation) -> tuple[Tensor, list[int]]:
     """Which site of its datum an element belongs to (broadcasts to f), and all of them."""
     axes = at.likelihood.event_axes(at.f)
@@ -134,6 +122,12 @@ def _sites(at: _Backpropagation) -> tuple[Tensor, list[int]]:
     # A site is known by the first of its elements.
     site = at.datum.amin(axes, keepdim=True) if axes else at.datum
     return site, site.unique().tolist()
+
+
+def _at_each(vector: Tensor, site: Tensor, sites: list[int]) -> Iterator[Tensor]:
+    """The same at one site of every datum after the other, and zero elsewhere."""
+    for s in sites:
+        yield torch.where(site == s, vector, 0) if len(sites) > 1 else vector
 
 
 _VECTORS: dict[str, Callable[[_Backpropagation], Iterator[Tensor]]] = {

@@ -67,6 +67,10 @@ class Categorical(Likelihood):
             return float(valid.numel())
         return float(self.weight.to(widen(f))[valid].sum())
 
+    def ignores(self, y: Tensor) -> bool:
+        """Whether a class is `ignore_index`."""
+        return not y.is_floating_point() and bool((y == self.ignore_index).any())
+
     def ignored(self, f: Tensor, y: Tensor) -> Tensor | None:
         """Positions whose class is `ignore_index`."""
         if y.is_floating_point():
@@ -87,6 +91,23 @@ class Categorical(Likelihood):
         root_v = (log_σ / 2).exp() * v  # diag(√σ) v
         Sv = root_v - log_σ.exp() * root_v.sum(axis, keepdim=True)
         return (self._site_weight(f, y).sqrt() * Sv).to(v.dtype)
+
+    def hessian_columns(self, f: Tensor, y: Tensor) -> Iterator[Tensor]:
+        """√w √σ q_c, with q_c all but one column of the reflection that turns √σ into −e_m.
+
+        S √σ = 0, so that of C columns one is nothing. These are orthogonal to √σ, and therefore
+        S q_c = √w diag(√σ) q_c with q_c = e_c − √σ_c (√σ + e_m) / (1 + √σ_m). The class m is the
+        most probable one, so that no difference cancels.
+        """
+        axis = _class_axis(f)
+        r = (widen(f).log_softmax(axis) / 2).exp()  # √σ
+        m = r.argmax(axis, keepdim=True)
+        u = r.scatter_add(axis, m, torch.ones_like(r))  # √σ + e_m
+        scaled = self._site_weight(f, y).sqrt() * r
+        for k in range(f.shape[axis] - 1):
+            c = k + (m <= k)  # the classes, without m
+            q = -u * (r.gather(axis, c) / (1 + r.gather(axis, m)))
+            yield (scaled * q.scatter_add_(axis, c, torch.ones_like(r))).to(f.dtype)
 
     def sample(self, f: Tensor, generator: torch.Generator) -> Tensor:
         """ỹ ~ Categorical(σ) at every position, as class indices. Example 4."""

@@ -17,6 +17,7 @@ from fxkfac.curvature.losses import likelihood_of
 from fxkfac.errors import TapMismatch
 from fxkfac.functional import Params
 from fxkfac.graph.program import Program
+from fxkfac.graph.tap import Taps
 from fxkfac.graph.verify import FlatModel, gradient_errors, tap_gradients, tolerance
 from fxkfac.isolation import full_precision, own_randomness
 
@@ -43,15 +44,15 @@ def check(
     ((inputs, targets),) = batches([data])
     likelihood = likelihood_of(loss)
     names = program.parameters
-    state = {**program.model.override(params), **program.model.buffers()}
+    state, taps = program.state(params), Taps()
     model = FlatModel(program.model, program.signature.with_constants(inputs))
     with own_randomness(0):
-        run = program.run(inputs, params)
+        run = program.run(inputs, params, taps)
         likelihood.validate(run.prediction.detach(), targets)
         cotangent = _loss_gradient(loss, likelihood, run.prediction.detach(), targets)
         tensors = program.signature.tensors(inputs)
-        taps = (run.prediction, run.inputs, run.taps)
-        found = tap_gradients(run.tapped, taps, cotangent, names, state, tensors)
+        at_taps = taps.gradients(run.prediction, cotangent)
+        found = tap_gradients(run.tapped, taps.inputs, at_taps, names, state, tensors)
         expected = model.gradients(state, tensors, cotangent, names)
     precision = run.tapped.captured.precision
     errors = gradient_errors(found, expected, precision)

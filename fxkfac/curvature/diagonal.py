@@ -63,16 +63,16 @@ def gradient_moments(
         (None, 0, *axes),
         randomness="same",
     )
-    total = {name: zero_moment(state[name], kind) for name, kind in structures.items()}
+    total = {
+        name: zero_moment(state[name].shape, kind, state[name]) for name, kind in structures.items()
+    }
     for vector in vectors:
         gradients = per_datum(chosen, by_datum(run, vector), *data)
         for name, kind in structures.items():
             G = gradients[name].reshape(len(gradients[name]), -1).to(total[name].dtype)
-            total[name] = total[name] + (G.mT @ G if kind == "dense" else G.square().sum(0))
-    return {
-        name: t if structures[name] == "dense" else t.view(state[name].shape)
-        for name, t in total.items()
-    }
+            moment = G.mT @ G if kind == "dense" else G.square().sum(0).view(state[name].shape)
+            total[name] = total[name] + moment
+    return total
 
 
 COUPLED = (

@@ -15,8 +15,8 @@ from torch import Tensor
 from fxkfac.curvature.blocks import Block, Dense, Diagonal, Kronecker
 from fxkfac.curvature.curvature import AnyBlock, Curvature
 from fxkfac.curvature.likelihoods import Likelihood
-from fxkfac.curvature.plan import BlockPlan, TermPlan
-from fxkfac.curvature.sharing import Counted, accurate_dtype
+from fxkfac.curvature.plan import BlockPlan, TermPlan, require_same_terms
+from fxkfac.curvature.sharing import accurate_dtype
 from fxkfac.errors import MergeError
 from fxkfac.functional import FunctionalModel, unknown
 
@@ -26,23 +26,17 @@ class Sums:
     """Raw sums of one term over the data seen so far.
 
     Attributes:
-        a: Σ x̃ x̃ᵀ of shape (group, in, in), or its diagonal `Counted` for one-hot rows.
+        a: Σ x̃ x̃ᵀ of shape (group, in, in); its diagonal (in,) for one-hot rows.
         b: Σ_c Σ g gᵀ of shape (group, out, out), without R.
         rows: Number of rows summed in `a`; (group,) where groups have rows of their own.
     """
 
-    a: Tensor | Counted
+    a: Tensor
     b: Tensor
     rows: int | Tensor
 
     def __add__(self, other: Sums) -> Sums:
-        if isinstance(self.a, Counted) and isinstance(other.a, Counted):
-            a: Tensor | Counted = Counted(self.a.diagonal + other.a.diagonal)
-        else:
-            assert isinstance(self.a, Tensor)
-            assert isinstance(other.a, Tensor)
-            a = self.a + other.a
-        return Sums(a, self.b + other.b, self.rows + other.rows)
+        return Sums(self.a + other.a, self.b + other.b, self.rows + other.rows)
 
 
 def _rows(rows: int | Tensor) -> int | Tensor:
@@ -131,8 +125,7 @@ class Factors(Curvature):
         return made((name,), (shape,), raw)
 
     def _kronecker(self, plan: BlockPlan, term: TermPlan, sums: Sums) -> Kronecker:
-        a = sums.a.diagonal if isinstance(sums.a, Counted) else sums.a
-        A = self.reduction * a  # A = R Σ x̃ x̃ᵀ
+        A = self.reduction * sums.a  # A = R Σ x̃ x̃ᵀ
         if self.settings.fisher == "forward-only":
             B = torch.diag_embed(torch.ones_like(sums.b.diagonal(dim1=-2, dim2=-1)))  # B = I
         else:
@@ -162,14 +155,7 @@ class Factors(Curvature):
                 f"these factors were computed with {self.settings}, the others with "
                 f"{other.settings}; only parts of one computation add up."
             )
-        if {n: p.structure for n, p in self.plans.items()} != {
-            n: p.structure for n, p in other.plans.items()
-        }:
-            raise MergeError(
-                "these factors and the others come from graphs that use the parameters in other "
-                "ways, as control flow that depends on shapes may make them; expected the same "
-                "uses. Compute factors for inputs of one shape at a time."
-            )
+        require_same_terms(self.plans.values(), other.plans.values())
         return replace(
             self,
             n=self.n + other.n,

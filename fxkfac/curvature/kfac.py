@@ -13,7 +13,7 @@ from typing import Any
 from torch import Generator
 
 from fxkfac.curvature.backpropagation import require_fisher
-from fxkfac.curvature.batch import batch_factors
+from fxkfac.curvature.batch import Pass
 from fxkfac.curvature.data import Data, batches
 from fxkfac.curvature.factors import Factors, Settings
 from fxkfac.curvature.losses import likelihood_of, loss_text
@@ -90,22 +90,19 @@ def kfac(
         {name: program.shapes[name] for name in structures},
         structures,
     )
-    source = generator or program.generator
-    total: Factors | None = None
+    over = Pass(program, likelihood, settings, params, mask, generator or program.generator)
     try:
         for number, (inputs, targets) in enumerate(batches(data, progress)):
-            part = batch_factors(
-                program, likelihood, settings, (inputs, targets, mask), params, source, number
-            )
-            total = part if total is None else total + part
+            over.add(inputs, targets, number)
     except BaseException as error:
-        if total is not None:
-            error.factors = total  # type: ignore[attr-defined]
-            error.add_note(f"The factors of the first {total.n} data are in this error's .factors.")
+        if over.total is not None:
+            error.factors = over.factors()  # type: ignore[attr-defined]
+            n = over.total.n
+            error.add_note(f"The factors of the first {n} data are in this error's .factors.")
         raise
-    assert total is not None  # `batches` refuses empty data
-    likelihood.reduction_factor(total.count)  # refuses data without a single target that counts
-    return total
+    factors = over.factors()
+    likelihood.reduction_factor(factors.count)  # refuses data without a single target that counts
+    return factors
 
 
 def _structures(program: Program, fisher: str) -> dict[str, str]:

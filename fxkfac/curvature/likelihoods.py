@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -84,6 +85,10 @@ class Likelihood:
         """Sites whose target counts for nothing, like `f` with event axes of length one."""
         return None
 
+    def ignores(self, y: Target) -> bool:
+        """Whether there are such sites."""
+        return False
+
     def reduction_factor(self, count: float) -> float:
         """R, given the count of the whole data set. Raises `DataError` if there is none."""
         if self.reduction == "sum":
@@ -104,6 +109,17 @@ class Likelihood:
     def hessian_sqrt(self, f: Tensor, y: Target, v: Tensor) -> Tensor:
         """S v, like `f`, datum by datum: S Sᵀ is the Hessian of c in f. Section 2.4.2."""
         return derived_hessian_sqrt(self, f, y)(v)
+
+    def hessian_columns(self, f: Tensor, y: Target) -> Iterator[Tensor]:
+        """Columns v, like `f`, of a square root at all sites at once: Σ v vᵀ is each one's Hessian.
+
+        Any square root will do: there may be fewer columns than those of S.
+        """
+        S, axes = hessian_root(self, f, y), self.event_axes(f)
+        shape = [size if a in axes else 1 for a, size in enumerate(f.shape)]
+        numel = torch.Size(shape).numel()
+        for unit in torch.eye(numel, dtype=f.dtype, device=f.device):
+            yield S(unit.view(shape).expand(f.shape))
 
     def sample(self, f: Tensor, generator: torch.Generator) -> Target:
         """ỹ drawn from r(· | f); the same state of `generator` draws the same ỹ."""
@@ -153,6 +169,13 @@ class _FromDistribution(Likelihood):
 
     def distribution(self, prediction: Tensor) -> Distribution:
         return self.fn(prediction)
+
+
+def hessian_root(likelihood: Likelihood, f: Tensor, y: Target) -> Callable[[Tensor], Tensor]:
+    """v -> S v; a square root that is not given by a formula is found once for all v."""
+    if getattr(likelihood.hessian_sqrt, "__func__", None) is Likelihood.hessian_sqrt:
+        return derived_hessian_sqrt(likelihood, f, y)
+    return partial(likelihood.hessian_sqrt, f, y)
 
 
 def derived_hessian_sqrt(

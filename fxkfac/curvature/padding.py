@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 Mask = str | Callable[[Any, Tensor], Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Padding:
     """The positions of one batch that are real, and the rows of the uses that they are.
 
@@ -37,11 +37,13 @@ class Padding:
         mask: Positions that are real, (N, T); `None` where the user gives no mask.
         ignored: Positions whose target the loss ignores, (N, T), if there are any.
         seen: For every use, the rows at which a gradient has arrived.
+        fits: Whether there is a use whose rows are the positions.
     """
 
     mask: Tensor | None = None
     ignored: Tensor | None = None
     seen: dict[Use, Tensor] = field(default_factory=dict)
+    fits: bool = False
 
     def real(self, use: Use, y: Tensor) -> Float[Tensor, "batch shared"] | None:
         """Ones where a row of the use is real, zeros where not; `None` where all are kept.
@@ -51,10 +53,20 @@ class Padding:
             y: Its output, as tapped.
         """
         if self.mask is not None:
-            return self.mask.to(y.dtype) if _aligned(use, y, self.mask) else None
+            fits = _aligned(use, y, self.mask)
+            self.fits |= fits
+            return self.mask.to(y.dtype) if fits else None
         if self.ignored is None or use not in self.seen:
             return None
         return (self.seen[use] | ~self.ignored).to(y.dtype)
+
+    def require_fit(self) -> None:
+        """Raise `DataError` unless there was a use whose rows are those of the mask."""
+        if self.mask is not None and not self.fits:
+            raise DataError(
+                f"no use has rows like the mask {tuple(self.mask.shape)}: one shared axis of "
+                f"{self.mask.shape[1]} places. Leave the mask out."
+            )
 
     def look(self, use: Use, gradient: Tensor) -> None:
         """Remember at which rows a gradient arrives.
@@ -74,19 +86,19 @@ def _aligned(use: Use, y: Tensor, positions: Tensor) -> bool:
     return normal_y(use, y, use.batch).shape[1:3] == positions.shape
 
 
-def ignored_positions(likelihood: Likelihood, run: Run, targets: Tensor) -> Padding:
-    """The padding that follows from a loss which ignores some targets, as by `ignore_index`."""
+def ignored_positions(likelihood: Likelihood, run: Run, targets: Tensor) -> Tensor | None:
+    """Positions that the loss ignores, as by `ignore_index`, (N, T), if there are any."""
     found = likelihood.ignored(run.prediction.detach(), targets)
-    if found is None or run.tapped.prediction is None or not bool(found.any()):
-        return Padding()
-    return Padding(ignored=by_datum(run, found))
+    if found is None or run.tapped.prediction is None:
+        return None
+    return by_datum(run, found)
 
 
-def padding_of(mask: Mask, inputs: Any, targets: Tensor, run: Run) -> Padding:
-    """Read the mask of one batch.
+def read_mask(mask: Mask, inputs: Any, targets: Tensor, n: int) -> Tensor:
+    """The positions of one batch that are real, (N, T).
 
     Raises:
-        DataError: There is no such input, the mask is not (N, T), or no use has rows like it.
+        DataError: There is no such input, or the mask is not (N, T).
     """
     if isinstance(mask, str):
         if not isinstance(inputs, Mapping) or mask not in inputs:
@@ -94,14 +106,7 @@ def padding_of(mask: Mask, inputs: Any, targets: Tensor, run: Run) -> Padding:
         found = inputs[mask]
     else:
         found = mask(inputs, targets)
-    if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != run.n:
+    if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != n:
         shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-        raise DataError(f"the mask is {shape}; expected a tensor (N, T) with N = {run.n}.")
-    padding = Padding(found.to(torch.bool))
-    uses = run.tapped.uses
-    if all(padding.real(u, run.taps[u.tap]) is None for u in uses):
-        raise DataError(
-            f"no use has rows like the mask {tuple(found.shape)}: one shared axis of "
-            f"{found.shape[1]} places. Leave the mask out."
-        )
-    return padding
+        raise DataError(f"the mask is {shape}; expected a tensor (N, T) with N = {n}.")
+    return found.to(torch.bool)

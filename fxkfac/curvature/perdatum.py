@@ -59,11 +59,11 @@ def exact_names(
     return [n for n in names if n not in lost], [n for n in names if n in lost]
 
 
-def zero_moment(parameter: Tensor, structure: str) -> Tensor:
-    """Where the sum over the data begins."""
-    numel = parameter.numel()
-    shape = (numel, numel) if structure == "dense" else (numel,)
-    return parameter.new_zeros(shape, dtype=accurate_dtype(parameter))
+def zero_moment(shape: tuple[int, ...], structure: str, like: Tensor) -> Tensor:
+    """Where the sum over the data begins, for a parameter of this shape."""
+    numel = torch.Size(shape).numel()
+    shape = (numel, numel) if structure == "dense" else shape
+    return like.new_zeros(shape, dtype=accurate_dtype(like))
 
 
 def _gradients(

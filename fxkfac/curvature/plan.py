@@ -10,14 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import networkx as nx
 import torch
 from torch import Tensor
 
+from fxkfac.errors import MergeError
 from fxkfac.graph.ir import Use
 from fxkfac.graph.normal import normal_weight
+
+Scales = tuple[float, ...]  # of the rest of x̃ = (x, scales), one for each bias that has joined
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,11 @@ class TermPlan:
     def is_bias(self) -> bool:
         """Whether this is a bias by itself, whose input is the constant one."""
         return self.uses[0].is_bias
+
+    def scales(self, place: int) -> Scales:
+        """What the biases that have joined are multiplied by at the rows of one use."""
+        biases = [c.uses[place] for c in self.columns]
+        return tuple(u.join.scale if u and u.join else 0.0 for u in biases)
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -123,7 +130,16 @@ class BlockPlan:
         return sum(torch.Size(shape).numel() for shape in self.shapes)
 
 
-@lru_cache(maxsize=32)  # the same for every batch that runs the same graph
+def require_same_terms(mine: Iterable[BlockPlan], others: Iterable[BlockPlan]) -> None:
+    """Raise `MergeError` unless the sums of two graphs are sums of the same terms."""
+    if {p.name: p.structure for p in mine} != {p.name: p.structure for p in others}:
+        raise MergeError(
+            "these factors and the others come from graphs that use the parameters in other "
+            "ways, as control flow that depends on shapes may make them; expected the same "
+            "uses. Compute factors for inputs of one shape at a time."
+        )
+
+
 def plan_blocks(
     uses: tuple[Use, ...], separate_weight_and_bias: bool, exact: frozenset[str] = frozenset()
 ) -> tuple[BlockPlan, ...]:

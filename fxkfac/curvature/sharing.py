@@ -9,8 +9,6 @@ gradient is Σ_s g, so that its block is exact.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -18,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxkfac.curvature.plan import TermPlan
+from fxkfac.curvature.plan import Scales, TermPlan
 from fxkfac.errors import BatchAxisError, FxkfacError
 from fxkfac.graph.form import BatchAxis
 from fxkfac.graph.ir import Use
@@ -37,21 +35,11 @@ if TYPE_CHECKING:
 
 SHARINGS = ("expand", "reduce")
 
-Inputs = Callable[[Use], Input]
-Gradients = Callable[[Use], Tensor]
 Rows = Tensor | OneHotRows | None
 
 # Ones where a row of a use counts, for every group or for all alike; `None` where all rows do.
 # Without a batch axis, all rows are one datum's.
 Kept = Tensor | None
-KeptOf = Callable[[Use], Kept]
-
-
-@dataclass(frozen=True)
-class Counted:
-    """Σ_rows x xᵀ of one-hot rows: a diagonal, the number of times that each one occurs."""
-
-    diagonal: Float[Tensor, " d_in"]
 
 
 def chosen_groups(use: Use, x: Routed) -> Float[Tensor, "group batch shared"]:
@@ -74,51 +62,67 @@ def rows_kept(real: Tensor | None, groups: Tensor | None) -> Kept:
     return groups * real
 
 
-def input_moment(
-    term: TermPlan, sharing: str, inputs: Inputs, outputs: Gradients, kept: KeptOf
-) -> tuple[Tensor | Counted, int | Tensor]:
-    """Σ_rows x̃ x̃ᵀ of a term over one batch, and its number of rows.
+def expanded_input(
+    use: Use, x: Input, y: Tensor, kept: Kept
+) -> tuple[Float[Tensor, "group *rows d_in"], int | Tensor]:
+    """Every row x of a use, and their number.
 
     Args:
-        term: The term.
-        sharing: `"expand"` or `"reduce"`; a bias by itself is not asked.
-        inputs: The input of a use, as tapped.
-        outputs: The output of a use, as tapped; for its shape.
-        kept: Which rows of a use count.
-
-    Returns:
-        The sum of shape (group, in, in), or its diagonal for one-hot rows; the number of rows, of
-        shape (group,) where groups have rows of their own.
+        use: The use, whose input is not the constant one.
+        x: Its input, as tapped.
+        y: The output of its op, as tapped; for its shape.
+        kept: Which rows count.
     """
-    if term.is_bias:
-        y = outputs(term.uses[0])
-        n = normal_y(term.uses[0], y, known(term.uses[0])).shape[1]
-        return torch.full((1, 1, 1), n, dtype=accurate_dtype(y), device=y.device), n
-    masks = [kept(u) for u in term.uses]
-    at = [_layout(u, sharing, m) for u, m in zip(term.uses, masks, strict=True)]
-    rows = [normal_x(u, inputs(u), b) for u, b in zip(term.uses, at, strict=True)]
-    like = [normal_y(u, outputs(u), b) for u, b in zip(term.uses, at, strict=True)]
-    total = _total(_rows(y, m) for y, m in zip(like, masks, strict=True))
-    if sharing == "expand" and all(isinstance(r, OneHotRows) for r in rows):
-        return _count(rows, like, masks), total
-    dense = [
-        _masked(_by_datum(_with_columns(term, k, _accurate(_dense(r, y)))), m)
-        for k, (r, y, m) in enumerate(zip(rows, like, masks, strict=True))
-    ]
-    if sharing == "reduce":
-        places = sum(_places(y, m) for y, m in zip(like, masks, strict=True))
-        assert isinstance(places, Tensor)
-        x = torch.cat(dense, dim=2).sum(2) / places.clamp_min(1).unsqueeze(-1)  # x̂ = mean_s x
-        return x.mT @ x, _total([(places > 0).sum(-1)])
-    x = torch.cat([d.flatten(1, 2) for d in dense], dim=1)
-    return x.mT @ x, total
+    batch = None if kept is None else use.batch
+    like = normal_y(use, y, batch)
+    rows = _accurate(_dense(normal_x(use, x, batch), like))
+    return _masked(rows, kept), _number_of_rows(like, kept)
 
 
-def _layout(use: Use, sharing: str, kept: Kept) -> BatchAxis | None:
-    """The batch axis, where rows have to be told by their datum."""
-    if sharing == "reduce":
-        return known(use)
-    return None if kept is None else use.batch
+def reduced_input(
+    use: Use, x: Input, y: Tensor, kept: Kept, scales: Scales
+) -> tuple[Float[Tensor, "group batch d_in"], Float[Tensor, "group batch"]]:
+    """Σ_s x̃ of every datum, x̃ = (x, scales), and how many terms the sum has."""
+    like = normal_y(use, y, known(use))
+    rows = _masked(_by_datum(_accurate(_dense(normal_x(use, x, known(use)), like))), kept)
+    places = _places(like, kept)
+    ones = places.expand(len(rows), -1).unsqueeze(-1)
+    x_sum = rows.sum(2)
+    return torch.cat([x_sum, *(scale * ones for scale in scales)], dim=-1), places
+
+
+def counted_input(use: Use, x: Input, y: Tensor, kept: Kept) -> tuple[Tensor, int | Tensor]:
+    """For a use whose rows are one-hot, how often each one occurs, and the number of rows."""
+    batch = None if kept is None else use.batch
+    like, rows = normal_y(use, y, batch), normal_x(use, x, batch)
+    assert isinstance(rows, OneHotRows)
+    indices = rows.indices.expand(like.shape[1:-1]).flatten()
+    weights = None if kept is None else kept.flatten().to(accurate_dtype(like))
+    counts = rows.scale**2 * indices.bincount(weights, rows.size).to(accurate_dtype(like))
+    if rows.ignored is not None:
+        counts[rows.ignored] = 0.0
+    return counts, _number_of_rows(like, kept)
+
+
+def expanded_output(use: Use, g: Tensor, kept: Kept) -> Float[Tensor, "group *rows d_out"]:
+    """Every row of a gradient at the output of a use."""
+    batch = None if kept is None else use.batch
+    return _accurate(_masked(normal_y(use, g, batch), kept))
+
+
+def reduced_output(use: Use, g: Tensor, kept: Kept) -> Float[Tensor, "group batch d_out"]:
+    """Σ_s g of every datum."""
+    return _masked(_accurate(_by_datum(normal_y(use, g, known(use)))), kept).sum(2)
+
+
+def bias_output(term: TermPlan, use: Use, g: Tensor) -> Float[Tensor, "1 batch numel"]:
+    """Every datum's gradient of a bias by itself: Σ_s g, at the places of its entries."""
+    rows = _accurate(normal_y(use, g, known(use))).sum(2)  # (group, batch, out)
+    flat = use.form.scale * rows.movedim(0, 1).flatten(1)
+    places, numel = _bias_places(term, use)
+    _require_formable(term, numel)
+    full = flat.new_zeros(len(flat), numel).index_add(1, places.to(flat.device), flat)
+    return full.unsqueeze(0)
 
 
 def _by_datum(x: Tensor) -> Float[Tensor, "group batch shared d"]:
@@ -126,19 +130,17 @@ def _by_datum(x: Tensor) -> Float[Tensor, "group batch shared d"]:
     return x if x.ndim == 4 else x.flatten(1, -2).unsqueeze(1)
 
 
-def _masked(x: Float[Tensor, "group batch shared d"], kept: Kept) -> Tensor:
-    return x if kept is None else x * kept.unsqueeze(-1).to(x.dtype)
+def _masked(x: Tensor, kept: Kept) -> Tensor:
+    """Rows that do not count become zero."""
+    return x if kept is None else _by_datum(x) * kept.unsqueeze(-1).to(x.dtype)
 
 
-def _rows(y: Tensor, kept: Kept) -> int | Tensor:
+def _number_of_rows(y: Tensor, kept: Kept) -> int | Tensor:
     """The number of rows of an output in normal form; of every group, where these differ."""
-    return y.shape[1:-1].numel() if kept is None else kept.count_nonzero((1, 2))
-
-
-def _total(numbers: Iterable[int | Tensor]) -> int | Tensor:
-    """Their sum; one number where all groups have the same."""
-    total = sum(numbers)
-    return int(total) if isinstance(total, Tensor) and len(total) == 1 else total
+    if kept is None:
+        return y.shape[1:-1].numel()
+    number = kept.count_nonzero((1, 2))
+    return int(number) if len(number) == 1 else number
 
 
 def _places(y: Tensor, kept: Kept) -> Float[Tensor, "group batch"]:
@@ -148,32 +150,10 @@ def _places(y: Tensor, kept: Kept) -> Float[Tensor, "group batch"]:
     return kept.to(accurate_dtype(y)).sum(2)
 
 
-def output_moment(
-    term: TermPlan, sharing: str, gradients: Gradients, kept: KeptOf
-) -> Float[Tensor, "g o o"]:
-    """Σ_rows g gᵀ of a term over one batch, for one backpropagated vector."""
-    if term.is_bias:
-        _require_formable(term)
-        g = sum(_bias_gradient(term, u, gradients(u)) for u in term.uses)  # Σ_s g of every datum
-        assert isinstance(g, Tensor)
-        return (g.mT @ g).unsqueeze(0)
-    parts = []
-    for use in term.uses:
-        mask = kept(use)
-        y = normal_y(use, gradients(use), _layout(use, sharing, mask))
-        parts.append(_masked(_by_datum(y), mask))
-    if sharing == "reduce":
-        g = _accurate(torch.cat(parts, dim=2)).sum(2)  # ĝ = Σ_s g
-    else:
-        g = _accurate(torch.cat([p.flatten(1, 2) for p in parts], dim=1))
-    return g.mT @ g
-
-
 LARGEST_BLOCK = 2**28  # numbers in the exact block of a bias: 1 GiB in float32
 
 
-def _require_formable(term: TermPlan) -> None:
-    numel = _bias_places(term, term.uses[0])[1]
+def _require_formable(term: TermPlan, numel: int) -> None:
     if numel**2 > LARGEST_BLOCK:
         raise FxkfacError(
             f"{', '.join(term.parameters)} is added to the data and has {numel:,} entries: its "
@@ -214,35 +194,6 @@ def _dense(rows: Rows, y: Tensor) -> Tensor:
             hot[..., rows.ignored] = 0.0
         rows = hot
     return rows.expand(-1, *y.shape[1:-1], -1)
-
-
-def _with_columns(term: TermPlan, place: int, x: Tensor) -> Tensor:
-    """x̃ = (x 1): one column for each bias that has joined; zero where it is not added."""
-    biases = [c.uses[place] for c in term.columns]
-    scales = [u.join.scale if u and u.join else 0.0 for u in biases]
-    ones = [x.new_full((*x.shape[:-1], 1), scale) for scale in scales]
-    return torch.cat([x, *ones], dim=-1) if ones else x
-
-
-def _count(rows: Sequence[Rows], like: Sequence[Tensor], kept: Sequence[Kept]) -> Counted:
-    total: list[Tensor] = []
-    for r, y, m in zip(rows, like, kept, strict=True):
-        assert isinstance(r, OneHotRows)
-        indices = r.indices.expand(y.shape[1:-1]).flatten()
-        weights = None if m is None else m.flatten().to(accurate_dtype(y))
-        counts = r.scale**2 * indices.bincount(weights, r.size).to(accurate_dtype(y))
-        if r.ignored is not None:
-            counts[r.ignored] = 0.0
-        total.append(counts)
-    return Counted(torch.stack(total).sum(0))
-
-
-def _bias_gradient(term: TermPlan, use: Use, gradient: Tensor) -> Float[Tensor, "batch numel"]:
-    """Every datum's gradient of a bias: Σ_s g, at the places of its entries."""
-    g = _accurate(normal_y(use, gradient, known(use))).sum(2)  # (group, batch, out)
-    flat = use.form.scale * g.movedim(0, 1).flatten(1)
-    places, numel = _bias_places(term, use)
-    return flat.new_zeros(len(flat), numel).index_add(1, places.to(flat.device), flat)
 
 
 @lru_cache(maxsize=256)  # the same for every vector and every batch

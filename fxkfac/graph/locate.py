@@ -16,8 +16,8 @@ from torch import Generator, Tensor
 from fxkfac.graph.form import BatchAxis
 from fxkfac.graph.ir import Use
 from fxkfac.graph.normal import Input, OneHotRows, normal_x, normal_y
+from fxkfac.graph.tap import Taps
 
-Taps = tuple[Tensor, list[Input], list[Tensor]]  # prediction, inputs, taps
 Layout = tuple[int, int, int]  # axis, outer, inner
 
 
@@ -53,7 +53,7 @@ class Located:
 
 
 def locate(
-    run: Callable[[list[Tensor]], Taps],
+    run: Callable[[list[Tensor], Taps], Tensor],
     permute: Callable[[list[Tensor], Tensor], list[Tensor]],
     data: list[Tensor],
     n: int,
@@ -63,23 +63,26 @@ def locate(
 ) -> Located:
     """Find the batch axis of the prediction and of every use."""
     other = Reordered(n, torch.arange(n).roll(1), precision)
-    first, second = run(data), run(permute(data, other.order))
-    at = next(_fits([(first[0].detach(), second[0].detach())], other), None)
+    first, second = Taps(), Taps()
+    f, permuted_f = run(data, first), run(permute(data, other.order), second)
+    at = next(_fits([(f.detach(), permuted_f.detach())], other), None)
     if at is None:  # a cotangent that goes wherever the entries of the prediction go
-        cotangent, turned = first[0].detach().cos(), second[0].detach().cos()
+        cotangent, turned = f.detach().cos(), permuted_f.detach().cos()
     else:
-        cotangent = torch.randn(first[0].shape, generator=generator, dtype=torch.float64)
-        cotangent = cotangent.to(first[0])
+        cotangent = torch.randn(f.shape, generator=generator, dtype=torch.float64)
+        cotangent = cotangent.to(f)
         turned = _permuted(cotangent, at, other)
-    before, after = _gradients(first, cotangent), _gradients(second, turned)
+    before, after = first.gradients(f, cotangent), second.gradients(permuted_f, turned)
     axes, constant = [], []
     for k, use in enumerate(uses):
         g = (before[use.tap], after[use.tap])
-        pairs = [g, (first[2][use.tap].detach(), second[2][use.tap].detach())]
-        axes.append(_batch_axis(use, pairs, (first[1][k], second[1][k]), other))
+        pairs = [g, (first.outputs[use.tap].detach(), second.outputs[use.tap].detach())]
+        axes.append(_batch_axis(use, pairs, (first.inputs[k], second.inputs[k]), other))
         constant.append(axes[-1] is None and bool(g[0].any()) and _close(*g, precision))
     if at is not None and any(constant):
-        shared = _shared_by_data(first, uses, cotangent, at, n)
+        datum = _data_of(cotangent, at, n)
+        one, rest = (first.gradients(f, cotangent * part) for part in (datum == 0, datum != 0))
+        shared = [n == 1 or _share_rows(u, one[u.tap], rest[u.tap]) for u in uses]
         constant = [c and s for c, s in zip(constant, shared, strict=True)]
     return Located(at, tuple(axes), tuple(constant))
 
@@ -104,41 +107,21 @@ def is_coupled(
     return not _close(before, after, precision)
 
 
-def _shared_by_data(
-    taps: Taps, uses: Sequence[Use], cotangent: Tensor, at: Layout, n: int
-) -> list[bool]:
-    """For every use, whether a row has gradients from several data.
+def _data_of(prediction: Tensor, at: Layout, n: int) -> Tensor:
+    """Which datum each entry of a prediction belongs to; broadcasts to it."""
+    axis, outer, inner = at
+    datum = torch.arange(n, device=prediction.device).view(-1, 1).expand(outer, n, inner)
+    return datum.flatten().view(-1, *[1] * (prediction.ndim - axis - 1))
+
+
+def _share_rows(use: Use, one: Tensor, rest: Tensor) -> bool:
+    """Whether a row has gradients from one datum and from the others.
 
     Rows that are chosen from all data, as by experts of a given capacity, are the same in any
     order, too; but each one's gradient comes from its own datum alone.
     """
-    datum = torch.arange(n, device=cotangent.device).view(-1, 1)
-    axis, outer, inner = at
-    first = (datum == 0).expand(outer, n, inner).flatten()
-    first = first.view(-1, *[1] * (cotangent.ndim - axis - 1))
-    one, rest = (_gradients(taps, cotangent * (first if k else ~first)) for k in (True, False))
-    return [
-        bool((_rows(u, one[u.tap]) & _rows(u, rest[u.tap])).any()) if n > 1 else True for u in uses
-    ]
-
-
-def _rows(use: Use, gradient: Tensor) -> Tensor:
-    """Which rows have a gradient."""
-    return (normal_y(use, gradient, None) != 0).any(-1).any(0)
-
-
-def _gradients(taps: Taps, cotangent: Tensor) -> tuple[Tensor, ...]:
-    prediction, _, outputs = taps
-    if not outputs or not prediction.requires_grad:
-        return tuple(torch.zeros_like(y) for y in outputs)
-    return torch.autograd.grad(
-        prediction,
-        outputs,
-        cotangent,
-        retain_graph=True,
-        allow_unused=True,
-        materialize_grads=True,
-    )
+    first, others = ((normal_y(use, g, None) != 0).any(-1).any(0) for g in (one, rest))
+    return bool((first & others).any())
 
 
 def _batch_axis(

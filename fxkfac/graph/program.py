@@ -17,10 +17,10 @@ from fxkfac.graph.coverage import Coverage, coverage
 from fxkfac.graph.ir import Use
 from fxkfac.graph.locate import Layout
 from fxkfac.graph.match import Unsupported
-from fxkfac.graph.normal import Input
 from fxkfac.graph.signature import Signature
 from fxkfac.graph.structure import Choice, Structures
 from fxkfac.graph.table import program_table
+from fxkfac.graph.tap import Sink, Taps
 from fxkfac.graph.verify import FlatModel, is_model
 from fxkfac.isolation import full_precision
 
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     import networkx
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tapped:
     """One tapped graph.
 
     Attributes:
         captured: The graph as it was captured.
-        module: The same with taps: returns (prediction, inputs of the uses, taps).
+        module: The same with taps: (sink, parameters, buffers, inputs) -> prediction.
         uses: The uses of all covered parameters.
         unsupported: What has no normal form.
         prediction: Batch axis of the prediction as (axis, outer, inner), `None` if not found.
@@ -64,27 +64,23 @@ class Tapped:
 
 @dataclass(frozen=True)
 class Run:
-    """What the tapped graph emitted for one batch.
+    """One batch of data.
 
     Attributes:
         tapped: The graph that ran.
         prediction: The model's output.
-        inputs: The input of every use, `None` where it is the constant one.
-        taps: The outputs at which gradients are read.
         n: Number of data.
     """
 
     tapped: Tapped
     prediction: Tensor
-    inputs: list[Input]
-    taps: list[Tensor]
     n: int
 
 
 Compile = Callable[..., Tapped]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Program:
     """A traced model. Made by `fxkfac.trace`; `print` shows every use.
 
@@ -116,7 +112,7 @@ class Program:
 
     @property
     def graph_module(self) -> GraphModule:
-        """The tapped graph: (parameters, buffers, inputs) -> (prediction, inputs of uses, taps)."""
+        """The tapped graph: (sink, parameters, buffers, inputs) -> prediction."""
         return self.tapped.module
 
     @property
@@ -182,18 +178,28 @@ class Program:
         return tapped
 
     @full_precision()
-    def run(self, inputs: Inputs, params: Params | None = None) -> Run:
+    def run(self, inputs: Inputs, params: Params | None = None, sink: Sink | None = None) -> Run:
         """Run the tapped graph on one batch.
 
         Args:
             inputs: One batch, nested as the example was.
             params: Tensors in the place of the model's own parameters.
+            sink: What receives the inputs of the uses and the outputs of their ops.
         """
         tapped, tensors = self.at(inputs)
-        state = {**self.model.override(params), **self.model.buffers()}
+        return self.run_graph(tapped, tensors, self.state(params), sink or Taps())
+
+    def run_graph(
+        self, tapped: Tapped, tensors: list[Tensor], state: Mapping[str, Tensor], sink: Sink
+    ) -> Run:
+        """The same for a graph that is known, and for parameters and buffers together."""
         with torch.enable_grad():
-            prediction, xs, taps = tapped.module(*state.values(), *tensors)
-        return Run(tapped, prediction, xs, taps, self.signature.batch_size(tensors))
+            prediction = tapped.module(sink, *state.values(), *tensors)
+        return Run(tapped, prediction, self.signature.batch_size(tensors))
+
+    def state(self, params: Params | None = None) -> dict[str, Tensor]:
+        """Parameters and buffers, with tensors in the place of the model's own parameters."""
+        return {**self.model.override(params), **self.model.buffers()}
 
     def draw(self, path: str) -> str:
         """Draw the graph with its taps; the ending of `path` says the format. Returns the path."""

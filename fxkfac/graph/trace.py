@@ -32,7 +32,6 @@ from fxkfac.graph.verify import (
     FlatModel,
     require_gradients,
     require_graph_gradients,
-    run_graph,
 )
 from fxkfac.isolation import full_precision
 
@@ -176,8 +175,7 @@ def _compile(
     if lost & set(tapped.derived):
         raise Refusal(f"derived weights have no normal form: {unsupported[0]}")
     covered = [name for name in model.bound.selected if name not in lost]
-    taps = run_graph(module, trial.state, trial.data)
-    require_gradients(model, tapped, taps, trial.state, trial.data, covered)
+    require_gradients(model, tapped, trial.state, trial.data, covered)
     exact = [name for name in tapped.uncovered if structures.exact_if_lost(name)]
     require_graph_gradients(model, captured, trial.state, trial.data, exact)
     return tapped

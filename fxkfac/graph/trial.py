@@ -139,7 +139,7 @@ def _locate(trial: Trial, uses: Sequence[Use]) -> tuple[tuple[Use, ...], Located
     signature = trial.model.signature
     quiet, uses = tap_uses(without_dropout(trial.captured.module), uses)
     located = locate(
-        lambda data: run_graph(quiet, trial.state, data),
+        lambda data, taps: run_graph(quiet, trial.state, data, taps),
         signature.permute,
         trial.data,
         signature.batch_size(trial.data),

@@ -17,10 +17,9 @@ from torch import Tensor
 from fxkfac.functional import FunctionalModel, Inputs, prediction_of
 from fxkfac.graph.capture import Captured, Refusal
 from fxkfac.graph.derived import computation
-from fxkfac.graph.ir import Use
-from fxkfac.graph.locate import Taps
-from fxkfac.graph.normal import parameter_gradient
+from fxkfac.graph.normal import Input, parameter_gradient
 from fxkfac.graph.signature import Signature
+from fxkfac.graph.tap import Taps
 
 if TYPE_CHECKING:
     from fxkfac.graph.program import Tapped
@@ -112,11 +111,11 @@ def gradient_errors(
     return errors
 
 
-def run_graph(module: Any, state: State, data: Sequence[Tensor]) -> Any:
+def run_graph(module: Any, state: State, data: Sequence[Tensor], *sink: Taps) -> Any:
     """Run a captured or tapped graph with the random numbers that `FlatModel.predict` has."""
     torch.manual_seed(0)
     with torch.enable_grad():
-        return module(*state.values(), *data)
+        return module(*sink, *state.values(), *data)
 
 
 def is_model(model: FlatModel, captured: Captured, state: State, data: Sequence[Tensor]) -> str:
@@ -139,14 +138,16 @@ def is_model(model: FlatModel, captured: Captured, state: State, data: Sequence[
 def require_gradients(
     model: FlatModel,
     tapped: Tapped,
-    taps: Taps,
     state: State,
     data: Sequence[Tensor],
     names: Sequence[str],
 ) -> None:
     """Raise `Refusal` where a gradient from the taps is not autograd's on the model itself."""
-    cotangent = _cotangent(taps[0])
-    found = tap_gradients(tapped, taps, cotangent, names, state, data)
+    taps = Taps()
+    prediction = run_graph(tapped.module, state, data, taps)
+    cotangent = _cotangent(prediction)
+    at_taps = taps.gradients(prediction, cotangent)
+    found = tap_gradients(tapped, taps.inputs, at_taps, names, state, data)
     expected = model.gradients(state, data, cotangent, names)
     _require_equal(found, expected, tapped.captured.precision, "from its taps")
 
@@ -195,19 +196,26 @@ def _require_equal(
 
 def tap_gradients(
     tapped: Tapped,
-    taps: Taps,
-    cotangent: Tensor,
+    inputs: Mapping[int, Input],
+    at_taps: Mapping[int, Tensor],
     names: Sequence[str],
     state: State,
     data: Sequence[Tensor],
 ) -> dict[str, Tensor]:
-    """Every named parameter's gradient of ⟨cotangent, prediction⟩, from the taps alone.
+    """Every named parameter's gradient, from the inputs of uses and the gradients at taps alone.
 
     That of a derived weight is pulled back to the parameters which it is computed from.
     """
     shapes = {name: shape for name, (_, shape) in tapped.derived.items()}
     shapes |= {name: tuple(state[name].shape) for name in names}
-    of_weights = _at_uses(tapped.uses, taps, cotangent, shapes)
+    like = state[names[0]] if names else next(iter(state.values()))
+    of_weights = {name: like.new_zeros(shape) for name, shape in shapes.items()}
+    for k, use in enumerate(tapped.uses):
+        flat = parameter_gradient(use, inputs[k], at_taps[use.tap])
+        parts = flat.split([torch.Size(s).numel() for s in use.view.shapes])
+        for name, part in zip(use.parameters, parts, strict=True):
+            if name in of_weights:
+                of_weights[name] = of_weights[name] + part.view_as(of_weights[name])
     total = {name: of_weights[name] for name in names}
     if not tapped.derived:
         return total
@@ -222,26 +230,3 @@ def tap_gradients(
         materialize_grads=True,
     )
     return {n: t + p for (n, t), p in zip(total.items(), pulled, strict=True)}
-
-
-def _at_uses(
-    uses: Sequence[Use],
-    taps: Taps,
-    cotangent: Tensor,
-    shapes: Mapping[str, tuple[int, ...]],
-) -> dict[str, Tensor]:
-    """The same for parameters and derived weights, each by itself."""
-    prediction, inputs, outputs = taps
-    total = {name: prediction.new_zeros(shape) for name, shape in shapes.items()}
-    if not outputs or not prediction.requires_grad:
-        return total
-    at_taps = torch.autograd.grad(
-        prediction, outputs, cotangent, retain_graph=True, allow_unused=True, materialize_grads=True
-    )
-    for use, x in zip(uses, inputs, strict=True):
-        flat = parameter_gradient(use, x, at_taps[use.tap])
-        parts = flat.split([torch.Size(s).numel() for s in use.view.shapes])
-        for name, part in zip(use.parameters, parts, strict=True):
-            if name in total:
-                total[name] = total[name] + part.view_as(total[name])
-    return total

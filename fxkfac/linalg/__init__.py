@@ -1,6 +1,7 @@
 """Matrices without graphs: vectorisation, Kronecker products and sums of two of them."""
 
 from fxkfac.linalg.flatten import cvec, rvec
+from fxkfac.linalg.gram import add_gram
 from fxkfac.linalg.kronecker import (
     damped,
     kronecker_dense,
@@ -11,6 +12,7 @@ from fxkfac.linalg.kronecker import (
 )
 
 __all__ = [
+    "add_gram",
     "cvec",
     "damped",
     "kronecker_dense",

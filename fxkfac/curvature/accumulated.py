@@ -1,0 +1,114 @@
+"""Sums of one batch, or of all batches so far."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fxkfac.curvature.factors import Factors, Settings, Sums
+from fxkfac.curvature.likelihoods import Likelihood
+from fxkfac.curvature.moments import InputSums, Moment
+from fxkfac.curvature.plan import TermPlan, require_same_terms
+from fxkfac.curvature.schedule import Schedule
+from fxkfac.functional import FunctionalModel
+from fxkfac.graph.normal import normal_weight
+
+
+@dataclass
+class Accumulated:
+    """The sums of some data.
+
+    Attributes:
+        n: Number of data.
+        count: What `reduction="mean"` divides by.
+        inputs: For every term, what its A is made of; one object for terms with the same.
+        outputs: For every term, Σ g gᵀ.
+        exact: Exact blocks, without R.
+    """
+
+    schedule: Schedule
+    n: int
+    count: float
+    inputs: list[InputSums]
+    outputs: list[Moment]
+    exact: dict[str, Tensor]
+
+    def merge(self, other: Accumulated) -> None:
+        """Add the sums of further data, which are used up.
+
+        Raises:
+            MergeError: They are those of other terms.
+        """
+        require_same_terms(self.schedule.blocks, other.schedule.blocks)
+        self.n += other.n
+        self.count += other.count
+        if _same_objects(self.inputs) != _same_objects(other.inputs):
+            self.inputs, other.inputs = _each_its_own(self.inputs), _each_its_own(other.inputs)
+        for k, first in enumerate(_same_objects(self.inputs)):
+            if k == first:
+                self.inputs[k].merge(other.inputs[k])
+        for mine, more in zip(self.outputs, other.outputs, strict=True):
+            mine.merge(more)
+        for name, block in other.exact.items():
+            self.exact[name] = self.exact[name] + block
+
+    def not_finite(self) -> str | None:
+        """What holds NaN or Inf, if anything does."""
+        sums: list[InputSums | Moment] = [*self.inputs, *self.outputs]
+        numbers = [*self.exact.values(), *(t for s in sums for t in s.numbers())]
+        # One number tells, and is waited for, in the place of one for each tensor.
+        if not numbers or torch.nn.utils.get_total_norm(numbers).isfinite():
+            return None
+        for name, block in self.exact.items():
+            if not block.isfinite().all():
+                return f"the exact block of {name!r}"
+        for k, term in enumerate(self.schedule.terms):
+            for what, s in (("A", self.inputs[k]), ("B", self.outputs[k])):
+                if not s.is_finite():
+                    return f"factor {what} of {term.parameters[0]!r}"
+        return None
+
+    def factors(
+        self, settings: Settings, model: FunctionalModel, likelihood: Likelihood
+    ) -> Factors:
+        """The factors of these data."""
+        a: list[Tensor] = []
+        for k, first in enumerate(_same_objects(self.inputs)):
+            sums = self.inputs[k]
+            again = a[first] if first < k else sums.counts
+            a.append(sums.matrix() if again is None else again)
+        terms = enumerate(self.schedule.terms)
+        sums_of = {t: Sums(a[k], self._output(k, t, a[k]), self.inputs[k].rows) for k, t in terms}
+        return Factors(
+            settings=settings,
+            n=self.n,
+            count=self.count,
+            model=model,
+            likelihood=likelihood,
+            plans={block.name: block for block in self.schedule.blocks},
+            sums={b.name: tuple(sums_of[t] for t in b.terms) for b in self.schedule.blocks},
+            exact=self.exact,
+        )
+
+    def _output(self, k: int, term: TermPlan, like: Tensor) -> Tensor:
+        """Σ g gᵀ; zeros where nothing comes back."""
+        gram = self.outputs[k].matrix()
+        if gram is not None:
+            return gram
+        if term.is_bias:
+            return like.new_zeros(1, len(term.touched()), len(term.touched()))
+        groups, _, out = normal_weight(term.uses[0]).shape
+        return like.new_zeros(groups, out, out)
+
+
+def _same_objects(inputs: list[InputSums]) -> list[int]:
+    """For each one, where the same object is found first."""
+    first: dict[int, int] = {}
+    return [first.setdefault(id(sums), k) for k, sums in enumerate(inputs)]
+
+
+def _each_its_own(inputs: list[InputSums]) -> list[InputSums]:
+    return [copy.deepcopy(sums) for sums in inputs]

@@ -1,0 +1,237 @@
+"""The sink of one batch: A is summed as inputs come along, B as gradients do.
+
+An input is let go once A has it, and a gradient once B has it. Only what must wait is held: inputs
+of exact blocks until their gradients are there, and all inputs where gradients say what is padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from fxkfac.curvature.factors import Settings
+from fxkfac.curvature.moments import InputSums, Moment
+from fxkfac.curvature.padding import Padding
+from fxkfac.curvature.perdatum import exact_moment
+from fxkfac.curvature.schedule import Schedule, counts_only
+from fxkfac.curvature.sharing import (
+    Kept,
+    accurate_dtype,
+    bias_output,
+    chosen_groups,
+    counted_input,
+    expanded_input,
+    expanded_output,
+    known,
+    reduced_input,
+    reduced_output,
+    rows_kept,
+)
+from fxkfac.graph.ir import Use
+from fxkfac.graph.normal import Input, Routed, detached, normal_y
+from fxkfac.graph.tap import tap
+
+Key = TypeVar("Key")
+Part = TypeVar("Part")
+
+
+class Parts(Generic[Key, Part]):
+    """What several uses give together: complete when each has given its part."""
+
+    def __init__(self) -> None:
+        self._parts: dict[Key, list[Part]] = {}
+
+    def add(self, key: Key, part: Part, expected: int) -> list[Part]:
+        """Add one part; all of them when it is the last one, else none."""
+        parts = self._parts.setdefault(key, [])
+        parts.append(part)
+        return self._parts.pop(key) if len(parts) == expected else []
+
+    def rest(self) -> Iterator[tuple[Key, list[Part]]]:
+        """What stays incomplete, since no gradient arrives at some uses."""
+        while self._parts:
+            yield self._parts.popitem()
+
+
+@dataclass
+class Collector:
+    """The sums of one batch.
+
+    Attributes:
+        hold: Whether A waits for the gradients.
+        inputs: For every term, what its A is made of; one object for terms with the same.
+        outputs: For every term, Σ g gᵀ.
+        exact: Exact blocks from the taps.
+    """
+
+    schedule: Schedule
+    settings: Settings
+    padding: Padding
+    hold: bool
+    inputs: list[InputSums] = field(init=False)
+    outputs: list[Moment] = field(init=False)
+    exact: dict[str, Tensor] = field(default_factory=dict)
+    _leaves: list[Tensor] = field(default_factory=list)
+    _held: dict[Use, Input] = field(default_factory=dict)
+    _waiting: list[tuple[Use, Input, Tensor]] = field(default_factory=list)
+    _kept: dict[Use, Kept] = field(default_factory=dict)
+    _groups: dict[Use, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.inputs = [InputSums() for _ in self.schedule.terms]
+        if not self.hold:
+            self.inputs = [self.inputs[k] for k in self.schedule.same_input]
+        self.outputs = [Moment() for _ in self.schedule.terms]
+        self._means: Parts[int, tuple[Tensor, Tensor]] = Parts()
+        self._sums: Parts[int, Tensor] = Parts()
+        self._gradients: Parts[str, tuple[Use, Tensor]] = Parts()
+
+    # --- what the tapped graph hands over ---
+
+    def output(self, place: int, y: Tensor) -> Tensor:
+        """Make it a tap, and listen for its gradient."""
+        tapped = tap(y)
+        if tapped.is_leaf:
+            self._leaves.append(tapped)
+        tapped.register_hook(partial(self._take_gradient, place))
+        return tapped
+
+    def input(self, use: int, x: Input, y: Tensor) -> None:
+        """Sum A, or keep the input for later."""
+        with torch.no_grad():
+            self._take_input(self.schedule.tapped.uses[use], detached(x), y.detach())
+
+    # --- what the batch does with it ---
+
+    def send_back(self, prediction: Tensor, vectors: Iterable[Tensor]) -> None:
+        """Backpropagate vectors, each through the graph of the one forward pass."""
+        if self._leaves and prediction.requires_grad:
+            for vector, is_last in _with_last(vectors):
+                torch.autograd.grad(
+                    prediction, self._leaves, vector, retain_graph=not is_last, allow_unused=True
+                )
+                self._finish_vector()
+        self._leaves.clear()  # they hold this object by their hooks
+        for use, x, y in self._waiting:
+            self._add_input(use, x, y, rows_kept(self.padding.real(use, y), self._groups.get(use)))
+        self._waiting.clear()
+        self.padding.require_fit()
+
+    # --- A ---
+
+    def _take_input(self, use: Use, x: Input, y: Tensor) -> None:
+        if use in self.schedule.exact_of:
+            self._held[use] = x
+        if isinstance(x, Routed):
+            self._groups[use] = chosen_groups(use, x)
+        if self.hold:  # rows of padding have no gradient, and add nothing to B in any case
+            self._kept[use] = self._groups.get(use)
+            self._waiting.append((use, x, y))
+            return
+        self._kept[use] = rows_kept(self.padding.real(use, y), self._groups.get(use))
+        self._add_input(use, x, y, self._kept[use])
+
+    def _add_input(self, use: Use, x: Input, y: Tensor, kept: Kept) -> None:
+        for k, place in self.schedule.places.get(use, ()):
+            term, sums = self.schedule.terms[k], self.inputs[k]
+            if not self.hold and self.schedule.same_input[k] != k:
+                continue
+            if term.is_bias:
+                self._add_ones(k, place, use, y)
+            elif self.settings.sharing == "reduce":
+                part = reduced_input(use, x, y, kept, term.scales(place))
+                self._add_means(k, self._means.add(k, part, len(term.uses)))
+            elif counts_only(term):
+                counts, number = counted_input(use, x, y, kept)
+                sums.merge(InputSums(counts=counts, rows=number))
+            else:
+                rows, number = expanded_input(use, x, y, kept)
+                sums.of(term.scales(place)).add(rows, number)
+                sums.rows = sums.rows + number
+
+    def _add_ones(self, k: int, place: int, use: Use, y: Tensor) -> None:
+        """A bias by itself: one row for each datum, whose input is one."""
+        if place == 0:
+            n = normal_y(use, y, known(use)).shape[1]
+            ones = torch.full((1, 1, 1), n, dtype=accurate_dtype(y), device=y.device)
+            self.inputs[k].of(()).add_product(ones, None, n)
+            self.inputs[k].rows = n
+
+    def _add_means(self, k: int, parts: list[tuple[Tensor, Tensor]]) -> None:
+        """x̂ = mean_s x over all uses of a term."""
+        if not parts:
+            return
+        total, places = _sum([x for x, _ in parts]), _sum([p for _, p in parts])
+        mean = total / places.clamp_min(1).unsqueeze(-1)
+        number = (places > 0).sum(-1)
+        self.inputs[k].of(()).add(mean)
+        self.inputs[k].rows = int(number) if len(number) == 1 else number
+
+    # --- B and exact blocks ---
+
+    def _take_gradient(self, place: int, g: Tensor) -> None:
+        for use in self.schedule.at_tap[place]:
+            if self.hold:
+                self.padding.look(use, g)
+            for k, _ in self.schedule.places.get(use, ()):
+                self._add_output(k, use, g)
+            for name in self.schedule.exact_of.get(use, ()):
+                uses = self.schedule.exact[name]
+                self._add_exact(name, self._gradients.add(name, (use, g), len(uses)))
+
+    def _add_output(self, k: int, use: Use, g: Tensor) -> None:
+        term, kept = self.schedule.terms[k], self._kept[use]
+        if term.is_bias:
+            self._add_sums(k, self._sums.add(k, bias_output(term, use, g), len(term.uses)))
+        elif self.settings.sharing == "reduce":
+            self._add_sums(k, self._sums.add(k, reduced_output(use, g, kept), len(term.uses)))
+        else:
+            self.outputs[k].add(expanded_output(use, g, kept))
+
+    def _add_sums(self, k: int, parts: list[Tensor]) -> None:
+        """ĝ = Σ_s g over all uses of a term."""
+        if parts:
+            self.outputs[k].add(_sum(parts))
+
+    def _add_exact(self, name: str, parts: list[tuple[Use, Tensor]]) -> None:
+        if not parts:
+            return
+        gradients = dict(parts)
+        moment = exact_moment(
+            name,
+            self.settings.structures[name],
+            self.settings.parameters[name],
+            list(gradients),
+            self._held.__getitem__,
+            gradients.__getitem__,
+        )
+        self.exact[name] = self.exact[name] + moment if name in self.exact else moment
+
+    def _finish_vector(self) -> None:
+        for k, sums in self._sums.rest():
+            self._add_sums(k, sums)
+        for name, gradients in self._gradients.rest():
+            self._add_exact(name, gradients)
+
+
+def _sum(parts: list[Tensor]) -> Tensor:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+def _with_last(vectors: Iterable[Tensor]) -> Iterator[tuple[Tensor, bool]]:
+    """Each vector, and whether it is the last one."""
+    before: Tensor | None = None
+    for vector in vectors:
+        if before is not None:
+            yield before, False
+        before = vector
+    if before is not None:
+        yield before, True

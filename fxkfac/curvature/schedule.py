@@ -1,0 +1,101 @@
+"""Tapped graph and settings -> which sums each tap goes into."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+from fxkfac.curvature.perdatum import exact_names
+from fxkfac.curvature.plan import BlockPlan, TermPlan, plan_blocks
+from fxkfac.graph.axes import axis_lengths
+from fxkfac.graph.form import OneHot
+from fxkfac.graph.ir import Use
+from fxkfac.graph.program import Program, Tapped
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """What happens with the taps of one graph.
+
+    Attributes:
+        tapped: The graph.
+        blocks: The blocks with Kronecker factors.
+        terms: All terms of these.
+        same_input: For every term, the first one that has the same A.
+        places: For every use of a term's weight, the terms and its position in each.
+        at_tap: The uses of every tap.
+        exact: Parameters whose exact blocks come from the taps, and their uses.
+        exact_of: For every use of these, the parameters.
+        from_graph: Parameters whose exact blocks come from the graph.
+    """
+
+    tapped: Tapped
+    blocks: tuple[BlockPlan, ...]
+    terms: tuple[TermPlan, ...]
+    same_input: tuple[int, ...]
+    places: Mapping[Use, tuple[tuple[int, int], ...]]
+    at_tap: Mapping[int, tuple[Use, ...]]
+    exact: Mapping[str, tuple[Use, ...]]
+    exact_of: Mapping[Use, tuple[str, ...]]
+    from_graph: tuple[str, ...]
+
+
+@lru_cache(maxsize=32)  # the same for every batch that runs the same graph
+def schedule_of(
+    program: Program,
+    tapped: Tapped,
+    structures: tuple[tuple[str, str], ...],
+    separate_weight_and_bias: bool,
+) -> Schedule:
+    """Plan the blocks of a graph, and find where each of its taps goes."""
+    apart = frozenset(name for name, kind in structures if kind != "kronecker")
+    blocks = plan_blocks(tapped.uses, separate_weight_and_bias, apart)
+    terms = tuple(term for block in blocks for term in block.terms)
+    from_taps, from_graph = exact_names(program, tapped, dict(structures))
+    places: dict[Use, list[tuple[int, int]]] = {}
+    for k, term in enumerate(terms):
+        for place, use in enumerate(term.uses):
+            places.setdefault(use, []).append((k, place))
+    at_tap: dict[int, list[Use]] = {}
+    for use in tapped.uses:
+        at_tap.setdefault(use.tap, []).append(use)
+    exact = {n: tuple(u for u in tapped.uses if n in u.parameters) for n in from_taps}
+    exact_of = {u: tuple(n for n in exact if n in u.parameters) for u in tapped.uses}
+    return Schedule(
+        tapped,
+        blocks,
+        terms,
+        _same_inputs(terms),
+        {use: tuple(p) for use, p in places.items()},
+        {tap: tuple(uses) for tap, uses in at_tap.items()},
+        exact,
+        {use: names for use, names in exact_of.items() if names},
+        tuple(from_graph),
+    )
+
+
+def counts_only(term: TermPlan) -> bool:
+    """Whether all rows of A are one-hot, so that it is a diagonal of counts."""
+    return all(isinstance(u.form.prepare, OneHot) for u in term.uses) and not term.columns
+
+
+def _same_inputs(terms: tuple[TermPlan, ...]) -> tuple[int, ...]:
+    """Query, key and value, or parallel branches, read one input, and have one A."""
+    first: dict[Hashable, int] = {}
+    return tuple(first.setdefault(_rows_of(term, k), k) for k, term in enumerate(terms))
+
+
+def _rows_of(term: TermPlan, number: int) -> Hashable:
+    """Equal for terms with the same rows x̃."""
+    if term.is_bias or any(u.form.routes or u.form.folded for u in term.uses):
+        return number
+    return tuple((_input_of(u), term.scales(place)) for place, u in enumerate(term.uses))
+
+
+def _input_of(use: Use) -> Hashable:
+    form = use.form
+    lengths = axis_lengths(form.y, use.y_shape, form.sizes)
+    rows = tuple((a, lengths[a]) for a in form.rows)
+    axes = (form.x, tuple(form.group), tuple(form.d_in), rows, tuple(form.sizes.items()))
+    return (form.input, form.prepare, form.scale, axes, use.batch)
