@@ -104,7 +104,11 @@ def batch_factors(
             if mask is None
             else padding_of(mask, inputs, targets, run)
         )
-        groups = {u: chosen_groups(u, x) for u, x in tapped.items() if isinstance(x, Routed)}
+        groups = {
+            u: chosen_groups(u, x, run.taps[u.tap])
+            for u, x in tapped.items()
+            if isinstance(x, Routed)
+        }
         batch = Batch(
             program, run, tapped, groups, settings, likelihood, targets, generator, padding
         )
