@@ -157,6 +157,18 @@ def test_whatever_stands_in_the_padding():
     torch.testing.assert_close(found, fxkfac.kfac(program, MSE, ((x, lengths), y)).dense())
 
 
+def test_a_mask_for_what_comes_after():
+    """The head is given the padding, too, by the model itself."""
+    model = made(lambda m, x, n: padded(m, x, n, total_length=T))
+    batch = data(model, rand(5, T, 4), SOME)
+    program, real = fxkfac.trace(model, batch[0]), int(SOME.sum())
+    for mask, rows in ((None, 5 * T), (lambda x, _: torch.arange(T) < x[1][:, None], real)):
+        factors = fxkfac.kfac(program, MSE, batch, mask=mask)
+        found = {name: sums.rows for name, (sums,) in factors.sums.items()}
+        assert found.pop("head.weight") == rows
+        assert set(found.values()) == {real}
+
+
 def test_exact_blocks_and_biases_apart():
     model = made(last, nn.GRU(4, 2), 2)
     batch = data(model, rand(5, T, 4), SOME)
