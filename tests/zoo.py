@@ -24,6 +24,7 @@ from drawn import StraightThrough
 from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
@@ -1022,6 +1023,56 @@ def rnn_module():
     """nn.RNN of two layers, batch first, from its own zero state."""
     rnn = nn.RNN(3, 4, num_layers=2, batch_first=True)
     return Made(lambda m, x: m.rnn(x)[0][:, -1], rnn=rnn)
+
+
+def lengths(n: int, most: int) -> Tensor:
+    """Lengths of n sequences, from 1 to `most`."""
+    return 1 + ints(n, high=most, seed=3)
+
+
+@entry(
+    "sequences",
+    inputs=lambda n: (rand(n, 5, 3, seed=7), lengths(n, 5).sort(descending=True).values),
+    y=(2,),
+)
+def packed_lstm():
+    """nn.LSTM over packed sequences, sorted by length; the last state of each."""
+
+    def forward(self, x, lengths):
+        packed = pack_padded_sequence(x, lengths, batch_first=True)
+        return self.head(self.rnn(packed)[1][0][-1])
+
+    return Made(forward, rnn=nn.LSTM(3, 4), head=nn.Linear(4, 2))
+
+
+@entry("sequences", inputs=lambda n: (rand(n, 4, 3, seed=7), lengths(n, 4)), y=(4, 2))
+def packed_gru():
+    """nn.GRU both ways over packed sequences in any order; all of its outputs, padded again."""
+
+    def forward(self, x, lengths):
+        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        outputs, _ = self.rnn(packed)
+        return self.head(pad_packed_sequence(outputs, True, total_length=x.shape[1])[0])
+
+    return Made(forward, rnn=nn.GRU(3, 2, bidirectional=True), head=nn.Linear(4, 2))
+
+
+@entry(
+    "sequences",
+    inputs=lambda n: (rand(4, n, 3, seed=7), lengths(n, 4), rand(4, n, 2), rand(4, n, 3, seed=1)),
+    y=(2,),
+    options={"batch_axis": (1, 0, 1, 1)},
+)
+def packed_projected():
+    """nn.LSTM of two layers, both ways, projected, over packed sequences; its states are inputs."""
+
+    def forward(self, x, lengths, h, c):
+        packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
+        outputs, (h, _) = self.rnn(packed, (h, c))
+        outputs, _ = pad_packed_sequence(outputs, total_length=len(x))
+        return outputs.sum(0)[:, :2] + h[-1]
+
+    return Made(forward, rnn=nn.LSTM(3, 3, 2, proj_size=2, bidirectional=True))
 
 
 @entry(

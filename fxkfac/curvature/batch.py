@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -21,7 +22,7 @@ from fxkfac.curvature.perdatum import zero_moment
 from fxkfac.curvature.schedule import Schedule, schedule_of
 from fxkfac.errors import DataError, NonFiniteError
 from fxkfac.functional import Params
-from fxkfac.graph.program import Program, Run, Tapped
+from fxkfac.graph.program import Program, Run
 from fxkfac.graph.structure import EXACT
 from fxkfac.isolation import own_randomness
 
@@ -70,7 +71,8 @@ class Pass:
 
     def _sums(self, inputs: Any, targets: Any, number: int) -> Accumulated:
         likelihood, settings = self.likelihood, self.settings
-        tapped, tensors = self._graph(inputs, number)
+        with _named(number):
+            tapped, tensors = self.program.at(inputs)
         schedule = schedule_of(
             self.program,
             tapped,
@@ -83,7 +85,8 @@ class Pass:
         collector = Collector(
             schedule, settings, padding, self.mask is None and likelihood.ignores(targets)
         )
-        run = self.program.run_graph(tapped, tensors, self.state, collector)
+        with _named(number):
+            run = self.program.run_graph(tapped, tensors, self.state, collector)
         prediction = run.prediction.detach()
         _require_finite_prediction(prediction, number)
         likelihood.validate(prediction, targets)
@@ -97,12 +100,6 @@ class Pass:
                 exact[name] = zero_moment(settings.parameters[name], kind, prediction)
         count = float(likelihood.count(prediction, targets))
         return Accumulated(schedule, run.n, count, collector.inputs, collector.outputs, exact)
-
-    def _graph(self, inputs: Any, number: int) -> tuple[Tapped, list[Tensor]]:
-        try:
-            return self.program.at(inputs)
-        except DataError as error:
-            raise DataError(f"batch {number}: {error}") from None
 
     def _vectors(self, run: Run, targets: Any) -> Iterator[Tensor]:
         """The backpropagated vectors ▲, of the prediction's shape."""
@@ -129,6 +126,15 @@ class Pass:
             return {}
         kinds = {name: self.settings.structures[name] for name in schedule.from_graph}
         return gradient_moments(self.program, run, self.state, inputs, kinds, vectors())
+
+
+@contextmanager
+def _named(number: int) -> Iterator[None]:
+    """Say of which batch the data are wrong."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"batch {number}: {error}") from None
 
 
 def _require_finite_prediction(prediction: Tensor, number: int) -> None:

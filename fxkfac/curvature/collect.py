@@ -128,7 +128,7 @@ class Collector:
         if use in self.schedule.exact_of:
             self._held[use] = x
         if isinstance(x, Routed):
-            self._groups[use] = chosen_groups(use, x)
+            self._groups[use] = chosen_groups(use, x, y)
         if self.hold:  # rows of padding have no gradient, and add nothing to B in any case
             self._kept[use] = self._groups.get(use)
             self._waiting.append((use, x, y))

@@ -42,9 +42,13 @@ Rows = Tensor | OneHotRows | None
 Kept = Tensor | None
 
 
-def chosen_groups(use: Use, x: Routed) -> Float[Tensor, "group batch shared"]:
-    """Ones where a row has chosen a group; without a batch axis, all rows are one datum's."""
+def chosen_groups(use: Use, x: Routed, y: Tensor) -> Float[Tensor, "group batch shared"]:
+    """Ones where a row has chosen a group; without a batch axis, all rows are one datum's.
+
+    Rows that choose together, as those of one sequence may, are so many rows.
+    """
     chosen = group_of_rows(use, x, use.batch)
+    chosen = chosen.expand(-1, *normal_y(use, y, use.batch).shape[1:-1])
     if use.batch is None:
         chosen = chosen.flatten(1).unsqueeze(1)
     return chosen.to(x.x.dtype)

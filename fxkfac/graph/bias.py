@@ -41,8 +41,11 @@ def join_biases(uses: list[Use], graph: Graph, example: Example) -> list[Use]:
 
 
 def _has_column(form: Form) -> bool:
-    """Whether a bias may be one more column: not beside one-hot rows, patches of y, or a scale."""
-    plain = form.folded is None and form.routes is None
+    """Whether a bias may be one more column.
+
+    Not beside one-hot rows, patches of y, a scale, or matrices of which a row chooses one.
+    """
+    plain = form.folded is None and not (form.routes and form.routes.axis)
     return plain and not isinstance(form.prepare, OneHot) and not form.is_elementwise
 
 

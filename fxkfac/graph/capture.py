@@ -33,6 +33,7 @@ from fxkfac.functional import FunctionalModel, nest_names, prediction_of, split_
 from fxkfac.graph.cleanup import STOP, rebuild
 from fxkfac.graph.custom import whole_functions
 from fxkfac.graph.dependence import precision
+from fxkfac.graph.packed import packing
 from fxkfac.graph.signature import Signature
 from fxkfac.graph.source import is_foreign
 from fxkfac.isolation import in_place_of, own_randomness
@@ -145,7 +146,7 @@ def by_make_fx(mode: str) -> Callable[[FunctionalModel, Signature, list[Tensor]]
 
         def flat(*values: Tensor) -> Tensor:
             named = dict(zip(names, values, strict=False))
-            with _RecordSource():
+            with _RecordSource(), packing():
                 return prediction_of(bound(named, signature.inputs(list(values[len(names) :]))))
 
         data = [t.clone() for t in tensors]  # the model may write into its inputs

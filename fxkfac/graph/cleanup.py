@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
+from fxkfac.graph.custom import Whole
 from fxkfac.graph.decompositions import decompose
 from fxkfac.graph.dependence import length
 from fxkfac.graph.merge import drop_zeros, merge_common
+from fxkfac.graph.real import CheckedLengths, RealRows, checked_lengths, real_rows
 
 aten = torch.ops.aten
 
@@ -27,6 +29,8 @@ RENAMED: dict[Any, Any] = {
     aten.view.default: aten.reshape.default,
     aten._unsafe_view.default: aten.reshape.default,
     aten._efficientzerotensor.default: aten.zeros.default,
+    Whole(RealRows): real_rows,
+    Whole(CheckedLengths): checked_lengths,
 }
 
 ASSERTIONS = {

@@ -1,8 +1,8 @@
 """A model that no front end captures -> what in it no graph can hold, and on which line.
 
 Front ends speak of what they met in their own depths. So the model itself is run once more, and
-watched: a profile function sees the calls of what leaves the graph (control flow, packed sequences,
-custom `autograd.Function`s), a torch-function mode the values that Python reads out of a tensor.
+watched: a profile function sees the calls of what leaves the graph (control flow, custom
+`autograd.Function`s), a torch-function mode the values that Python reads out of a tensor.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import rnn
+from torch.nn.modules import rnn
+from torch.nn.utils import rnn as packing
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
@@ -29,7 +30,6 @@ from fxkfac.graph.verify import FlatModel
 
 SELECT = "choose by torch.where between both branches, or trace the branch that you mean"
 UNROLL = "write it as a Python loop, whose steps are then uses of their own"
-PAD = "pad instead, and leave the padding out by kfac(.., mask=..)"
 NUMBER = (
     "keep it a tensor (torch.where in the place of if), or pass it as an input that is no tensor"
 )
@@ -48,7 +48,6 @@ CALLS = {
     ("torch._higher_order_ops.scan", "scan"): ("scan", UNROLL),
     ("torch._higher_order_ops.associative_scan", "associative_scan"): ("associative_scan", UNROLL),
     ("torch._higher_order_ops.map", "map"): ("map", UNROLL),
-    ("torch.nn.utils.rnn", "pack_padded_sequence"): ("pack_padded_sequence", PAD),
 }
 VALUES = {"__bool__", "__float__", "__int__", "__index__", "item", "tolist", "numpy", "__array__"}
 
@@ -159,7 +158,8 @@ class _Values(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         frame = sys._getframe(1)
-        if getattr(func, "__name__", "") in VALUES and frame.f_code.co_filename != rnn.__file__:
+        of_packing = frame.f_code.co_filename in (rnn.__file__, packing.__file__)
+        if getattr(func, "__name__", "") in VALUES and not of_packing:
             name = f"a value of a tensor that Python reads, by {func.__name__},"
             self.found.append(Construct(name, caller(frame), NUMBER))
         return func(*args, **(kwargs or {}))

@@ -64,12 +64,13 @@ class OneHot:
 
 @dataclass(frozen=True)
 class Routes:
-    """Every row takes the weight of one group, whose number an index says.
+    """Every row takes the weight of one group, whose number an index says, or of none.
 
     Attributes:
-        index: The node of the numbers; or, for rows that are sorted by group, of each group's end.
+        index: The node of the numbers; for rows that are sorted by group, of each group's end; or
+            where there is but one weight, whether a row is real and takes it.
         axes: The row axes of the numbers, as an einops axis list.
-        axis: The group axis, which only the weight has.
+        axis: The group axis, which only the weight has; empty where there is but one weight.
         size: Number of groups.
         ends: Whether the index holds the groups' ends.
     """
@@ -112,7 +113,7 @@ class Form:
     @property
     def group(self) -> list[str]:
         """Axes in W, x and y; those that are taken apart, and the one that is chosen from."""
-        chosen = [self.routes.axis] if self.routes else []
+        chosen = letters(self.routes.axis) if self.routes else []
         inside = [*letters(self.x), *self.apart, *chosen]
         return [a for a in letters(self.weight) if a in inside and a in [*letters(self.y), *chosen]]
 

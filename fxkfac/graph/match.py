@@ -24,6 +24,7 @@ from fxkfac.graph.dependence import LIKE, SHAPE_ONLY, STOPS, depend_on, reach_ou
 from fxkfac.graph.form import Form, OneHot
 from fxkfac.graph.ir import Example, Source, Use
 from fxkfac.graph.lift import lift
+from fxkfac.graph.real import of_real_rows
 from fxkfac.graph.route import route
 from fxkfac.graph.rules.registry import RULES, NotLinear, Operand, call_of, operands
 from fxkfac.graph.source import module_of, source_of
@@ -82,7 +83,7 @@ def match(
             continue
         try:
             use = _use(node, operand, chain, parameters, example)
-            use = take_apart(use, apart or {})
+            use = take_apart(replace(use, form=of_real_rows(node, use.form)), apart or {})
             if node.name in lifted:
                 found += _lifted(use, node, dependent, example)
             else:

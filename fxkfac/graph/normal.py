@@ -127,8 +127,10 @@ def group_of_rows(
 
 
 def _numbers(form: Form, x: Routed) -> Tensor:
-    """The number of every row's group; no group's where a row lies behind the last one."""
+    """The number of every row's group; no group's where a row is padding, or behind the last."""
     assert form.routes is not None
+    if x.numbers.dtype == torch.bool:
+        return (~x.numbers).long()  # the one weight there is has the number 0
     if not form.routes.ends:
         return x.numbers.remainder(form.routes.size)  # W[-1] is the last one
     rows = x.x.shape[axis_tokens(form.x).index(form.routes.axes)]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from fxkfac.errors import DataError
@@ -84,13 +85,25 @@ class Signature:
         ]
 
     def vary(self, tensors: list[Tensor], size: int, generator: Generator) -> list[Tensor]:
-        """`size` data like those given, and no two alike."""
+        """`size` data like those given, and no two alike.
+
+        A whole number of each datum's, such as the length of a sequence, stays as it is; numbers
+        in descending order stay so.
+        """
         n = self.batch_size(tensors)
-        repeated = self.permute(tensors, torch.arange(size) % n)
+        repeated = self.permute(tensors, self._some(tensors, size, n))
         return [
-            t if axis is None else _varied(t, repeats=size > n, generator=generator)
+            t if axis is None else _varied(t, size > n and not _is_number(t), generator)
             for t, axis in zip(repeated, self.axes, strict=True)
         ]
+
+    def _some(self, tensors: list[Tensor], size: int, n: int) -> Tensor:
+        """The first data, but with that of the largest number: the longest sequence, say."""
+        if size >= n:
+            return torch.arange(size) * n // size
+        pairs = zip(tensors, self.axes, strict=True)
+        largest = [int(t.argmax()) for t, axis in pairs if axis is not None and _is_number(t)]
+        return torch.tensor(sorted(list(dict.fromkeys([*largest, *range(n)]))[:size]))
 
     def unlike(self, tensors: list[Tensor], generator: Generator) -> Iterator[list[Tensor]]:
         """Other data of the same size: all signs +, all −, any; indices drawn anew."""
@@ -106,6 +119,11 @@ def _unlike(t: Tensor, least: int, most: int, generator: Generator) -> Tensor:
         return _varied(t, repeats=True, generator=generator)
     signs = 2 * torch.randint(least, most + 1, t.shape, generator=generator).to(t) - 1
     return t.abs() * signs
+
+
+def _is_number(t: Tensor) -> bool:
+    """Whether a tensor holds one whole number for each datum."""
+    return t.ndim == 1 and not t.is_floating_point() and t.dtype != torch.bool
 
 
 def _varied(t: Tensor, repeats: bool, generator: Generator) -> Tensor:
@@ -132,6 +150,7 @@ def signature_of(inputs: Any, batch_axis: BatchAxes) -> Signature:
     With an int, that axis is the batch axis of every tensor that is as long there as the first
     tensor is. Otherwise `batch_axis` is a tree like the inputs that says it for each.
     """
+    _require_padded(inputs)
     leaves, spec = pytree.tree_flatten(_as_tuple(inputs))
     constants = {k: leaf for k, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)}
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -146,6 +165,16 @@ def signature_of(inputs: Any, batch_axis: BatchAxes) -> Signature:
         )
     axes = tuple(a for a, leaf in zip(per_leaf, leaves, strict=True) if isinstance(leaf, Tensor))
     return Signature(spec, constants, axes)
+
+
+def _require_padded(inputs: Any) -> None:
+    leaves = pytree.tree_leaves(inputs, is_leaf=lambda part: isinstance(part, PackedSequence))
+    if any(isinstance(leaf, PackedSequence) for leaf in leaves):
+        raise DataError(
+            "an input is a PackedSequence, in which the data are on no axis. Pass the padded "
+            "sequences and a tensor of their lengths, and let the model (or a function around it) "
+            "call pack_padded_sequence."
+        )
 
 
 def _same_length(tensors: list[Tensor], axis: int) -> tuple[int | None, ...]:

@@ -60,8 +60,9 @@ def batch_text(use: Use) -> str:
     """Which axis of the output the data are on, and how they are laid out there."""
     if use.batch is None:
         return "unknown"
-    axis = use.form.row_position[use.batch.axis]
-    return str(axis) if str(use.batch) == "N" else f"{axis} ({use.batch})"
+    axis, routes = use.form.row_position[use.batch.axis], use.form.routes
+    some = " where real" if routes and not routes.axis else ""
+    return (str(axis) if str(use.batch) == "N" else f"{axis} ({use.batch})") + some
 
 
 def shape_text(shape: Sequence[int], axes: str, use: Use) -> str:

@@ -19,8 +19,11 @@ from torch.fx import Graph, GraphModule, Node
 
 from fxkfac.graph.ir import Use
 from fxkfac.graph.normal import Input, Routed
+from fxkfac.graph.real import checked_lengths
 
 aten = torch.ops.aten
+
+DROPOUTS = (aten.dropout.default, aten.feature_dropout.default)
 
 
 class Sink(Protocol):
@@ -123,10 +126,10 @@ def _give_input(sink: Sink, use: int, *tensors: Tensor) -> None:
 
 
 def without_dropout(module: GraphModule) -> GraphModule:
-    """The same graph with every dropout switched off."""
+    """The same graph with every dropout switched off, which takes data in any order and number."""
     graph = copy.deepcopy(module.graph)
     for node in list(graph.nodes):
-        if node.target in (aten.dropout.default, aten.feature_dropout.default):
+        if node.target in (*DROPOUTS, checked_lengths):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
         elif node.target is aten.native_dropout.default:

@@ -83,9 +83,10 @@ def _require_no_choice(
     for other in model.signature.unlike(data, generator):
         try:
             defined = bool(torch.isfinite(model.predict(state, other)).all())
-        except Exception:  # the model's own, of whatever kind
+            wrong = is_model(model, captured, state, other) if defined else ""
+        except Exception:  # the model's own, of whatever kind, or the graph's refusal of such data
             continue
-        if defined and (wrong := is_model(model, captured, state, other)):
+        if wrong:
             raise Refusal(
                 f"on data with other signs {wrong}: the path through the model depends on the data"
             )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fxkfac.errors import DataError
 from fxkfac.functional import FunctionalModel, Inputs, prediction_of
 from fxkfac.graph.capture import Captured, Refusal
 from fxkfac.graph.derived import computation
@@ -119,10 +120,16 @@ def run_graph(module: Any, state: State, data: Sequence[Tensor], *sink: Taps) ->
 
 
 def is_model(model: FlatModel, captured: Captured, state: State, data: Sequence[Tensor]) -> str:
-    """Empty where the graph gives the model's prediction on these data, else what is wrong."""
+    """Empty where the graph gives the model's prediction on these data, else what is wrong.
+
+    Raises:
+        DataError: The graph holds for other data than these.
+    """
     expected = model.predict(state, data)
     try:
         found = run_graph(captured.module, state, data)
+    except DataError:
+        raise
     except Exception as error:  # whatever a baked-in size makes an op say
         return f"its graph does not run: {str(error).splitlines()[0] if str(error) else error!r}"
     if not expected.is_floating_point():

@@ -81,6 +81,24 @@ def test_reduce_averages_the_rows_of_each_expert(model, params, data):
         torch.testing.assert_close(block.B[e], total * torch.eye(D_OUT).double())
 
 
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_all_rows_of_a_sequence_choose_together(params, data, sharing):
+    def model(p, x, chosen):
+        return torch.einsum("nti,nio->nto", x, p["W"][chosen])
+
+    x, chosen = data[0], data[1][:, 0]
+    program = fxkfac.trace(model, (x, chosen), params)
+    y = torch.zeros(N, T, D_OUT, dtype=torch.float64)
+    loss = nn.MSELoss(reduction="sum")
+    block = fxkfac.kfac(program, loss, ((x, chosen), y), sharing=sharing)["W"]
+    for e in chosen.unique():
+        own = x[chosen == e] if sharing == "expand" else x[chosen == e].mean(1, keepdim=True)
+        rows = own.flatten(0, 1)
+        torch.testing.assert_close(block.A[e], 2 * rows.mT @ rows)
+        each = 1 if sharing == "expand" else T  # ĝ of a column is one for each row of the datum's
+        torch.testing.assert_close(block.B[e], each * torch.eye(D_OUT).double())
+
+
 @pytest.mark.parametrize("model", SPELLINGS)
 def test_gradients_parts_and_dense(model, params, data):
     program = fxkfac.trace(model, data, params)

@@ -29,10 +29,10 @@ def recurrent(p, x, tape):
     return h
 
 
-def product(tape: Tape, kind: str, x: Tensor) -> Tensor:
+def product(tape: Tape, kind: str, x: Tensor, real: Tensor | None = None) -> Tensor:
     """x W.T + b for a recurrent module's weight and bias, `kind` such as `rnn.*_ih_l0`."""
     weight, bias = kind.replace("*", "weight"), kind.replace("*", "bias")
-    return tape.layer(weight, x, tape.params[weight].T, tape.params[bias])
+    return tape.layer(weight, x, tape.params[weight].T, tape.params.get(bias), real=real)
 
 
 @of_the_zoo
@@ -52,6 +52,12 @@ def gru_step(gi: Tensor, gh: Tensor, h: Tensor) -> Tensor:
     (ri, zi, ni), (rh, zh, nh) = gi.chunk(3, -1), gh.chunk(3, -1)
     r, z = (ri + rh).sigmoid(), (zi + zh).sigmoid()
     return (1 - z) * (ni + r * nh).tanh() + z * h
+
+
+def own_product(tape: Tape, kind: str, x: Tensor, n: int) -> Tensor:
+    """The same for one row of datum n alone."""
+    is_own = (torch.arange(N) == n)[:, None]
+    return product(tape, kind, is_own * x, real=is_own)[n : n + 1]
 
 
 @of_the_zoo
@@ -123,6 +129,65 @@ def lstm_gates_apart(p, x, tape):
     for step in x.unbind(1):
         h, c = lstm_step(gates("ih", step) + gates("hh", h), c)
     return tape.linear("head", h)
+
+
+def packed_steps(tape, end, x, n, state, backwards=False):
+    """The states of one sequence alone, of the LSTM whose parameters end in `end`."""
+    states = []
+    for step in x.flip(0) if backwards else x:
+        h, c = state
+        gates = own_product(tape, f"rnn.*_ih_{end}", step[None], n)
+        gates = gates + own_product(tape, f"rnn.*_hh_{end}", h, n)
+        h, c = lstm_step(gates.unflatten(1, (4, -1)).transpose(0, 1), c)
+        if f"rnn.weight_hr_{end}" in tape.params:
+            h = own_product(tape, f"rnn.*_hr_{end}", h, n)
+        state = h, c
+        states.append(h)
+    return torch.cat(states[::-1] if backwards else states), state
+
+
+@of_the_zoo
+def packed_lstm(p, inputs, tape):
+    """Every sequence is run alone, to its own end."""
+    last = []
+    for n, (x, length) in enumerate(zip(*inputs, strict=True)):
+        zero = torch.zeros(2, 1, 4).double()
+        last.append(packed_steps(tape, "l0", x[:length], n, tuple(zero))[1][0])
+    return tape.linear("head", torch.cat(last))
+
+
+@of_the_zoo
+def packed_gru(p, inputs, tape):
+    """Forwards and backwards over each sequence alone; the head sees the padding, too."""
+    outputs = []
+    for n, (x, length) in enumerate(zip(*inputs, strict=True)):
+        ways = []
+        for end, steps in (("l0", x[:length]), ("l0_reverse", x[:length].flip(0))):
+            h, states = torch.zeros(1, 2).double(), []
+            for step in steps:
+                from_x = own_product(tape, f"rnn.*_ih_{end}", step[None], n)
+                h = gru_step(from_x, own_product(tape, f"rnn.*_hh_{end}", h, n), h)
+                states.append(h)
+            ways.append(torch.cat(states if end == "l0" else states[::-1]))
+        outputs.append(nn.functional.pad(torch.cat(ways, 1), (0, 0, 0, 4 - length)))
+    return tape.linear("head", torch.stack(outputs))
+
+
+@of_the_zoo
+def packed_projected(p, inputs, tape):
+    """Two layers, each forwards and backwards over each sequence alone."""
+    predictions = []
+    x, lengths, h, c = inputs
+    for n, length in enumerate(lengths):
+        y = x[:length, n]
+        for layer in range(2):
+            ways = []
+            for k, end in enumerate((f"l{layer}", f"l{layer}_reverse")):
+                state = h[2 * layer + k, n, None], c[2 * layer + k, n, None]
+                ways.append(packed_steps(tape, end, y, n, state, backwards=k == 1))
+            y = torch.cat([states for states, _ in ways], 1)
+        predictions.append(y.sum(0)[:2] + ways[1][1][0][0])
+    return torch.stack(predictions)
 
 
 def _equilibrium(m, x):
