@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from benchmarks.peers import Factors, Prepared
+from benchmarks.interface import Factors, Prepared, Slope
+from benchmarks.problems import Problem
 
 EQUAL = 1e-3  # relative error of A ⊗ B in single precision, at most
 SAMPLED_EQUAL = 0.25  # of factors averaged over draws of labels
@@ -20,12 +23,17 @@ def distance(found: Factors, expected: Factors) -> float:
     The products are compared, as libraries differ in which of the two has the scale. A peer that
     has the bias apart is compared in the weight's part of A.
     """
-    return max(_relative(*_same_part(found[name], expected[name])) for name in expected)
+    return _largest(_relative(*_same_part(found[name], expected[name])) for name in expected)
 
 
 def distance_of_inputs(found: Factors, expected: Factors) -> float:
     """The same of A alone and up to its scale: what no random label enters."""
-    return max(_relative_input(*_same_part(found[n], expected[n])) for n in expected)
+    return _largest(_relative_input(*_same_part(found[n], expected[n])) for n in expected)
+
+
+def _largest(values: Iterable[float]) -> float:
+    """The maximum; infinite where one is not a number, which `max` passes over."""
+    return max(float("inf") if math.isnan(value) else value for value in values)
 
 
 def _same_part(
@@ -60,6 +68,28 @@ def _relative_input(found: list[Tensor], expected: list[Tensor]) -> float:
 def _scale(a: Tensor, c: Tensor) -> Tensor:
     """That brings a nearest to c."""
     return (c * a).sum() / (a * a).sum()
+
+
+def slope_of(problem: Problem) -> Slope:
+    """Loss and gradients by `torch.autograd.grad`, of a problem of one batch."""
+    ((x, y),) = problem.batches
+    loss = problem.loss(problem.model(x), y)
+    gradients = torch.autograd.grad(loss, problem.params)
+    return Slope(loss.detach(), dict(zip(problem.names, gradients, strict=True)))
+
+
+def distance_of_slopes(found: Slope, expected: Slope) -> float:
+    """The largest relative distance of the loss and of each parameter's gradient.
+
+    Gradients are relative to at least a thousandth of the largest, as some are zero.
+    """
+    norms = {name: g.norm().item() for name, g in expected.gradients.items()}
+    least = max(norms.values()) / 1000
+    off = [
+        (found.gradients[name].detach() - g).norm().item() / max(norms[name], least)
+        for name, g in expected.gradients.items()
+    ]
+    return _largest([*off, abs((found.loss / expected.loss).item() - 1)])
 
 
 def averaged(prepared: Prepared, flavour: str) -> Factors:

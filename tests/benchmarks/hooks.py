@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.problems import STEP, Problem
+from benchmarks.interface import Factors, Slope
+from benchmarks.problems import Problem
 
 Sums = dict[str, list[Any]]  # of each layer: Σ x xᵀ, Σ g gᵀ, number of rows
 
@@ -32,15 +33,26 @@ class HookedKFAC:
 
         return hook
 
-    def factors(self, flavour: str) -> dict[str, tuple[Tensor, Tensor]]:
+    def factors(self, flavour: str) -> Factors:
         """A = R Σ x xᵀ and B = (1/#rows) Σ g gᵀ of every layer."""
         sums: Sums = {}
         for x, y in self.problem.batches:
             prediction = self.problem.model(x)
-            if flavour == STEP:
-                loss = self.problem.loss(prediction, y)
-                torch.autograd.grad(loss, self.problem.params, retain_graph=True)
             self._add(sums, vectors(self.problem.loss, prediction, y, flavour), prediction)
+        return self._scaled(sums)
+
+    def step(self) -> tuple[Slope, Factors]:
+        """Loss, gradients and MC factors of the only batch, from one forward pass."""
+        ((x, y),) = self.problem.batches
+        prediction = self.problem.model(x)
+        loss = self.problem.loss(prediction, y)
+        gradients = torch.autograd.grad(loss, self.problem.params, retain_graph=True)
+        sums: Sums = {}
+        self._add(sums, vectors(self.problem.loss, prediction, y, "mc"), prediction)
+        named = dict(zip(self.problem.names, gradients, strict=True))
+        return Slope(loss.detach(), named), self._scaled(sums)
+
+    def _scaled(self, sums: Sums) -> Factors:
         R = (2 if isinstance(self.problem.loss, nn.MSELoss) else 1) / self.problem.terms
         return {n: (R * a, b / rows) for n, (a, b, rows) in sums.items()}
 

@@ -22,12 +22,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.elsewhere import Elsewhere
 from benchmarks.peers import PEERS
 from benchmarks.problems import PROBLEMS, Problem
 
@@ -40,7 +41,7 @@ MB = 2**20
 
 @dataclass(frozen=True)
 class Ratio:
-    """Times over the gradient's."""
+    """Times over the gradient's, and the cores that other processes kept busy meanwhile."""
 
     median: float
     lower: float
@@ -48,6 +49,7 @@ class Ratio:
     repeats: int
     seconds: float
     gradient_seconds: float
+    elsewhere: float | None = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def interleaved(
     seconds_of(reference)
     inner = max(1, round(SHORTEST / seconds_of(reference)))
     pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
-    start = time.perf_counter()
+    start, elsewhere = time.perf_counter(), Elsewhere()
     for number in range(repeats):
         if number >= min(FEWEST, repeats) and time.perf_counter() - start > budget:
             break
@@ -104,7 +106,8 @@ def interleaved(
         for name in _rotated(list(calls), number):
             before = seconds_of(reference, inner)
             pairs[name].append((seconds_of(calls[name], 1 if inner < 5 else 3), before))
-    return {name: _ratio(pairs[name]) for name in calls}
+    cores = elsewhere.cores() if calls else None
+    return {name: replace(_ratio(pairs[name]), elsewhere=cores) for name in calls}
 
 
 def _rotated(names: list[str], number: int) -> list[str]:
@@ -179,8 +182,8 @@ def _high_water() -> float:
 def first_call(problem: str, flavour: str, library: str, tiny: bool, device: str) -> First:
     """To be called in a fresh process."""
     built = PROBLEMS[problem].make(tiny, device)
-    if library != GRADIENT:
-        _import(library)
+    if library != GRADIENT and (module := PEERS[library].module):
+        __import__(module)
     peak = Peak(device)
     peak.start()
     start = time.perf_counter()
@@ -198,15 +201,6 @@ def first_call(problem: str, flavour: str, library: str, tiny: bool, device: str
     return First(seconds, later, first_peak)
 
 
-def _import(library: str) -> None:
-    """What the adapter imports, so that this is not in the first call."""
-    module = {"backpack": "backpack", "asdl": "asdl"}.get(library, library)
-    if module == "hooks":
-        return
-    submodules = {"kronfluence": "kronfluence.analyzer", "nngeometry": "nngeometry.metrics"}
-    __import__(submodules.get(module, module))
-
-
 def in_fresh_process(
     problem: str, flavour: str, library: str, tiny: bool, device: str, threads: int
 ) -> First:
@@ -214,7 +208,10 @@ def in_fresh_process(
     words = [problem, flavour, library, device, str(int(tiny)), str(threads)]
     root, above = Path(__file__).parents[2], Path(__file__).parents[1]
     paths = [str(above), str(root), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",  # or a compiled first call would be a later one
+    }
     ended = subprocess.run(
         [sys.executable, "-m", "benchmarks.measure", *words],
         env=environment,

@@ -1,42 +1,23 @@
 """The libraries behind one interface: `prepare(problem, flavour)` gives a call and its reading.
 
-An adapter only calls the library's documented way to the factors. `call` is what is timed, and ends
-with the library's own result; `read` turns that into A and B of each layer, with the mean over the
-loss terms in them. Libraries are imported by their adapters alone.
+An adapter only calls the library's documented way to the factors.
 """
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from benchmarks import adapters, own
+from benchmarks.interface import Prepared, Refused
+from benchmarks.problems import ALL, Problem
 
-import fxkfac
-from benchmarks.hooks import HookedKFAC, draw
-from benchmarks.problems import ALL, STEP, Problem
-
-Factors = dict[str, tuple[Tensor, Tensor]]  # A and B by the layer's name
-SEEDS = itertools.count(1)
-
-
-class Prepared(NamedTuple):
-    """A call that computes the factors, and how to read its result."""
-
-    call: Callable[[], Any]
-    read: Callable[[Any], Factors]
-
-
-class Refused(Exception):
-    """The library cannot do this; the message says why."""
+PLAIN = ("mc", "empirical", "type-2")
 
 
 @dataclass(frozen=True)
@@ -45,15 +26,17 @@ class Peer:
 
     Attributes:
         title: Its name in tables.
-        distribution: Its name on PyPI, or `None`.
         flavours: Those that it has.
         adapter: From a problem, which it may change, and a flavour to the call.
+        distribution: Its name on PyPI, or `None`.
+        module: What the adapter imports, so that this is not in the first call.
     """
 
     title: str
-    distribution: str | None
     flavours: tuple[str, ...]
     adapter: Callable[[Problem, str], Prepared]
+    distribution: str | None = None
+    module: str | None = None
 
     @property
     def version(self) -> str | None:
@@ -73,23 +56,17 @@ class Peer:
             raise Refused("not installed")
         if flavour not in self.flavours:
             raise Refused(f"has no flavour {flavour}")
-        if flavour == STEP and self.title == "fxkfac" and not hasattr(fxkfac, "step"):
-            raise Refused("has no function for it yet")
-        batches = [(_copy(x), y) for x, y in problem.batches]
-        own = replace(problem, model=deepcopy(problem.model), batches=batches)
+        # Some mark the inputs as requiring gradients; all share the data.
+        batches = [(x.detach(), y) for x, y in problem.batches]
+        mine = replace(problem, model=deepcopy(problem.model), batches=batches)
         with silenced():
-            call, read = self.adapter(own, flavour)
+            prepared = self.adapter(mine, flavour)
 
         def quiet_call() -> Any:
             with silenced():
-                return call()
+                return prepared.call()
 
-        return Prepared(quiet_call, read)
-
-
-def _copy(x: Tensor) -> Tensor:
-    """Some mark the inputs as requiring gradients; all share the data."""
-    return x.detach()
+        return prepared._replace(call=quiet_call)
 
 
 @contextmanager
@@ -100,198 +77,25 @@ def silenced() -> Iterator[None]:
         yield
 
 
-def _fxkfac(problem: Problem, flavour: str) -> Prepared:
-    program = fxkfac.trace(problem.model, problem.batches[0][0])
-    data: Any = problem.batches[0] if len(problem.batches) == 1 else problem.batches
-    options = {} if problem.joint else {"separate_weight_and_bias": True}
-
-    def call() -> Any:
-        if flavour == STEP:
-            result = fxkfac.step(program, problem.loss, data, fisher="mc", **options).factors
-        else:
-            result = fxkfac.kfac(program, problem.loss, data, fisher=flavour, **options)
-        return {name: (block.A, block.B) for name, block in result.items()}
-
-    def read(result: Any) -> Factors:
-        return {name: result[f"{name}.weight"] for name in problem.layers}
-
-    return Prepared(call, read)
-
-
-def _hooks(problem: Problem, flavour: str) -> Prepared:
-    hooked = HookedKFAC(problem)
-    return Prepared(lambda: hooked.factors(flavour), lambda result: result)
-
-
-def _curvlinops(problem: Problem, flavour: str) -> Prepared:
-    from curvlinops import KFACLinearOperator
-
-    def call() -> Any:
-        operator = KFACLinearOperator(
-            problem.model,
-            problem.loss,
-            problem.params,
-            problem.batches,
-            check_deterministic=False,
-            seed=next(SEEDS),
-            fisher_type=flavour,
-            num_data=problem.n,
-            num_per_example_loss_terms=problem.terms // problem.n,
-            separate_weight_and_bias=not problem.joint,
-        )
-        operator.compute_kronecker_factors()
-        return operator._input_covariances, operator._gradient_covariances
-
-    def read(result: Any) -> Factors:
-        return {name: (result[0][name], result[1][name]) for name in problem.layers}
-
-    return Prepared(call, read)
-
-
-def _backpack(problem: Problem, flavour: str) -> Prepared:
-    from backpack import backpack, extend
-    from backpack.extensions import KFAC, KFLR
-
-    model, loss = extend(problem.model), extend(deepcopy(problem.loss))
-    extension = KFAC(mc_samples=1) if flavour == "mc" else KFLR()
-    field = extension.savefield
-
-    def call() -> Any:
-        total: dict[str, list[Tensor]] = {}
-        for x, y in problem.batches:
-            with backpack(extension):
-                loss(model(x), y).backward()
-            for name, layer in problem.layers.items():
-                share = len(x) / problem.n
-                parts = [share * factor for factor in getattr(layer.weight, field)]
-                total[name] = (
-                    [a + b for a, b in zip(total[name], parts, strict=True)]
-                    if (name in total)
-                    else parts
-                )
-            _forget(problem.params, field)
-        return total
-
-    return Prepared(call, lambda total: {name: (A, B) for name, (B, A) in total.items()})
-
-
-def _forget(params: list[Tensor], field: str) -> None:
-    for param in params:
-        param.grad = None
-        delattr(param, field)
-
-
-class _Counted(torch.utils.data.Sampler):
-    """Numbers of batches; its length is the number of data."""
-
-    def __init__(self, batches: int, data: int) -> None:
-        self.batches, self.data = batches, data
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(self.batches))
-
-    def __len__(self) -> int:
-        return self.data
-
-
-def _nngeometry(problem: Problem, flavour: str) -> Prepared:
-    from nngeometry.backend import TorchHooksJacobianBackend
-    from nngeometry.layercollection import LayerCollection
-    from nngeometry.metrics import FIM, FIM_MonteCarlo
-    from nngeometry.object import PMatKFAC
-
-    model, layers = problem.model, LayerCollection()
-    for layer in problem.layers.values():
-        layers.add_layer_from_model(model, layer)
-    loader = torch.utils.data.DataLoader(
-        problem.batches, batch_size=None, sampler=_Counted(len(problem.batches), problem.n)
-    )
-
-    def losses(x: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(model(x), y, reduction="none").view(len(x), -1).sum(1)
-
-    def call() -> Any:
-        if flavour == "empirical":
-            backend = TorchHooksJacobianBackend(model, losses, layer_collection=layers)
-            return PMatKFAC(generator=backend, examples=loader)
-        function = FIM_MonteCarlo if flavour == "mc" else FIM
-        return function(model, loader, PMatKFAC, layer_collection=layers)
-
-    return Prepared(call, lambda result: {name: result.data[name] for name in problem.layers})
-
-
-def _kronfluence(problem: Problem, flavour: str) -> Prepared:
-    from kronfluence.analyzer import prepare_model
-    from kronfluence.arguments import FactorArguments
-    from kronfluence.factor.covariance import fit_covariance_matrices_with_loader
-    from kronfluence.task import Task
-    from kronfluence.utils.state import State
-
-    names = list(problem.layers)
-
-    class Fit(Task):
-        def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
-            logits = model(batch[0])
-            y = draw(logits) if sample else batch[1]
-            return F.cross_entropy(logits, y, reduction="sum")
-
-        def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
-            raise NotImplementedError
-
-        def get_influence_tracked_modules(self) -> list[str]:
-            return names
-
-    task = Fit()
-    model = prepare_model(problem.model, task)
-    arguments = FactorArguments(use_empirical_fisher=flavour == "empirical")
-    state = State(cpu=problem.batches[0][0].device.type == "cpu")
-
-    def call() -> Any:
-        _, sums = fit_covariance_matrices_with_loader(
-            model, state, task, problem.batches, arguments, names, disable_tqdm=True
-        )
-        return sums
-
-    def read(sums: Any) -> Factors:
-        a, b = sums["activation_covariance"], sums["gradient_covariance"]
-        rows = sums["num_gradient_covariance_processed"]
-        return {name: (a[name] / problem.terms, b[name] / rows[name]) for name in names}
-
-    return Prepared(call, read)
-
-
-def _asdl(problem: Problem, flavour: str) -> Prepared:
-    from asdl import FisherConfig, get_fisher_maker
-
-    kind = {"mc": "fisher_mc", "empirical": "fisher_emp", "type-2": "fisher_exact"}[flavour]
-    norms = [nn.BatchNorm2d, nn.LayerNorm, nn.Embedding]
-    config = FisherConfig(
-        kind, ["kron"], "cross_entropy", ignore_modules=norms, data_size=problem.terms
-    )
-    maker = get_fisher_maker(problem.model, config)
-
-    def call() -> Any:
-        for number, (x, y) in enumerate(problem.batches):
-            output = maker.setup_model_call(problem.model, x)
-            maker.setup_logits_repr(output.movedim(1, -1))
-            maker.setup_loss_call(F.cross_entropy, output, y, reduction="sum")
-            maker.forward_and_backward(accumulate=number > 0)
-        problem.model.zero_grad(set_to_none=True)
-        factors = {name: layer.fisher.kron for name, layer in problem.layers.items()}
-        maker.zero_fisher()  # or they are held until the next call, and count as held before it
-        return factors
-
-    return Prepared(call, lambda result: {name: (k.A, k.B) for name, k in result.items()})
-
-
 PEERS: dict[str, Peer] = {
-    "fxkfac": Peer("fxkfac", None, ALL, _fxkfac),
-    "hooks": Peer("plain hooks", None, ALL, _hooks),
+    "fxkfac": Peer("fxkfac", ALL, own.fxkfac_factors),
+    own.INDUCTOR: Peer("fxkfac, inductor", ALL, own.inductor_factors),
+    "hooks": Peer("plain hooks", ALL, own.hooks_factors),
     "curvlinops": Peer(
-        "curvlinops", "curvlinops-for-pytorch", ("mc", "empirical", "type-2"), _curvlinops
+        "curvlinops", PLAIN, adapters.curvlinops_factors, "curvlinops-for-pytorch", "curvlinops"
     ),
-    "backpack": Peer("BackPACK", "backpack-for-pytorch", ("mc", "type-2"), _backpack),
-    "nngeometry": Peer("nngeometry", "nngeometry", ("mc", "empirical", "type-2"), _nngeometry),
-    "kronfluence": Peer("kronfluence", "kronfluence", ("mc", "empirical"), _kronfluence),
-    "asdl": Peer("ASDL", "asdfghjkl", ("mc", "empirical", "type-2"), _asdl),
+    "backpack": Peer(
+        "BackPACK", ("mc", "type-2"), adapters.backpack_factors, "backpack-for-pytorch", "backpack"
+    ),
+    "nngeometry": Peer(
+        "nngeometry", PLAIN, adapters.nngeometry_factors, "nngeometry", "nngeometry.metrics"
+    ),
+    "kronfluence": Peer(
+        "kronfluence",
+        ("mc", "empirical"),
+        adapters.kronfluence_factors,
+        "kronfluence",
+        "kronfluence.analyzer",
+    ),
+    "asdl": Peer("ASDL", PLAIN, adapters.asdl_factors, "asdfghjkl", "asdl"),
 }

@@ -14,6 +14,8 @@ from typing import Any
 import matplotlib
 import torch
 
+from benchmarks.elsewhere import warning
+from benchmarks.own import absent
 from benchmarks.peers import PEERS
 from benchmarks.problems import PROBLEMS, STEP
 from benchmarks.suite import DIFFERS, REFUSED, Row, Settings
@@ -27,12 +29,13 @@ EXPLANATION = """\
 time: seconds of the call over those of torch.autograd.grad of the same loss, parameters and batch,
 measured interleaved in one process; median and quartiles. memory: peak resident set of a call in a
 fresh process, above what is held before it, over that of the gradient. first call: seconds of
-capture and first factors in a fresh process, and how many gradients that is. A ⊗ B off: largest
-relative distance of a layer's factors to fxkfac's on a tiny size of the problem; where labels are
-drawn, that of the mean of 100 draws to the type-2 factors. Who differs is not timed; - is what the
-library does not do; why is in the JSON and in the Markdown."""
-COLOURS = ("#0b5fa5", "#57534e", "#c2410c", "#7e22ce", "#15803d", "#b45309", "#be185d")
-MARKERS = "osD^v<P"
+capture and first factors in a fresh process, compiling anew where something is compiled, and how
+many gradients that is. A ⊗ B off: largest relative distance of a layer's factors to fxkfac's on a
+tiny size of the problem; where labels are drawn, that of the mean of 100 draws to the type-2
+factors. Who differs is not timed; - is what the library does not do; why is in the JSON and in the
+Markdown."""
+COLOURS = ("#0b5fa5", "#0891b2", "#57534e", "#c2410c", "#7e22ce", "#15803d", "#b45309", "#be185d")
+MARKERS = "oXsD^v<P"
 
 
 def cells(row: Row) -> tuple[str, ...]:
@@ -105,14 +108,19 @@ def markdown(rows: list[Row], about: dict[str, Any]) -> str:
 
 
 def machine_text(about: dict[str, Any]) -> str:
-    """One line about the machine and one about the versions."""
+    """A line about the machine, one about the versions, and what is amiss."""
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
     where = f"{about['processor']}, {about['cores']} cores, {about['threads']} threads"
-    return f"{where}, {about['device']}, {about['system']}.\n{versions}."
+    lines = [f"{where}, {about['device']}, {about['system']}.", f"{versions}."]
+    if about["not_there"]:
+        missing = ", ".join(f"{name} ({what})" for name, what in about["not_there"].items())
+        lines.append(f"Not there in this fxkfac: {missing}.")
+    said = warning(about["elsewhere"])
+    return "\n".join([*lines, said] if said else lines)
 
 
-def about(settings: Settings) -> dict[str, Any]:
-    """The machine and the versions."""
+def about(settings: Settings, rows: list[Row]) -> dict[str, Any]:
+    """The machine and the versions, what is not there, and how busy others were at most."""
     installed = {p.distribution: p.version for p in PEERS.values() if p.distribution and p.version}
     device = torch.cuda.get_device_name() if settings.device != "cpu" else "cpu"
     return {
@@ -127,6 +135,8 @@ def about(settings: Settings) -> dict[str, Any]:
             "fxkfac": version("fxkfac"),
             **installed,
         },
+        "not_there": absent(),
+        "elsewhere": max((row.time.elsewhere or 0 for row in rows if row.time), default=0),
     }
 
 
@@ -202,7 +212,7 @@ def _decorate(axis: Any, title: str) -> None:
 def save(rows: list[Row], settings: Settings, out: Path) -> str:
     """Write all files, and return what is printed."""
     out.mkdir(parents=True, exist_ok=True)
-    machine = about(settings)
+    machine = about(settings, rows)
     (out / "benchmarks.json").write_text(as_json(rows, settings, machine) + "\n")
     (out / "benchmarks.md").write_text(markdown(rows, machine))
     draw(rows, out / "benchmarks.svg")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from benchmarks.compare import (
@@ -13,12 +14,16 @@ from benchmarks.compare import (
     averaged,
     distance,
     distance_of_inputs,
+    distance_of_slopes,
     is_exact,
+    slope_of,
     tolerance,
 )
+from benchmarks.interface import Factors
 from benchmarks.measure import GRADIENT, First, Ratio, gradient, in_fresh_process, interleaved
-from benchmarks.peers import PEERS, Factors, Prepared
-from benchmarks.problems import PROBLEMS, Problem
+from benchmarks.own import absent
+from benchmarks.peers import PEERS
+from benchmarks.problems import PROBLEMS, STEP, Problem
 
 TIMED, REFUSED, DIFFERS = "timed", "refused", "differs"
 REFERENCE = "fxkfac"
@@ -84,14 +89,25 @@ class Row:
 
 
 def run(settings: Settings, say: Callable[[str], None]) -> list[Row]:
-    """All rows, problem by problem."""
+    """All rows, problem by problem, of what the installed fxkfac has."""
+    settings = _there(settings, say)
     return [
         row
         for problem in settings.problems
         for flavour in settings.flavours
-        if flavour in PROBLEMS[problem].flavours
+        if flavour in PROBLEMS[problem].flavours and settings.libraries
         for row in _measured(problem, flavour, settings, say)
     ]
+
+
+def _there(settings: Settings, say: Callable[[str], None]) -> Settings:
+    missing = absent()
+    for name in missing:
+        if name in (*settings.flavours, *settings.libraries):
+            say(f"{name}: not there, as there is no {missing[name]}")
+    flavours = tuple(f for f in settings.flavours if f not in missing)
+    libraries = tuple(n for n in settings.libraries if n not in missing)
+    return replace(settings, flavours=flavours, libraries=libraries)
 
 
 def _measured(
@@ -155,34 +171,47 @@ def _timed(
     reasons: dict[str, str] = {}
     expected: Factors = {}
     for name in names:
-        result, reason = attempt(lambda name=name: _prepared(name, built, flavour))
-        if result is not None:
-            prepared, found = result
-            expected = expected or found
-            reason = _disagreement(found, expected, flavour)
-        if reason:
-            reasons[name] = reason
+        result, reason = attempt(partial(_checked, name, built, flavour, expected))
+        if result is None:
+            reasons[name] = str(reason)
         else:
-            calls[name] = prepared.call
+            calls[name], factors = result
+            expected = expected or factors
     repeats = settings.repeats or spec.repeats
     return interleaved(gradient(built), calls, repeats, settings.budget), reasons
 
 
-def _prepared(library: str, built: Problem, flavour: str) -> tuple[Prepared, Factors]:
-    """With the factors of one call, which also warms it up."""
+class Differs(Exception):
+    """The results of a library are not those that are expected."""
+
+
+def _checked(
+    library: str, built: Problem, flavour: str, expected: Factors
+) -> tuple[Callable[[], Any], Factors]:
+    """A call that is warmed up, and its factors, which are those expected."""
     prepared = PEERS[library].prepare(built, flavour)
-    return prepared, prepared.read(prepared.call())
+    result = prepared.call()
+    factors = prepared.read(result)
+    _require("factors", _off(factors, expected or factors, flavour))
+    if flavour == STEP:
+        assert prepared.slope is not None
+        _require("loss or gradients", distance_of_slopes(prepared.slope(result), slope_of(built)))
+    return prepared.call, factors
 
 
-def _disagreement(found: Factors, expected: Factors, flavour: str) -> str | None:
+def _off(found: Factors, expected: Factors, flavour: str) -> float:
     """Of all factors; of the inputs' alone where labels are drawn."""
-    off = (distance if is_exact(flavour) else distance_of_inputs)(found, expected)
-    return f"factors differ by {off:.1e} at the full size" if off > EQUAL else None
+    return (distance if is_exact(flavour) else distance_of_inputs)(found, expected)
+
+
+def _require(what: str, off: float) -> None:
+    if not off <= EQUAL:
+        raise Differs(f"{what} differ by {off:.1e} at the full size")
 
 
 def _with_time(row: Row, times: dict[str, Ratio], reasons: dict[str, str]) -> Row:
     if row.library in reasons:
-        differs = "differ" in reasons[row.library]
+        differs = reasons[row.library].startswith("Differs")
         return replace(row, status=DIFFERS if differs else REFUSED, reason=reasons[row.library])
     return replace(row, time=times.get(row.library))
 
