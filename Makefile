@@ -1,11 +1,13 @@
-# make demo | test | test-all | lint | clean: each makes what it needs.
+# make demo | test | test-all | bench | lint | clean: each makes what it needs.
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+PEERS := $(VENV)/.peers
+BENCH_OUT := docs/benchmarks
 
-.PHONY: demo test test-all lint graphviz clean help
+.PHONY: demo test test-all bench lint graphviz clean help
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
@@ -33,6 +35,14 @@ test: $(INSTALLED) graphviz
 
 test-all: $(INSTALLED) graphviz
 	$(BIN)/python -m pytest
+
+# Time and memory beside the peers: a table, and the same as JSON, Markdown and a picture.
+$(PEERS): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[bench]'
+	touch $@
+
+bench: $(PEERS)
+	PYTHONPATH=tests $(BIN)/python -m benchmarks --out $(BENCH_OUT) $(BENCH)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
