@@ -20,7 +20,9 @@ def own_randomness(seed: int | None = None) -> Iterator[None]:
     cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=cuda):
         if seed is not None:
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
+            for device in cuda:
+                torch.cuda.default_generators[device].manual_seed(seed)
         yield
 
 

@@ -5,16 +5,22 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 
 def letters(axes: str) -> list[str]:
     """The axis names in an einops axis list, without unit axes and brackets."""
-    return [a for a in re.findall(r"\w+", axes) if not a.isdigit()]
+    return list(_letters(axes))
 
 
 def axis_tokens(axes: str) -> list[str]:
     """The axes of the tensor itself: names, units, and brackets with what is in them."""
     return re.findall(r"\([^)]*\)|\S+", axes)
+
+
+@lru_cache(maxsize=1024)  # asked for at every use of every batch
+def _letters(axes: str) -> tuple[str, ...]:
+    return tuple(a for a in re.findall(r"\w+", axes) if not a.isdigit())
 
 
 def axis_lengths(axes: str, shape: Sequence[int], known: Mapping[str, int]) -> dict[str, int]:

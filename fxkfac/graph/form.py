@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 from torch.fx import Node
@@ -110,21 +111,21 @@ class Form:
     apart: tuple[str, ...] = ()
     routes: Routes | None = None
 
-    @property
+    @cached_property
     def group(self) -> list[str]:
         """Axes in W, x and y; those that are taken apart, and the one that is chosen from."""
         chosen = letters(self.routes.axis) if self.routes else []
         inside = [*letters(self.x), *self.apart, *chosen]
         return [a for a in letters(self.weight) if a in inside and a in [*letters(self.y), *chosen]]
 
-    @property
+    @cached_property
     def d_in(self) -> list[str]:
         """Axes in W and x only: summed over."""
         return [
             a for a in letters(self.weight) if a in letters(self.x) and a not in letters(self.y)
         ]
 
-    @property
+    @cached_property
     def d_out(self) -> list[str]:
         """Axes in W and y only."""
         return [
@@ -133,7 +134,7 @@ class Form:
             if a in letters(self.y) and a not in [*letters(self.x), *self.apart]
         ]
 
-    @property
+    @cached_property
     def rows(self) -> list[str]:
         """Axes of y that are not in W: batch and shared axes together."""
         return [a for a in letters(self.y) if a not in letters(self.weight)]
