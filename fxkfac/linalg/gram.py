@@ -23,6 +23,10 @@ STRIP = 192
 MOST_STRIPS = 8  # spare 7/16 of the product; more of them spare little and are read more often
 CHUNK = 2**18  # numbers that are copied at once: they stay in a core's cache
 CHUNK_ELSEWHERE = 2**24  # on a device where every call costs more than a missed cache
+# What else takes time beside the products, in multiply-adds: measured for tens of channels and up.
+READ = 8  # for every number that a product reads
+COPY = 16  # for every number that is copied out of its order first
+CALL = 2**18  # for every product, however small
 TILE = 64  # columns that are transposed at once, for the cache as well
 
 
