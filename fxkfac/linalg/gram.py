@@ -17,10 +17,10 @@ from torch import Tensor
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-# Narrower strips of a triangle are slower to multiply than the other triangle is to spare: from two
-# strips on, in float32 and float64 alike, the lower triangle takes 0.55 to 0.85 of the whole.
-STRIP = 192
-MOST_STRIPS = 8  # spare 7/16 of the product; more of them spare little and are read more often
+# Narrower strips of a triangle take longer than what they spare: from two strips on, in float32 and
+# in float64, the lower triangle takes 0.55 to 0.9 of the time of the whole.
+STRIP = 128
+MOST_STRIPS = 8  # spare 7/16 of the product; more of them spare little and read all columns anew
 CHUNK = 2**18  # numbers that are copied at once: they stay in a core's cache
 CHUNK_ELSEWHERE = 2**24  # on a device where every call costs more than a missed cache
 # What else takes time beside the products, in multiply-adds: measured for tens of channels and up.
@@ -53,7 +53,7 @@ def add_gram(
         add_rows(total, rows)
         return total
     # One product for every datum needs no copy, and is smaller than the datum.
-    by_datum = d < min(x.shape[2], 2 * STRIP) and _readable(x, total)
+    by_datum = d < x.shape[2] and strips(d) == 1 and _readable(x, total)
     for part in _chunks(x, d * d):
         if by_datum:
             datum_first = part.movedim(1, 0)  # merges with the groups of a channel axis
@@ -77,14 +77,24 @@ def mirrored(total: Float[Tensor, "group d d"]) -> Float[Tensor, "group d d"]:
 def add_rows(total: Float[Tensor, "group d d"], rows: Float[Tensor, "group rows d"]) -> None:
     """Add the products of rows that BLAS can read as they are."""
     group, d = len(rows), rows.shape[-1]
-    if group > 1 and d < 2 * STRIP:
+    if group > 1 and strips(d) == 1:
         total.baddbmm_(rows.mT, rows)
         return
-    width = max(STRIP, -(-d // MOST_STRIPS)) if d >= 2 * STRIP else max(d, 1)
+    width = max(1, -(-d // strips(d)))
     for t, x in zip(total, rows, strict=True):
         for start in range(0, d, width):
             strip, end = slice(start, start + width), min(start + width, d)
             t[strip, :end].addmm_(x[:, strip].mT, x[:, :end])
+
+
+def strips(d: int) -> int:
+    """The number of strips that a triangle is taken in; one is the whole square."""
+    return max(1, min(MOST_STRIPS, d // STRIP))
+
+
+def triangle(d: int) -> float:
+    """The part of a square's entries that the strips of its lower triangle have."""
+    return (1 + 1 / strips(d)) / 2
 
 
 def chunk_numel(device: torch.device) -> int:

@@ -13,7 +13,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from fxkfac.linalg.gram import CALL, COPY, READ, STRIP, add_gram, add_rows, chunk_numel, mirrored
+from fxkfac.linalg.gram import CALL, COPY, READ, add_gram, add_rows, chunk_numel, mirrored, triangle
 from fxkfac.linalg.shifts import add_shifted, shifted_cost
 from fxkfac.linalg.windows import Axis, Windows, patch_sums, patches, subsampled
 
@@ -71,8 +71,8 @@ def shifts_pay(axes: tuple[Axis, ...], batch: int, group: int, channels: int) ->
 def _patches_cost(axes: tuple[Axis, ...], batch: int, group: int, channels: int) -> float:
     """The time of `add_patches`, in multiply-adds."""
     d = channels * prod(a.kernel for a in axes)
-    width = d if d < 2 * STRIP else 0.55 * d  # one triangle
-    return CALL + batch * prod(a.places for a in axes) * group * d * (width + READ + COPY)
+    numel = batch * prod(a.places for a in axes) * group * d
+    return CALL + numel * (triangle(d) * d + READ + COPY)
 
 
 def add_patches(

@@ -155,27 +155,36 @@ def add_shifted(
     numel = max(chunk_numel(image.device), ROWS * channels * image.shape[1])
     for part in image.split(max(1, numel // image[0].numel())):
         x = rearrange(part.to(total.dtype), "n (g c) ... -> g c n ...", g=group)
-        _add_products(products, x, how)
+        _add_products(products, x, how, ways(axes, channels))
     for k, other in enumerate(how.turned):
         if other < k:
             products[k] = products[other].mT
     _scatter(total, products, how.weights.to(total))
 
 
+@lru_cache(maxsize=256)
+def ways(axes: tuple[Axis, ...], channels: int) -> dict[int, int | None]:
+    """How the boxes are multiplied: a distance in the image with gaps, `None` where by copies."""
+    how, chosen = plan(axes), {}
+    for k in how.taken:
+        gaps, copied = how.costs(how.boxes[k], channels)
+        chosen[k] = how.offset(how.boxes[k]) if gaps <= copied else None
+    return chosen
+
+
 def _add_products(
     products: Float[Tensor, "boxes group c c"],
     x: Float[Tensor, "group c batch *space"],
     how: Plan,
+    ways: dict[int, int | None],
 ) -> None:
-    """Add what some of the data give, each box in the cheaper of the two ways."""
-    costs = {k: how.costs(how.boxes[k], x.shape[1]) for k in how.taken}
-    flat = _with_gaps(x, how) if any(gaps <= copied for gaps, copied in costs.values()) else x
-    for k, (gaps, copied) in costs.items():
-        if gaps <= copied:
-            far = how.offset(how.boxes[k])
-            first, second = flat[..., : flat.shape[-1] - far], flat[..., far:]
-        else:
+    """Add what some of the data give."""
+    flat = x if set(ways.values()) == {None} else _with_gaps(x, how)
+    for k, far in ways.items():
+        if far is None:
             first, second = _copies(x, how.boxes[k])
+        else:
+            first, second = flat[..., : flat.shape[-1] - far], flat[..., far:]
         if len(x) == 1:
             products[k, 0].addmm_(first[0], second[0].mT)
         else:

@@ -117,7 +117,7 @@ def square(k: int, stride: int = 1, padding: int = 0, groups: int = 1) -> Window
         ((3, 2, 2, 2), square(3, padding=3)),
         ((2, 6, 9, 5), square(3, padding=1, groups=6)),
         ((0, 4, 8, 8), square(3, padding=1, groups=2)),
-        ((8, 64, 12, 12), square(3, padding=1)),
+        ((8, 24, 12, 12), square(3, padding=1)),
         ((8, 3, 21, 17), square(7, stride=2, padding=3)),
         ((5, 48, 6, 6), square(1, stride=2)),
         ((5, 4, 6, 6), square(1, padding=2, stride=3)),
