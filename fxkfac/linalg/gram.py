@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 # Narrower strips of a triangle take longer than what they spare: from two strips on, in float32 and
-# in float64, the lower triangle takes 0.55 to 0.9 of the time of the whole.
+# in float64, the lower triangle takes 0.5 to 0.9 of the time of the whole (few rows: as long).
 STRIP = 128
 MOST_STRIPS = 8  # spare 7/16 of the product; more of them spare little and read all columns anew
-CHUNK = 2**18  # numbers that are copied at once: they stay in a core's cache
+CHUNK = 2**19  # numbers that are copied at once: from 2**18 to 2**20 they stay in the cache
 CHUNK_ELSEWHERE = 2**24  # on a device where every call costs more than a missed cache
 # What else takes time beside the products, in multiply-adds: measured for tens of channels and up.
 READ = 8  # for every number that a product reads
