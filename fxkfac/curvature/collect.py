@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from fxkfac.curvature.factors import Settings
+from fxkfac.curvature.images import input_image, output_image
 from fxkfac.curvature.moments import InputSums, Moment
 from fxkfac.curvature.padding import Padding
 from fxkfac.curvature.perdatum import exact_moment
+from fxkfac.curvature.plan import Scales
 from fxkfac.curvature.schedule import Schedule, counts_only
 from fxkfac.curvature.sharing import (
     Kept,
@@ -150,9 +152,19 @@ class Collector:
                 counts, number = counted_input(use, x, y, kept)
                 sums.merge(InputSums(counts=counts, rows=number))
             else:
-                rows, number = expanded_input(use, x, y, kept)
-                sums.of(term.scales(place)).add(rows, number)
-                sums.rows = sums.rows + number
+                self._add_rows(sums, term.scales(place), use, x, y, kept)
+
+    def _add_rows(
+        self, sums: InputSums, scales: Scales, use: Use, x: Input, y: Tensor, kept: Kept
+    ) -> None:
+        image = input_image(use, x) if kept is None and isinstance(x, Tensor) else None
+        if image is None:
+            rows, number = expanded_input(use, x, y, kept)
+            sums.of(scales).add(rows, number)
+        else:
+            number = normal_y(use, y, None).shape[1:-1].numel()
+            sums.of(scales).add_image(image, number)
+        sums.rows = sums.rows + number
 
     def _add_ones(self, k: int, place: int, use: Use, y: Tensor) -> None:
         """A bias by itself: one row for each datum, whose input is one."""
@@ -190,6 +202,8 @@ class Collector:
             self._add_sums(k, self._sums.add(k, bias_output(term, use, g), len(term.uses)))
         elif self.settings.sharing == "reduce":
             self._add_sums(k, self._sums.add(k, reduced_output(use, g, kept), len(term.uses)))
+        elif (image := output_image(use, g) if kept is None else None) is not None:
+            self.outputs[k].add_image(image)
         else:
             self.outputs[k].add(expanded_output(use, g, kept))
 

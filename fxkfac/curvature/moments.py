@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fxkfac.curvature.images import Image
 from fxkfac.curvature.plan import Scales
-from fxkfac.linalg import add_gram
+from fxkfac.linalg import add_gram, add_patch_gram, mirrored, patch_sums
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -27,7 +28,7 @@ class Moment:
 
     Attributes:
         with_sums: Whether Σ_rows x is wanted, too.
-        gram: The sum so far, (group, d, d), `None` before the first product.
+        gram: The lower triangle of the sum so far, (group, d, d), `None` before the first product.
         sums: Σ_rows x of the same rows, (group, d).
         count: Number of all rows; (group,) where groups have rows of their own.
     """
@@ -48,6 +49,14 @@ class Moment:
         if sum(w.shape[1] for w in self._waiting) >= ENOUGH:
             self._flush()
 
+    def add_image(self, of: Image, count: int | Tensor = 0) -> None:
+        """Add rows that are the patches of an image."""
+        self.count = self.count + count
+        self.gram = add_patch_gram(self.gram, of.image, of.windows)
+        if self.with_sums:
+            total = of.image.sum(0, keepdim=True)
+            self.sums = _plus(self.sums, patch_sums(total, of.windows)[0])
+
     def add_product(self, gram: Tensor, sums: Tensor | None, count: int | Tensor) -> None:
         """Add a sum of products that is known."""
         self.count = self.count + count
@@ -65,7 +74,7 @@ class Moment:
     def matrix(self) -> Float[Tensor, "group d d"] | None:
         """Σ_rows x xᵀ; `None` where there were no rows."""
         self._flush()
-        return self.gram
+        return None if self.gram is None else mirrored(self.gram)
 
     def numbers(self) -> list[Tensor]:
         """Tensors whose norm is NaN or Inf if the sum holds one."""
@@ -85,9 +94,9 @@ class Moment:
             self._multiply(rows[0] if len(rows) == 1 else torch.cat(rows, dim=1))
 
     def _multiply(self, x: Tensor) -> None:
-        self.gram = add_gram(self.gram, x)
+        self.gram = add_gram(self.gram, x.flatten(2, -2) if x.ndim > 4 else x)
         if self.with_sums:
-            self.sums = _plus(self.sums, x.flatten(1, -2).sum(1))
+            self.sums = _plus(self.sums, x.sum(tuple(range(1, x.ndim - 1))))
 
 
 def _plus(total: Tensor | None, more: Tensor | None) -> Tensor | None:

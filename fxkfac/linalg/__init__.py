@@ -1,7 +1,7 @@
-"""Matrices without graphs: vectorisation, Kronecker products and sums of two of them."""
+"""Matrices without graphs: vectorisation, Kronecker products and their sums, sums over rows."""
 
 from fxkfac.linalg.flatten import cvec, rvec
-from fxkfac.linalg.gram import add_gram
+from fxkfac.linalg.gram import add_gram, mirrored
 from fxkfac.linalg.kronecker import (
     damped,
     kronecker_dense,
@@ -10,14 +10,21 @@ from fxkfac.linalg.kronecker import (
     require_positive,
     require_regular,
 )
+from fxkfac.linalg.patches import add_patch_gram, patch_gram
+from fxkfac.linalg.windows import Windows, patch_sums
 
 __all__ = [
+    "Windows",
     "add_gram",
+    "add_patch_gram",
     "cvec",
     "damped",
     "kronecker_dense",
     "kronecker_solve",
     "kronecker_sum_solve",
+    "mirrored",
+    "patch_gram",
+    "patch_sums",
     "require_positive",
     "require_regular",
     "rvec",

@@ -1,0 +1,94 @@
+"""Image -> Σ patch patchᵀ of a convolution's windows, without ever holding all patches.
+
+Columns are ordered as the weight's: channels, then the kernel's axes.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from math import prod
+from typing import TYPE_CHECKING
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from fxkfac.linalg.gram import CALL, COPY, READ, add_gram, add_rows, chunk_numel, mirrored, triangle
+from fxkfac.linalg.shifts import add_shifted, shifted_cost
+from fxkfac.linalg.windows import Axis, Windows, patch_sums, patches, subsampled
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+
+def patch_gram(
+    image: Float[Tensor, "batch channels *space"], windows: Windows
+) -> tuple[Float[Tensor, "group d d"], Float[Tensor, "group d"]]:
+    """Σ patch patchᵀ and Σ patch over all data and places; exactly symmetric."""
+    total = mirrored(add_patch_gram(None, image, windows))
+    return total, patch_sums(image.sum(0, keepdim=True, dtype=total.dtype), windows)[0]
+
+
+def add_patch_gram(
+    total: Float[Tensor, "group d d"] | None,
+    image: Float[Tensor, "batch channels *space"],
+    windows: Windows,
+) -> Float[Tensor, "group d d"]:
+    """Add Σ patch patchᵀ to the lower triangle of a total, in place.
+
+    Args:
+        total: As for `add_gram`; d is the number of a group's channels times the kernel's taps.
+        image: What the kernel moves over, of any strides.
+        windows: Where the kernel lies.
+
+    Returns:
+        The total.
+    """
+    group, (batch, channels) = windows.groups, image.shape[:2]
+    d = channels // group * prod(windows.kernel)
+    if total is None:
+        dtype = torch.promote_types(image.dtype, torch.float32)
+        total = image.new_zeros(group, d, d, dtype=dtype)
+    image, axes = subsampled(image, windows.along(image))
+    if all(a.kernel == 1 for a in axes):
+        x = rearrange(image, "n (g c) ... -> g n (...) c", g=group)
+        return add_gram(total, x)
+    if shifts_pay(axes, batch, group, channels // group):
+        add_shifted(total, image, axes)
+    else:
+        add_patches(total, image, axes)
+    return total
+
+
+@lru_cache(maxsize=256)  # the same for every vector and every batch
+def shifts_pay(axes: tuple[Axis, ...], batch: int, group: int, channels: int) -> bool:
+    """Whether products of the moved image are cheaper than patches."""
+    if any(a.stride > 1 for a in axes):
+        return False
+    return shifted_cost(axes, batch, group, channels) < _patches_cost(axes, batch, group, channels)
+
+
+def _patches_cost(axes: tuple[Axis, ...], batch: int, group: int, channels: int) -> float:
+    """The time of `add_patches`, in multiply-adds."""
+    d = channels * prod(a.kernel for a in axes)
+    numel = batch * prod(a.places for a in axes) * group * d
+    return CALL + numel * (triangle(d) * d + READ + COPY)
+
+
+def add_patches(
+    total: Float[Tensor, "group d d"],
+    image: Float[Tensor, "batch channels *space"],
+    axes: tuple[Axis, ...],
+) -> None:
+    """Add Σ patch patchᵀ to the lower triangle of a total, from some patches at a time."""
+    if not image.shape[0] or any(a.places == 0 for a in axes):
+        return
+    group, d = total.shape[:2]
+    places, taps = (" ".join(f"{a}{k}" for k in range(len(axes))) for a in "pk")
+    # Positions last, so that lines of the image are copied whole.
+    positions_last = f"n (g c) {places} {taps} -> g (c {taps}) (n {places})"
+    line = group * d * prod(a.places for a in axes[1:])  # numbers for one place in the first axis
+    lines = max(1, max(chunk_numel(image.device), d**2) // line)
+    for part in image.split(max(1, lines // axes[0].places)):
+        for some in patches(part, axes).split(lines, dim=2):
+            add_rows(total, rearrange(some.to(total.dtype), positions_last, g=len(total)).mT)

@@ -1,0 +1,111 @@
+"""Symmetric products added up in place equal the plain ones, whatever the rows' strides."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from einops import rearrange
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fxkfac.linalg import gram
+from fxkfac.linalg.gram import add_gram, mirrored
+
+SIZES = st.integers(1, 5)
+DTYPES = st.sampled_from([torch.float32, torch.float64])
+
+# Name -> memory of the given sizes, seen as (group, batch, shared, d).
+VIEWS = {
+    "contiguous": ((0, 1, 2, 3), "g n s d -> g n s d"),
+    "channels of a gradient": ((1, 0, 3, 2), "n g d s -> g n s d"),
+    "groups inside": ((1, 2, 0, 3), "n s g d -> g n s d"),
+    "transposed rows": ((0, 3, 1, 2), "g d n s -> g n s d"),
+    "d outermost": ((3, 2, 1, 0), "d s n g -> g n s d"),
+}
+
+
+def rand(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(0))
+
+
+def plain(x: Tensor) -> Tensor:
+    rows = x.flatten(1, -2)
+    return rows.mT @ rows
+
+
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes at which three columns make two strips, and seven numbers a chunk."""
+    for name, value in {"STRIP": 2, "CHUNK": 7, "TILE": 2}.items():
+        monkeypatch.setattr(gram, name, value)
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    tolerance = 1e-10 if expected.dtype == torch.float64 else 1e-5
+    scale = expected.abs().max().item() if expected.numel() else 1.0
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance * scale)
+    assert torch.equal(actual, actual.mT)
+
+
+@given(
+    st.tuples(SIZES, st.integers(0, 5), SIZES, st.integers(1, 9)),
+    st.sampled_from(sorted(VIEWS)),
+    DTYPES,
+    st.booleans(),
+)
+def test_products_of_any_view_are_the_plain_ones(
+    sizes: tuple[int, int, int, int], view: str, dtype: torch.dtype, blocks: bool
+) -> None:
+    order, pattern = VIEWS[view]
+    x = rearrange(rand(*(sizes[k] for k in order), dtype=dtype), pattern)
+    with pytest.MonkeyPatch.context() as patch:
+        if blocks:
+            small(patch)
+        total = add_gram(None, x)
+        assert add_gram(total, x) is total
+        close(mirrored(total), 2 * plain(x))
+        add_gram(total, x.flatten(1, 2))  # goes on after it was mirrored
+        close(mirrored(total), 3 * plain(x))
+
+
+@given(SIZES, SIZES, SIZES, SIZES, st.booleans())
+def test_expanded_and_sliced_rows(g: int, n: int, s: int, d: int, blocks: bool) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        if blocks:
+            small(patch)
+        views = [
+            rand(g, 1, 1, d).expand(g, n, s, d),
+            rand(1, n, s, d).expand(g, n, s, d),
+            rand(g, n, s, 1).expand(g, n, s, d),
+            rand(g, n, s + 1, 2 * d)[:, :, 1:, ::2],
+            rand(g, n, s, d + 1)[..., 1:],
+        ]
+        for x in views:
+            close(mirrored(add_gram(None, x)), plain(x))
+
+
+@pytest.mark.parametrize("d", [255, 256, 1000, 1601])
+@pytest.mark.parametrize("group", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_wide_rows_at_the_sizes_of_the_machine(d: int, group: int, dtype: torch.dtype) -> None:
+    x = rand(group, 9, d, dtype=dtype)
+    close(mirrored(add_gram(None, x)), plain(x))
+    assert torch.equal(add_gram(None, x[:, :0]), x.new_zeros(group, d, d))
+
+
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("d", [4, 400])
+def test_a_total_may_be_part_of_something_larger(group: int, d: int) -> None:
+    whole, x = torch.zeros(group, d + 1, d + 1, dtype=torch.float64), rand(group, 5, d)
+    add_gram(whole[:, :d, :d], x)
+    whole[:, d, :d] += x.sum(1)
+    ones = torch.cat([x, x.new_ones(group, 5, 1)], dim=-1)
+    whole[:, d, d] += 5
+    close(mirrored(whole), plain(ones))
+
+
+def test_half_precision_is_summed_in_float32() -> None:
+    x = rand(1, 6, 50, 4).to(torch.bfloat16)
+    total = mirrored(add_gram(None, x))
+    assert total.dtype == torch.float32
+    close(total, plain(x.float()))
