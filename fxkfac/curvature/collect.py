@@ -170,8 +170,7 @@ class Collector:
         """A bias by itself: one row for each datum, whose input is one."""
         if place == 0:
             n = normal_y(use, y, known(use)).shape[1]
-            ones = torch.full((1, 1, 1), n, dtype=accurate_dtype(y), device=y.device)
-            self.inputs[k].of(()).add_product(ones, None, n)
+            self.inputs[k].of(()).add(torch.ones(1, n, 1, dtype=accurate_dtype(y), device=y.device))
             self.inputs[k].rows = n
 
     def _add_means(self, k: int, parts: list[tuple[Tensor, Tensor]]) -> None:

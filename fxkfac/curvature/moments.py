@@ -6,6 +6,7 @@ are enough of them.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from fxkfac.curvature.images import Image
 from fxkfac.curvature.plan import Scales
+from fxkfac.curvature.sharing import accurate_dtype
 from fxkfac.linalg import add_gram, add_patch_gram, mirrored, patch_sums
 
 if TYPE_CHECKING:
@@ -24,17 +26,18 @@ ENOUGH = 512  # rows: then their product takes longer than reading and writing t
 
 @dataclass
 class Moment:
-    """Σ_rows x xᵀ, of rows that are added one after the other.
+    """Σ_rows x̃ x̃ᵀ with x̃ = (x, scales), of rows x that are added one after the other.
 
     Attributes:
-        with_sums: Whether Σ_rows x is wanted, too.
-        gram: The lower triangle of the sum so far, (group, d, d), `None` before the first product.
-        sums: Σ_rows x of the same rows, (group, d).
+        scales: The rest of x̃, the same for all rows.
+        total: The sum so far, (group, d, d), `None` before the first product: the lower triangle
+            of Σ x xᵀ, and room for the rest.
+        sums: Σ_rows x of the same rows, (group, d), if there is a rest.
         count: Number of all rows; (group,) where groups have rows of their own.
     """
 
-    with_sums: bool = False
-    gram: Tensor | None = None
+    scales: Scales = ()
+    total: Tensor | None = None
     sums: Tensor | None = None
     count: int | Tensor = 0
     _waiting: list[Tensor] = field(default_factory=list)
@@ -45,47 +48,58 @@ class Moment:
         if x.shape[1:-1].numel() >= ENOUGH:
             self._multiply(x)
             return
-        self._waiting.append(_alone(x.flatten(1, -2)))
+        # A copy: a larger tensor would stay alive, and the user's own may change.
+        self._waiting.append(x.flatten(1, -2).clone())
         if sum(w.shape[1] for w in self._waiting) >= ENOUGH:
             self._flush()
 
     def add_image(self, of: Image, count: int | Tensor = 0) -> None:
         """Add rows that are the patches of an image."""
         self.count = self.count + count
-        self.gram = add_patch_gram(self.gram, of.image, of.windows)
-        if self.with_sums:
+        groups = of.windows.groups
+        size = of.image.shape[1] // groups * math.prod(of.windows.kernel)
+        add_patch_gram(self._gram(groups, size, of.image), of.image, of.windows)
+        if self.scales:
             total = of.image.sum(0, keepdim=True)
             self.sums = _plus(self.sums, patch_sums(total, of.windows)[0])
-
-    def add_product(self, gram: Tensor, sums: Tensor | None, count: int | Tensor) -> None:
-        """Add a sum of products that is known."""
-        self.count = self.count + count
-        self.gram = _plus(self.gram, gram)
-        self.sums = _plus(self.sums, sums)
 
     def merge(self, other: Moment) -> None:
         """Add what another one has; the other one is used up."""
         self.count = self.count + other.count
-        self.gram, self.sums = _plus(self.gram, other.gram), _plus(self.sums, other.sums)
+        self.total, self.sums = _plus(self.total, other.total), _plus(self.sums, other.sums)
         self._waiting += other._waiting
         if sum(w.shape[1] for w in self._waiting) >= ENOUGH:
             self._flush()
 
     def matrix(self) -> Float[Tensor, "group d d"] | None:
-        """Σ_rows x xᵀ; `None` where there were no rows."""
+        """Σ_rows x̃ x̃ᵀ; `None` where there were no rows."""
         self._flush()
-        return None if self.gram is None else mirrored(self.gram)
+        if self.total is None:
+            return None
+        d = self.total.shape[-1] - len(self.scales)
+        mirrored(self.total[:, :d, :d])
+        if self.scales:
+            c = self.total.new_tensor(self.scales)
+            assert self.sums is not None
+            border = self.sums.unsqueeze(-1) * c
+            self.total[:, :d, d:] = border
+            self.total[:, d:, :d] = border.mT
+            count = torch.as_tensor(self.count, dtype=c.dtype, device=c.device)
+            self.total[:, d:, d:] = count.view(-1, 1, 1) * c.outer(c)
+        return self.total
 
     def numbers(self) -> list[Tensor]:
         """Tensors whose norm is NaN or Inf if the sum holds one."""
-        diagonal = [] if self.gram is None else [self.gram.diagonal(dim1=1, dim2=2)]
-        return [*self._waiting, *diagonal]  # any row shows on the diagonal, which sums squares
+        return [*self._waiting, *self._diagonal()]
 
     def is_finite(self) -> bool:
         """Whether the sum holds neither NaN nor Inf."""
         squares = [rows.square().sum() for rows in self._waiting]
-        diagonal = [] if self.gram is None else [self.gram.diagonal(dim1=1, dim2=2)]
-        return all(bool(t.isfinite().all()) for t in (*squares, *diagonal))
+        return all(bool(t.isfinite().all()) for t in (*squares, *self._diagonal()))
+
+    def _diagonal(self) -> list[Tensor]:
+        """Any row shows on the diagonal, which sums squares."""
+        return [] if self.total is None else [self.total.diagonal(dim1=1, dim2=2)]
 
     def _flush(self) -> None:
         if self._waiting:
@@ -94,21 +108,23 @@ class Moment:
             self._multiply(rows[0] if len(rows) == 1 else torch.cat(rows, dim=1))
 
     def _multiply(self, x: Tensor) -> None:
-        self.gram = add_gram(self.gram, x.flatten(2, -2) if x.ndim > 4 else x)
-        if self.with_sums:
+        gram = self._gram(len(x), x.shape[-1], x)
+        add_gram(gram, x.flatten(2, -2) if x.ndim > 4 else x)
+        if self.scales:
             self.sums = _plus(self.sums, x.sum(tuple(range(1, x.ndim - 1))))
+
+    def _gram(self, groups: int, d: int, like: Tensor) -> Tensor:
+        """The part of the total that is Σ x xᵀ."""
+        if self.total is None:
+            size = d + len(self.scales)
+            self.total = like.new_zeros(groups, size, size, dtype=accurate_dtype(like))
+        return self.total[:, :d, :d]
 
 
 def _plus(total: Tensor | None, more: Tensor | None) -> Tensor | None:
     if total is None or more is None:
         return more if total is None else total
     return total.add_(more)
-
-
-def _alone(rows: Tensor) -> Tensor:
-    """Rows that wait keep no larger tensor alive than themselves."""
-    held = rows.untyped_storage().nbytes()
-    return rows if held <= 2 * rows.numel() * rows.element_size() else rows.clone()
 
 
 @dataclass
@@ -128,7 +144,7 @@ class InputSums:
 
     def of(self, scales: Scales) -> Moment:
         """The moment of rows with these scales."""
-        return self.moments.setdefault(scales, Moment(with_sums=bool(scales)))
+        return self.moments.setdefault(scales, Moment(scales))
 
     def merge(self, other: InputSums) -> None:
         """Add what another one has; the other one is used up."""
@@ -140,8 +156,8 @@ class InputSums:
     def matrix(self) -> Float[Tensor, "group d d"]:
         """Σ x̃ x̃ᵀ."""
         total: Tensor | None = None
-        for scales, moment in self.moments.items():
-            total = _plus(total, _bordered(moment, scales))
+        for moment in self.moments.values():
+            total = _plus(total, moment.matrix())
         assert total is not None
         return total
 
@@ -152,21 +168,3 @@ class InputSums:
     def is_finite(self) -> bool:
         """Whether the sum holds neither NaN nor Inf."""
         return all(moment.is_finite() for moment in self.moments.values())
-
-
-def _bordered(moment: Moment, scales: Scales) -> Tensor:
-    """Σ x̃ x̃ᵀ with x̃ = (x, scales), from Σ x xᵀ, Σ x and the number of rows."""
-    gram = moment.matrix()
-    assert gram is not None
-    if not scales:
-        return gram
-    assert moment.sums is not None
-    c, d = gram.new_tensor(scales), gram.shape[-1]
-    full = gram.new_empty(len(gram), d + len(c), d + len(c))
-    full[:, :d, :d] = gram
-    border = moment.sums.unsqueeze(-1) * c
-    full[:, :d, d:] = border
-    full[:, d:, :d] = border.mT
-    count = torch.as_tensor(moment.count, dtype=gram.dtype, device=gram.device)
-    full[:, d:, d:] = count.view(-1, 1, 1) * c.outer(c)
-    return full

@@ -27,7 +27,7 @@ CHUNK_ELSEWHERE = 2**24  # on a device where every call costs more than a missed
 READ = 8  # for every number that a product reads
 COPY = 16  # for every number that is copied out of its order first
 CALL = 2**18  # for every product, however small
-TILE = 64  # columns that are transposed at once, for the cache as well
+TILE = 128  # columns that are transposed at once, for the cache as well
 
 
 def add_gram(
@@ -66,11 +66,14 @@ def add_gram(
 def mirrored(total: Float[Tensor, "group d d"]) -> Float[Tensor, "group d d"]:
     """The total with its lower triangle in the place of the upper one too: exactly symmetric."""
     d = total.shape[-1]
+    lower = torch.ones(TILE, TILE, dtype=torch.bool, device=total.device).tril_()
     for start in range(0, d, TILE):
         new = slice(start, min(start + TILE, d))
-        total[:, :start, new] = total[:, new, :start].mT
-        corner = total[:, new, new]
-        corner.copy_(corner.tril() + corner.tril(-1).mT)
+        size = new.stop - start
+        # Dense first: a transpose is fast between dense matrices alone.
+        total[:, :start, new] = total[:, new, :start].contiguous().mT.contiguous()
+        corner = total[:, new, new].contiguous()
+        total[:, new, new] = torch.where(lower[:size, :size], corner, corner.mT)
     return total
 
 

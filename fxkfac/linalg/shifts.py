@@ -1,8 +1,9 @@
 """Image -> Σ patch patchᵀ without patches, where windows lie at every position (stride one).
 
 The entry of two taps k, l and two channels is Σ_u x[u] x[u + δ] with δ = (l − k) · dilation: away
-from the border it depends on the difference of the taps alone, so that a 3 × 3 kernel has 13
-products of the image with itself, moved, in place of 81 / 2. Where the windows leave part of the
+from the border it depends on the difference of the taps alone, so that a 3 × 3 kernel has 15
+products of the image with itself, moved, in place of 81: together they are the weight gradient of
+one convolution. Where the windows leave part of the
 image out, the sum runs over an interval; it is the sum over everything minus what lies before and
 behind, and these are thin. All this happens along each dimension by itself.
 
@@ -11,15 +12,18 @@ behind, and these are thin. All this happens along each dimension by itself.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, reduce
 from itertools import product
-from math import inf, prod
+from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 from fxkfac.linalg.gram import CALL, COPY, READ, chunk_numel
 from fxkfac.linalg.windows import Axis
@@ -57,6 +61,25 @@ Box = tuple[Run, ...]  # one run along every dimension
 
 
 @dataclass(frozen=True)
+class Correlation:
+    """Boxes that differ by shifts along whole dimensions alone: the weight gradient of one conv.
+
+    Attributes:
+        boxes: Their numbers.
+        places: For each one, where its product is in the flat kernel.
+        first: What the first factor has of the image, (start, length) along each dimension.
+        second: The second one's, of the image with margins.
+        kernel: The number of shifts along each dimension.
+    """
+
+    boxes: tuple[int, ...]
+    places: tuple[int, ...]
+    first: tuple[tuple[int, int], ...]
+    second: tuple[tuple[int, int], ...]
+    kernel: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Plan:
     """Which products are taken, and how the patches' products are made of them.
 
@@ -64,25 +87,15 @@ class Plan:
         boxes: One product of channels with channels for each.
         turned: For every box, the number of the one with its factors in the other order.
         tables: For every dimension, what a pair of taps takes of every run: 1, −1 or 0.
-        sizes: Of the image.
-        gaps: Zeros behind every dimension that keep moved images apart.
+        margins: Zeros before and behind the image along each dimension.
+        correlations: How the boxes are computed of which no other one is the transpose.
     """
 
     boxes: tuple[Box, ...]
     turned: tuple[int, ...]
     tables: tuple[Float[Tensor, "kernel kernel runs"], ...]
-    sizes: tuple[int, ...]
-    gaps: tuple[int, ...]
-
-    @property
-    def taken(self) -> list[int]:
-        """The boxes that are multiplied: of two that are each other's transpose, the first."""
-        return [k for k, other in enumerate(self.turned) if k <= other]
-
-    @property
-    def spaces(self) -> list[int]:
-        """The sizes with the gaps."""
-        return [size + gap for size, gap in zip(self.sizes, self.gaps, strict=True)]
+    margins: tuple[tuple[int, int], ...]
+    correlations: tuple[Correlation, ...]
 
     @cached_property
     def weights(self) -> Float[Tensor, "pairs boxes"]:
@@ -92,18 +105,6 @@ class Plan:
             joined = torch.einsum("kmr,lns->klmnrs", joined, table)
             joined = rearrange(joined, "k l m n r s -> (k l) (m n) (r s)")
         return joined.flatten(0, 1)
-
-    def offset(self, box: Box) -> int:
-        """How far the second factor lies behind the first, in an image with gaps."""
-        return reduce(lambda n, at: n * at[0] + at[1].shift, zip(self.spaces, box, strict=True), 0)
-
-    def costs(self, box: Box, channels: int) -> tuple[float, float]:
-        """Of one image: from all positions with gaps, if all are summed; from copies of the box."""
-        whole_box = all(r == whole(r.shift, n) for r, n in zip(box, self.sizes, strict=True))
-        volume = prod(r.length for r in box)
-        flat = prod(self.spaces) * channels * (channels + READ)
-        copied = volume * channels * (channels + READ + 2 * COPY)
-        return flat if whole_box else inf, copied
 
 
 @lru_cache(maxsize=256)  # the same for every vector and every batch
@@ -119,8 +120,48 @@ def plan(axes: tuple[Axis, ...]) -> Plan:
         torch.tensor([[float(t.get(r, 0)) for r in rs] for t in along]).view(a.kernel, a.kernel, -1)
         for along, rs, a in zip(terms, runs, axes, strict=True)
     )
-    gaps = tuple(max((r.shift for r in rs), default=0) for rs in runs)
-    return Plan(boxes, turned, tables, tuple(a.size for a in axes), gaps)
+    taken = {k: boxes[k] for k, other in enumerate(turned) if k <= other}
+    margins = tuple(
+        (max(0, -min(r.shift for r in rs)), max(0, max(r.shift for r in rs))) if rs else (0, 0)
+        for rs in runs
+    )
+    return Plan(boxes, turned, tables, margins, tuple(_correlations(taken, axes, margins)))
+
+
+def _correlations(
+    taken: Mapping[int, Box], axes: tuple[Axis, ...], margins: tuple[tuple[int, int], ...]
+) -> Iterator[Correlation]:
+    """Put boxes together that have the same runs along the dimensions that are not whole."""
+    alike: dict[tuple[Run | None, ...], list[int]] = {}
+    for k, box in taken.items():
+        ends = [None if _is_whole(r, a) else r for r, a in zip(box, axes, strict=True)]
+        alike.setdefault(tuple(ends), []).append(k)
+    for fixed, numbers in alike.items():
+        spans, starts, kernel = [], [], []
+        for dim, (end, axis) in enumerate(zip(fixed, axes, strict=True)):
+            shifts = [taken[k][dim].shift for k in numbers]
+            spans.append((0, axis.size) if end is None else (end.low, end.length))
+            starts.append(min(shifts))
+            kernel.append((max(shifts) - min(shifts)) // axis.dilation + 1)
+        places = [
+            reduce(
+                lambda flat, at: flat * at[0] + (at[1].shift - at[2]) // at[3].dilation,
+                zip(kernel, taken[k], starts, axes, strict=True),
+                0,
+            )
+            for k in numbers
+        ]
+        second = [
+            (margin + low + start, length + (size - 1) * axis.dilation)
+            for (margin, _), (low, length), start, size, axis in zip(
+                margins, spans, starts, kernel, axes, strict=True
+            )
+        ]
+        yield Correlation(tuple(numbers), tuple(places), tuple(spans), tuple(second), tuple(kernel))
+
+
+def _is_whole(run: Run, axis: Axis) -> bool:
+    return run == whole(run.shift, axis.size)
 
 
 def _terms_of_pairs(axis: Axis) -> list[dict[Run, int]]:
@@ -153,62 +194,55 @@ def add_shifted(
     channels = image.shape[1] // group
     products = total.new_zeros(len(how.boxes), group, channels, channels)
     numel = max(chunk_numel(image.device), ROWS * channels * image.shape[1])
+    room: Tensor | None = None  # what lies around the image stays zero
     for part in image.split(max(1, numel // image[0].numel())):
-        x = rearrange(part.to(total.dtype), "n (g c) ... -> g c n ...", g=group)
-        _add_products(products, x, how, ways(axes, channels))
+        x = _channels_last(part.to(total.dtype))
+        if room is None or len(room) != len(x):
+            room = F.pad(x, [m for pair in reversed(how.margins) for m in pair])
+        else:
+            inside = ((m, n) for (m, _), n in zip(how.margins, x.shape[2:], strict=True))
+            _cut(room, tuple(inside)).copy_(x)
+        for c in how.correlations:
+            found = _correlate(_cut(x, c.first), _cut(room, c.second), c.kernel, axes, group)
+            products[list(c.boxes)] += found[list(c.places)]
     for k, other in enumerate(how.turned):
         if other < k:
             products[k] = products[other].mT
     _scatter(total, products, how.weights.to(total))
 
 
-@lru_cache(maxsize=256)
-def ways(axes: tuple[Axis, ...], channels: int) -> dict[int, int | None]:
-    """How the boxes are multiplied: a distance in the image with gaps, `None` where by copies."""
-    how, chosen = plan(axes), {}
-    for k in how.taken:
-        gaps, copied = how.costs(how.boxes[k], channels)
-        chosen[k] = how.offset(how.boxes[k]) if gaps <= copied else None
-    return chosen
+def _correlate(
+    first: Float[Tensor, "batch channels *space"],
+    second: Float[Tensor, "batch channels *wider"],
+    kernel: tuple[int, ...],
+    axes: tuple[Axis, ...],
+    group: int,
+) -> Float[Tensor, "shifts group c c"]:
+    """Σ_u x[u] x[u + δ]ᵀ for several δ: a convolution's weight gradient, taken of x at x."""
+    channels = first.shape[1]
+    shape = (channels, channels // group, *kernel)
+    dilation = [a.dilation for a in axes]
+    # TF32 would leave three digits of a factor.
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        weight = WEIGHT_GRADIENTS[len(axes)](second, shape, first, 1, 0, dilation, group)
+    return rearrange(weight.flatten(2), "(g c) e k -> k g c e", g=group)
 
 
-def _add_products(
-    products: Float[Tensor, "boxes group c c"],
-    x: Float[Tensor, "group c batch *space"],
-    how: Plan,
-    ways: dict[int, int | None],
-) -> None:
-    """Add what some of the data give."""
-    flat = x if set(ways.values()) == {None} else _with_gaps(x, how)
-    for k, far in ways.items():
-        if far is None:
-            first, second = _copies(x, how.boxes[k])
-        else:
-            first, second = flat[..., : flat.shape[-1] - far], flat[..., far:]
-        if len(x) == 1:
-            products[k, 0].addmm_(first[0], second[0].mT)
-        else:
-            products[k].baddbmm_(first, second.mT)
+WEIGHT_GRADIENTS = {
+    1: conv1d_weight,
+    2: conv2d_weight,
+    3: conv3d_weight,
+}
 
 
-def _with_gaps(
-    x: Float[Tensor, "group c batch *space"], how: Plan
-) -> Float[Tensor, "group c positions"]:
-    """All images one after another with zeros between lines: a shift is a distance."""
-    buffer = x.new_zeros(*x.shape[:3], *how.spaces)
-    _cut(buffer, [(0, size) for size in how.sizes]).copy_(x)
-    return buffer.flatten(2)
+def _channels_last(x: Tensor) -> Tensor:
+    """In the order in which convolutions of the CPU are fastest."""
+    if x.ndim == 4:
+        return x.contiguous(memory_format=torch.channels_last)
+    return x.contiguous()
 
 
-def _copies(x: Float[Tensor, "group c batch *space"], box: Box) -> tuple[Tensor, Tensor]:
-    """The two factors of a product, (group, c, positions) each."""
-    first = _cut(x, [(r.low, r.length) for r in box]).flatten(2)
-    if not any(r.shift for r in box):
-        return first, first
-    return first, _cut(x, [(r.low + r.shift, r.length) for r in box]).flatten(2)
-
-
-def _cut(x: Tensor, spans: list[tuple[int, int]]) -> Tensor:
+def _cut(x: Tensor, spans: tuple[tuple[int, int], ...]) -> Tensor:
     """A part of the last axes, a start and a length for each."""
     for k, (start, length) in enumerate(spans):
         x = x.narrow(k - len(spans), start, length)
@@ -235,6 +269,9 @@ def _scatter(
 def shifted_cost(axes: tuple[Axis, ...], batch: int, group: int, channels: int) -> float:
     """The time of `add_shifted`, in multiply-adds."""
     how = plan(axes)
-    taken = sum(CALL + batch * group * min(how.costs(how.boxes[k], channels)) for k in how.taken)
+    taken = 0
+    for c in how.correlations:
+        numel = batch * group * channels * prod(length for _, length in c.first)
+        taken += CALL + numel * (channels * prod(c.kernel) + READ + COPY)
     d = channels * prod(a.kernel for a in axes)
     return taken + group * d**2 * (len(how.boxes) + 2 * COPY)
