@@ -6,6 +6,7 @@ from fxkfac.curvature.check import check
 from fxkfac.curvature.factors import Factors
 from fxkfac.curvature.kfac import kfac
 from fxkfac.curvature.likelihoods import Likelihood
+from fxkfac.curvature.step import Step, step
 from fxkfac.curvature.total import Total, sum_of
 from fxkfac.errors import FxkfacError
 from fxkfac.graph import rules
@@ -24,6 +25,7 @@ __all__ = [
     "Kronecker",
     "Likelihood",
     "Program",
+    "Step",
     "Taylor",
     "Total",
     "check",
@@ -32,6 +34,7 @@ __all__ = [
     "kfac",
     "laplacian",
     "rules",
+    "step",
     "sum_of",
     "trace",
 ]

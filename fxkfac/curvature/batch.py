@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor
@@ -42,11 +42,27 @@ class Pass:
     params: Params | None
     mask: Mask | None
     generator: Generator
+    with_gradients: ClassVar[bool] = False
     total: Accumulated | None = None
     state: Mapping[str, Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
         self.state = self.program.state(self.params)
+
+    def run(self, data: Iterable[tuple[Any, Any]]) -> Factors:
+        """Add all batches. What stops that carries the factors of those before."""
+        try:
+            for number, (inputs, targets) in enumerate(data):
+                self.add(inputs, targets, number)
+        except BaseException as error:
+            if self.total is not None:
+                error.factors = self.factors()  # type: ignore[attr-defined]
+                n = self.total.n
+                error.add_note(f"The factors of the first {n} data are in this error's .factors.")
+            raise
+        factors = self.factors()
+        self.likelihood.reduction_factor(factors.count)  # refuses data without any target
+        return factors
 
     def add(self, inputs: Any, targets: Any, number: int) -> None:
         """Add one batch."""
@@ -82,24 +98,32 @@ class Pass:
         n = self.program.signature.batch_size(tensors)
         given = None if self.mask is None else read_mask(self.mask, inputs, targets, n)
         padding = Padding(given)
-        collector = Collector(
-            schedule, settings, padding, self.mask is None and likelihood.ignores(targets)
-        )
+        hold = self.mask is None and likelihood.ignores(targets)
+        collector = Collector(schedule, settings, padding, hold, self.with_gradients)
         with _named(number):
-            run = self.program.run_graph(tapped, tensors, self.state, collector)
+            run = self.program.run_graph(tapped, tensors, self._leaves(), collector)
         prediction = run.prediction.detach()
         _require_finite_prediction(prediction, number)
         likelihood.validate(prediction, targets)
         if collector.hold:
             padding.ignored = ignored_positions(likelihood, run, targets)
         vectors = partial(self._vectors, run, targets)
-        collector.send_back(run.prediction, vectors())
+        self._send_back(collector, run, targets, vectors())
         exact = collector.exact | self._without_taps(schedule, run, inputs, vectors)
         for name, kind in settings.structures.items():
             if kind in EXACT and name not in exact:  # nothing uses it, or nothing comes back to it
                 exact[name] = zero_moment(settings.parameters[name], kind, prediction)
         count = float(likelihood.count(prediction, targets))
         return Accumulated(schedule, run.n, count, collector.inputs, collector.outputs, exact)
+
+    def _leaves(self) -> Mapping[str, Tensor]:
+        """What the graph runs with: parameters that ask for no gradients."""
+        return self.state
+
+    def _send_back(
+        self, collector: Collector, run: Run, targets: Any, vectors: Iterable[Tensor]
+    ) -> None:
+        collector.send_back(run.prediction, vectors)
 
     def _vectors(self, run: Run, targets: Any) -> Iterator[Tensor]:
         """The backpropagated vectors ▲, of the prediction's shape."""

@@ -13,6 +13,7 @@ from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from fxkfac.curvature.factors import Settings
 from fxkfac.curvature.images import input_image, output_image
@@ -66,6 +67,8 @@ class Collector:
 
     Attributes:
         hold: Whether A waits for the gradients.
+        keep_graph: Whether the graph is needed when all vectors have been sent back, for gradients
+            of parameters.
         inputs: For every term, what its A is made of; one object for terms with the same.
         outputs: For every term, Σ g gᵀ.
         exact: Exact blocks from the taps.
@@ -75,10 +78,12 @@ class Collector:
     settings: Settings
     padding: Padding
     hold: bool
+    keep_graph: bool
     inputs: list[InputSums] = field(init=False)
     outputs: list[Moment] = field(init=False)
     exact: dict[str, Tensor] = field(default_factory=dict)
-    _leaves: list[Tensor] = field(default_factory=list)
+    _ends: list[Tensor] = field(default_factory=list)
+    _hooks: list[RemovableHandle] = field(default_factory=list)
     _held: dict[Use, Input] = field(default_factory=dict)
     _waiting: list[tuple[Use, Input, Tensor]] = field(default_factory=list)
     _kept: dict[Use, Kept] = field(default_factory=dict)
@@ -98,9 +103,10 @@ class Collector:
     def output(self, place: int, y: Tensor) -> Tensor:
         """Make it a tap, and listen for its gradient."""
         tapped = tap(y)
-        if tapped.is_leaf:
-            self._leaves.append(tapped)
-        tapped.register_hook(partial(self._take_gradient, place))
+        # Where parameters ask for gradients, none is a leaf, and each one may be where paths end.
+        if tapped.is_leaf or self.keep_graph:
+            self._ends.append(tapped)
+        self._hooks.append(tapped.register_hook(partial(self._take_gradient, place)))
         return tapped
 
     def input(self, use: int, x: Input, y: Tensor) -> None:
@@ -112,13 +118,16 @@ class Collector:
 
     def send_back(self, prediction: Tensor, vectors: Iterable[Tensor]) -> None:
         """Backpropagate vectors, each through the graph of the one forward pass."""
-        if self._leaves and prediction.requires_grad:
+        if self._ends and prediction.requires_grad:
             for vector, is_last in _with_last(vectors):
+                retain = self.keep_graph or not is_last
                 torch.autograd.grad(
-                    prediction, self._leaves, vector, retain_graph=not is_last, allow_unused=True
+                    prediction, self._ends, vector, retain_graph=retain, allow_unused=True
                 )
                 self._finish_vector()
-        self._leaves.clear()  # they hold this object by their hooks
+        self._ends.clear()  # they hold this object by their hooks
+        for hook in self._hooks:
+            hook.remove()
         for use, x, y in self._waiting:
             self._add_input(use, x, y, rows_kept(self.padding.real(use, y), self._groups.get(use)))
         self._waiting.clear()

@@ -12,17 +12,14 @@ from typing import Any
 
 from torch import Generator
 
-from fxkfac.curvature.backpropagation import require_fisher
 from fxkfac.curvature.batch import Pass
 from fxkfac.curvature.data import Data, batches
-from fxkfac.curvature.factors import Factors, Settings
-from fxkfac.curvature.losses import likelihood_of, loss_text
+from fxkfac.curvature.factors import Factors
+from fxkfac.curvature.losses import likelihood_of
+from fxkfac.curvature.options import settings_of
 from fxkfac.curvature.padding import Mask
-from fxkfac.curvature.sharing import SHARINGS
-from fxkfac.errors import OptionError
 from fxkfac.functional import Params
 from fxkfac.graph.program import Program
-from fxkfac.graph.structure import EXACT, NONE
 from fxkfac.isolation import full_precision
 
 
@@ -76,45 +73,8 @@ def kfac(
         until then as its attribute `factors`.
     """
     likelihood = likelihood_of(loss)
-    require_fisher(fisher)
-    if sharing not in SHARINGS:
-        raise OptionError(f"sharing={sharing!r}; expected 'expand' or 'reduce'.")
-    structures = _structures(program, fisher)
-    settings = Settings(
-        fisher,
-        sharing,
-        mc_samples,
-        separate_weight_and_bias,
-        mask is not None,
-        loss_text(loss),
-        {name: program.shapes[name] for name in structures},
-        structures,
+    settings = settings_of(
+        program, loss, fisher, sharing, mc_samples, separate_weight_and_bias, mask is not None
     )
     over = Pass(program, likelihood, settings, params, mask, generator or program.generator)
-    try:
-        for number, (inputs, targets) in enumerate(batches(data, progress)):
-            over.add(inputs, targets, number)
-    except BaseException as error:
-        if over.total is not None:
-            error.factors = over.factors()  # type: ignore[attr-defined]
-            n = over.total.n
-            error.add_note(f"The factors of the first {n} data are in this error's .factors.")
-        raise
-    factors = over.factors()
-    likelihood.reduction_factor(factors.count)  # refuses data without a single target that counts
-    return factors
-
-
-def _structures(program: Program, fisher: str) -> dict[str, str]:
-    """The structure of every parameter that gets a block."""
-    chosen = {name: c for name, c in program.structures.items() if c.structure not in NONE}
-    if fisher == "forward-only":
-        free = {name for name, c in chosen.items() if c.is_scale or c.is_free}
-        lost = [n for n, c in chosen.items() if c.structure in EXACT and n not in free]
-        if lost:
-            raise OptionError(
-                f"fisher='forward-only' sends nothing back, but the blocks of {lost[:4]} are made "
-                "of gradients; expected Kronecker factors. Leave them out, or use another fisher."
-            )
-        return {n: "kronecker" if c.is_scale else c.structure for n, c in chosen.items()}
-    return {name: c.structure for name, c in chosen.items()}
+    return over.run(batches(data, progress))

@@ -1,0 +1,54 @@
+"""What the user asked for -> settings: refuses what does not exist, or does not go together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fxkfac.curvature.backpropagation import require_fisher
+from fxkfac.curvature.factors import Settings
+from fxkfac.curvature.losses import loss_text
+from fxkfac.curvature.sharing import SHARINGS
+from fxkfac.errors import OptionError
+from fxkfac.graph.program import Program
+from fxkfac.graph.structure import EXACT, NONE
+
+
+def settings_of(
+    program: Program,
+    loss: Any,
+    fisher: str,
+    sharing: str,
+    mc_samples: int,
+    separate_weight_and_bias: bool,
+    masked: bool,
+) -> Settings:
+    """How factors are computed. Raises `OptionError`."""
+    require_fisher(fisher)
+    if sharing not in SHARINGS:
+        raise OptionError(f"sharing={sharing!r}; expected 'expand' or 'reduce'.")
+    structures = _structures(program, fisher)
+    return Settings(
+        fisher,
+        sharing,
+        mc_samples,
+        separate_weight_and_bias,
+        masked,
+        loss_text(loss),
+        {name: program.shapes[name] for name in structures},
+        structures,
+    )
+
+
+def _structures(program: Program, fisher: str) -> dict[str, str]:
+    """The structure of every parameter that gets a block."""
+    chosen = {name: c for name, c in program.structures.items() if c.structure not in NONE}
+    if fisher == "forward-only":
+        free = {name for name, c in chosen.items() if c.is_scale or c.is_free}
+        lost = [n for n, c in chosen.items() if c.structure in EXACT and n not in free]
+        if lost:
+            raise OptionError(
+                f"fisher='forward-only' sends nothing back, but the blocks of {lost[:4]} are made "
+                "of gradients; expected Kronecker factors. Leave them out, or use another fisher."
+            )
+        return {n: "kronecker" if c.is_scale else c.structure for n, c in chosen.items()}
+    return {name: c.structure for name, c in chosen.items()}

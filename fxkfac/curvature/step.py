@@ -1,0 +1,113 @@
+"""Loss, gradients and factors of the same data, from one forward pass: what an optimizer needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Generator, Tensor
+
+from fxkfac.curvature.batch import Pass
+from fxkfac.curvature.collect import Collector
+from fxkfac.curvature.data import Data, batches
+from fxkfac.curvature.factors import Factors
+from fxkfac.curvature.losses import likelihood_of
+from fxkfac.curvature.options import settings_of
+from fxkfac.curvature.padding import Mask
+from fxkfac.functional import Params
+from fxkfac.graph.program import Program, Run
+from fxkfac.isolation import full_precision
+
+
+@dataclass(frozen=True)
+class Step:
+    """What an optimizer needs of some data.
+
+    Attributes:
+        loss: The loss, a scalar.
+        gradients: Its gradient in every parameter that was selected when tracing, by name.
+        factors: The curvature, as of `fxkfac.kfac`.
+    """
+
+    loss: Tensor
+    gradients: dict[str, Tensor]
+    factors: Factors
+
+
+@full_precision()
+def step(
+    program: Program,
+    loss: Any,
+    data: Data,
+    params: Params | None = None,
+    fisher: str = "mc",
+    mc_samples: int = 1,
+    sharing: str = "expand",
+    separate_weight_and_bias: bool = False,
+    mask: Mask | None = None,
+    generator: Generator | None = None,
+) -> Step:
+    """Loss, gradients and factors from one forward pass over each batch.
+
+    Nothing is written into the parameters' `.grad`. With dropout, all three are of one draw.
+
+    Args:
+        program: What `fxkfac.trace` returned.
+        loss, data, params, fisher, mc_samples, sharing, separate_weight_and_bias, mask, generator:
+            As of `fxkfac.kfac`.
+
+    Returns:
+        The loss of all data with its reduction, its gradients, and the factors.
+
+    Raises:
+        OptionError, LossError, DataError, NonFiniteError: As `fxkfac.kfac` does.
+    """
+    settings = settings_of(
+        program, loss, fisher, sharing, mc_samples, separate_weight_and_bias, mask is not None
+    )
+    likelihood = likelihood_of(loss)
+    over = _Steps(program, likelihood, settings, params, mask, generator or program.generator)
+    factors = over.run(batches(data))
+    R = factors.reduction
+    gradients = {name: R * g for name, g in over.gradients.items()}
+    return Step(R * over.criterion, gradients, factors)
+
+
+@dataclass
+class _Steps(Pass):
+    """A pass that also sums criterion and gradients, both without R."""
+
+    with_gradients: ClassVar[bool] = True
+    criterion: Tensor = field(init=False)
+    gradients: dict[str, Tensor] = field(init=False)
+    _wanted: dict[str, Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        names = self.program.asked.selected
+        self._wanted = {n: self.state[n].detach().requires_grad_() for n in names}
+        self.gradients = {n: torch.zeros_like(p) for n, p in self._wanted.items()}
+        self.criterion = next(iter(self.state.values())).new_zeros(())
+
+    def _leaves(self) -> Mapping[str, Tensor]:
+        return {**self.state, **self._wanted}
+
+    def _send_back(
+        self, collector: Collector, run: Run, targets: Any, vectors: Iterable[Tensor]
+    ) -> None:
+        super()._send_back(collector, run, targets, vectors)
+        f = run.prediction.detach()
+        self.criterion = self.criterion + self.likelihood.criterion(f, targets)
+        if not run.prediction.requires_grad:
+            return
+        found = torch.autograd.grad(
+            run.prediction,
+            list(self._wanted.values()),
+            self.likelihood.gradient(f, targets),
+            allow_unused=True,
+        )
+        for total, g in zip(self.gradients.values(), found, strict=True):
+            if g is not None:
+                total += g
