@@ -16,6 +16,8 @@ from zoo import SPELLINGS, ZOO, Entry
 
 import fxkfac
 from fxkfac import errors
+from fxkfac.curvature.losses import likelihood_of
+from fxkfac.graph.verify import FlatModel
 
 TRACED = 4  # batch size at which everything is traced
 RIGHT = {name: e for name, e in ZOO.items() if e.expected == "right"}
@@ -139,6 +141,31 @@ def test_another_order_and_parts_of_the_data(name):
     assert_same(at.kfac(take(data, [3, 0, 6, 2, 1, 5, 4])), whole)
     parts = [take(data, [0, 1, 2]), take(data, [3, 4, 5, 6])]
     assert_same(at.kfac(parts[0]) + at.kfac(parts[1]), whole)
+
+
+@entries(PLAIN)
+def test_a_step_has_the_gradients_and_the_factors(name):
+    at, data = traced(name), ZOO[name].data(3)
+    found = fxkfac.step(at.program, at.entry.loss, data, fisher="empirical")
+    assert_same(found.factors, at.kfac(data, fisher="empirical"))
+    gradients = gradients_of_the_model(at, data)
+    assert found.gradients.keys() == gradients.keys()
+    scale = max(g.norm() for g in gradients.values())
+    for parameter, expected in gradients.items():
+        error = (found.gradients[parameter] - expected).norm()
+        assert error <= at.entry.tolerance * max(expected.norm(), 1e-3 * scale), parameter
+
+
+def gradients_of_the_model(at: Traced, data: Any) -> dict[str, Tensor]:
+    """By autograd on the model itself."""
+    inputs, targets = data
+    program, likelihood = at.program, likelihood_of(at.entry.loss)
+    model = FlatModel(program.model, program.signature.with_constants(inputs))
+    state, tensors = program.state(), program.signature.tensors(inputs)
+    f = model.predict(state, tensors).detach()
+    R = likelihood.reduction_factor(likelihood.count(f, targets))
+    cotangent = R * likelihood.gradient(f, targets)
+    return model.gradients(state, tensors, cotangent, program.asked.selected)
 
 
 @entries({name: e for name, e in PLAIN.items() if e.reduce})
