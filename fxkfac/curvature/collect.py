@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from fxkfac.curvature.factors import Settings
-from fxkfac.curvature.images import input_image, output_image
+from fxkfac.curvature.images import image_sums, input_image, output_image
 from fxkfac.curvature.moments import InputSums, Moment
 from fxkfac.curvature.padding import Padding
 from fxkfac.curvature.perdatum import exact_moment
@@ -155,7 +155,8 @@ class Collector:
             if term.is_bias:
                 self._add_ones(k, place, use, y)
             elif self.settings.sharing == "reduce":
-                part = reduced_input(use, x, y, kept, term.scales(place))
+                sums_of_images = image_sums(use, x) if kept is None else None
+                part = reduced_input(use, x, y, kept, term.scales(place), sums_of_images)
                 self._add_means(k, self._means.add(k, part, len(term.uses)))
             elif counts_only(term):
                 counts, number = counted_input(use, x, y, kept)
@@ -166,7 +167,7 @@ class Collector:
     def _add_rows(
         self, sums: InputSums, scales: Scales, use: Use, x: Input, y: Tensor, kept: Kept
     ) -> None:
-        image = input_image(use, x) if kept is None and isinstance(x, Tensor) else None
+        image = input_image(use, x) if kept is None else None
         if image is None:
             rows, number = expanded_input(use, x, y, kept)
             sums.of(scales).add(rows, number)

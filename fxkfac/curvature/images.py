@@ -11,7 +11,8 @@ from fxkfac.curvature.sharing import accurate_dtype
 from fxkfac.graph.axes import axis_tokens
 from fxkfac.graph.form import BatchAxis, Form, Patches
 from fxkfac.graph.ir import Use
-from fxkfac.linalg import Windows
+from fxkfac.graph.normal import Input
+from fxkfac.linalg import Windows, patch_sums
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -25,33 +26,48 @@ class Image:
     windows: Windows
 
 
-def input_image(use: Use, x: Tensor) -> Image | None:
+def input_image(use: Use, x: Input) -> Image | None:
     """The input of a convolution; `None` for an op whose rows are no patches, or other ones."""
     form = use.form
-    if not isinstance(form.prepare, Patches) or form.scale != 1.0 or form.routes is not None:
+    if not isinstance(form.prepare, Patches) or form.scale != 1.0 or not isinstance(x, Tensor):
         return None
     return _image(form, x, form.x, form.prepare, None)
 
 
 def output_image(use: Use, g: Tensor) -> Image | None:
-    """The same for a gradient at the output of a transposed convolution."""
-    folded = use.form.folded
-    if folded is None or use.form.routes is not None:
+    """The same for a gradient at the output, whose windows are those of a transposed convolution.
+
+    Those of a convolution have length one.
+    """
+    form, folded = use.form, use.form.folded
+    if form.routes is not None:
         return None
-    return _image(use.form, g, use.form.y, folded.patches, folded.places)
+    if folded is not None:
+        return _image(form, g, form.y, folded.patches, folded.places)
+    if isinstance(form.prepare, Patches):
+        return _image(form, g, form.y, _single(len(form.prepare.kernel)), None)
+    return None
 
 
-def is_by_datum(use: Use, at: BatchAxis | None) -> bool:
-    """Whether the data are the images."""
-    return at == BatchAxis("n", 1, 1) and axis_tokens(use.form.y)[0] == "n"
+def _single(d: int) -> Patches:
+    return Patches((1,) * d, (1,) * d, ((0, 0),) * d, (1,) * d)
+
+
+def image_sums(use: Use, x: Input) -> Float[Tensor, "group batch d_in"] | None:
+    """Σ_s x of every datum, where the data are the images of a convolution."""
+    found = input_image(use, x)
+    if found is None or use.batch != BatchAxis("n", 1, 1):
+        return None
+    return patch_sums(found.image, found.windows).movedim(1, 0)
 
 
 def _image(
     form: Form, t: Tensor, axes: str, patches: Patches, places: tuple[int, ...] | None
 ) -> Image | None:
-    """Read the axes `n (g i) places kernel`, of which `n` may be missing."""
+    """Read the axes `n (g i) places kernel`, of which `n` may be missing, and a kernel of one."""
     tokens, d = axis_tokens(axes), len(patches.kernel)
-    leading, channels = tokens[: -2 * d - 1], tokens[-2 * d - 1]
+    own = [t for t in tokens if not t.startswith("k")]
+    leading, channels = own[: -d - 1], own[-d - 1]
     if leading not in ([], ["n"]) or channels not in ("(g i)", "(g o)"):
         return None
     windows = Windows(

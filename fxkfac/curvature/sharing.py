@@ -84,14 +84,18 @@ def expanded_input(
 
 
 def reduced_input(
-    use: Use, x: Input, y: Tensor, kept: Kept, scales: Scales
+    use: Use, x: Input, y: Tensor, kept: Kept, scales: Scales, x_sum: Tensor | None = None
 ) -> tuple[Float[Tensor, "group batch d_in"], Float[Tensor, "group batch"]]:
-    """Σ_s x̃ of every datum, x̃ = (x, scales), and how many terms the sum has."""
+    """Σ_s x̃ of every datum, x̃ = (x, scales), and how many terms the sum has.
+
+    Σ_s x may be given, where it is known without its terms.
+    """
     like = normal_y(use, y, known(use))
-    rows = _masked(_by_datum(_accurate(_dense(normal_x(use, x, known(use)), like))), kept)
+    if x_sum is None:
+        rows = _accurate(_dense(normal_x(use, x, known(use)), like))
+        x_sum = _masked(_by_datum(rows), kept).sum(2)
     places = _places(like, kept)
-    ones = places.expand(len(rows), -1).unsqueeze(-1)
-    x_sum = rows.sum(2)
+    ones = places.expand(len(x_sum), -1).unsqueeze(-1)
     return torch.cat([x_sum, *(scale * ones for scale in scales)], dim=-1), places
 
 

@@ -14,6 +14,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from fxkfac.linalg.correlation import IMAGE, add_by_channels, as_images, is_faster
+
 if TYPE_CHECKING:
     from jaxtyping import Float
 
@@ -83,6 +85,18 @@ def add_rows(total: Float[Tensor, "group d d"], rows: Float[Tensor, "group rows 
     if group > 1 and strips(d) == 1:
         total.baddbmm_(rows.mT, rows)
         return
+    images = rows.shape[1] // IMAGE * IMAGE if rows.stride(-1) == 1 and is_faster(rows) else 0
+    if images:
+        for t, x in zip(total, rows, strict=True):
+            add_by_channels(t.unsqueeze(0), as_images(x[:images]))
+        rows = rows[:, images:]
+    if rows.shape[1]:
+        _add_strips(total, rows)
+
+
+def _add_strips(total: Tensor, rows: Tensor) -> None:
+    """By matrix products: strips of rows, as long as the triangle has them."""
+    d = rows.shape[-1]
     width = max(1, -(-d // strips(d)))
     for t, x in zip(total, rows, strict=True):
         for start in range(0, d, width):

@@ -13,6 +13,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from fxkfac.linalg.correlation import add_by_channels, is_faster
 from fxkfac.linalg.gram import CALL, COPY, READ, add_gram, add_rows, chunk_numel, mirrored, triangle
 from fxkfac.linalg.shifts import add_shifted, shifted_cost
 from fxkfac.linalg.windows import Axis, Windows, patch_sums, patches, subsampled
@@ -51,8 +52,10 @@ def add_patch_gram(
         total = image.new_zeros(group, d, d, dtype=dtype)
     image, axes = subsampled(image, windows.along(image))
     if all(a.kernel == 1 for a in axes):
-        x = rearrange(image, "n (g c) ... -> g n (...) c", g=group)
-        return add_gram(total, x)
+        if is_faster(image) and image.numel():
+            add_by_channels(total, image)
+            return total
+        return add_gram(total, rearrange(image, "n (g c) ... -> g n (...) c", g=group))
     if shifts_pay(axes, batch, group, channels // group):
         add_shifted(total, image, axes)
     else:

@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
-from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
+from fxkfac.linalg.correlation import correlation
 from fxkfac.linalg.gram import CALL, COPY, READ, chunk_numel
 from fxkfac.linalg.windows import Axis
 
@@ -203,36 +203,13 @@ def add_shifted(
             inside = ((m, n) for (m, _), n in zip(how.margins, x.shape[2:], strict=True))
             _cut(room, tuple(inside)).copy_(x)
         for c in how.correlations:
-            found = _correlate(_cut(x, c.first), _cut(room, c.second), c.kernel, axes, group)
+            first, second = _cut(x, c.first), _cut(room, c.second)
+            found = correlation(first, second, c.kernel, [a.dilation for a in axes], group)
             products[list(c.boxes)] += found[list(c.places)]
     for k, other in enumerate(how.turned):
         if other < k:
             products[k] = products[other].mT
     _scatter(total, products, how.weights.to(total))
-
-
-def _correlate(
-    first: Float[Tensor, "batch channels *space"],
-    second: Float[Tensor, "batch channels *wider"],
-    kernel: tuple[int, ...],
-    axes: tuple[Axis, ...],
-    group: int,
-) -> Float[Tensor, "shifts group c c"]:
-    """Σ_u x[u] x[u + δ]ᵀ for several δ: a convolution's weight gradient, taken of x at x."""
-    channels = first.shape[1]
-    shape = (channels, channels // group, *kernel)
-    dilation = [a.dilation for a in axes]
-    # TF32 would leave three digits of a factor.
-    with torch.backends.cudnn.flags(allow_tf32=False):
-        weight = WEIGHT_GRADIENTS[len(axes)](second, shape, first, 1, 0, dilation, group)
-    return rearrange(weight.flatten(2), "(g c) e k -> k g c e", g=group)
-
-
-WEIGHT_GRADIENTS = {
-    1: conv1d_weight,
-    2: conv2d_weight,
-    3: conv3d_weight,
-}
 
 
 def _channels_last(x: Tensor) -> Tensor:

@@ -1,0 +1,73 @@
+"""Σ_u x[u] y[u + δ]ᵀ, channels times channels over positions: a convolution's weight gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+WEIGHT_GRADIENTS = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}
+
+BLOCK = 256  # channels: more of them in one call take longer than several calls
+IMAGE = 32  # rows that are taken for the positions of one image
+
+
+def correlation(
+    x: Float[Tensor, "batch channels_x *space"],
+    y: Float[Tensor, "batch channels_y *wider"],
+    kernel: Sequence[int],
+    dilation: Sequence[int],
+    group: int = 1,
+) -> Float[Tensor, "shifts group c e"]:
+    """Σ over data and positions u of x[u] y[u + δ]ᵀ, for every shift δ within a kernel.
+
+    Args:
+        x: One factor.
+        y: The other one, longer by dilation · (kernel − 1) along each dimension.
+        kernel: The number of shifts along each dimension.
+        dilation: What lies between two of them.
+        group: In how many groups the channels fall.
+    """
+    shape = (x.shape[1], y.shape[1] // group, *kernel)
+    # TF32 would leave three digits of a factor.
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        weight = WEIGHT_GRADIENTS[len(kernel)](y, shape, x, 1, 0, dilation, group)
+    return rearrange(weight.flatten(2), "(g c) e k -> k g c e", g=group)
+
+
+def is_faster(x: Tensor) -> bool:
+    """Whether convolutions outrun matrix products.
+
+    On a CPU they have kernels for all of its instructions, which BLAS has for some makes alone: on
+    an AMD with AVX-512 they take half of the time.
+    """
+    on = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+    return on and x.device.type == "cpu" and x.dtype == torch.float32
+
+
+def add_by_channels(
+    total: Float[Tensor, "group d d"], image: Float[Tensor, "batch channels *space"]
+) -> None:
+    """Add Σ x xᵀ over data and positions to the lower triangle of a total."""
+    group, ones = len(total), [1] * (image.ndim - 2)
+    if group > 1:
+        total += correlation(image, image, ones, ones, group)[0]
+        return
+    parts = image.split(BLOCK, dim=1)
+    for i, part in enumerate(parts):
+        for j, other in enumerate(parts[: i + 1]):
+            rows = slice(i * BLOCK, i * BLOCK + part.shape[1])
+            columns = slice(j * BLOCK, j * BLOCK + other.shape[1])
+            total[0, rows, columns] += correlation(part, other, ones, ones)[0, 0]
+
+
+def as_images(rows: Float[Tensor, "rows d"]) -> Float[Tensor, "images d positions 1"]:
+    """Rows as positions of images with channels last, which is how they lie."""
+    return rearrange(rows, "(n p) d -> n d p 1", p=IMAGE)
