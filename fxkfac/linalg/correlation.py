@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 WEIGHT_GRADIENTS = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}
 
-BLOCK = 256  # channels: more of them in one call take longer than several calls
+BLOCK = 256  # channels: more of them in one call take longer than several calls,
+FEWEST = 64  # and fewer take longer than matrix products
 IMAGE = 32  # rows that are taken for the positions of one image
 
 
@@ -42,12 +43,14 @@ def correlation(
     return rearrange(weight.flatten(2), "(g c) e k -> k g c e", g=group)
 
 
-def is_faster(x: Tensor) -> bool:
-    """Whether convolutions outrun matrix products.
+def is_faster(x: Tensor, channels: int) -> bool:
+    """Whether convolutions outrun matrix products, for so many channels.
 
     On a CPU they have kernels for all of its instructions, which BLAS has for some makes alone: on
     an AMD with AVX-512 they take half of the time.
     """
+    if channels < FEWEST:
+        return False
     on = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
     return on and x.device.type == "cpu" and x.dtype == torch.float32
 

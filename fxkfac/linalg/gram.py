@@ -85,8 +85,8 @@ def add_rows(total: Float[Tensor, "group d d"], rows: Float[Tensor, "group rows 
     if group > 1 and strips(d) == 1:
         total.baddbmm_(rows.mT, rows)
         return
-    images = rows.shape[1] // IMAGE * IMAGE if rows.stride(-1) == 1 and is_faster(rows) else 0
-    if images:
+    fast = rows.stride(-1) == 1 and is_faster(rows, d)
+    if images := rows.shape[1] // IMAGE * IMAGE if fast else 0:
         for t, x in zip(total, rows, strict=True):
             add_by_channels(t.unsqueeze(0), as_images(x[:images]))
         rows = rows[:, images:]

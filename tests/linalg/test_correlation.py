@@ -20,7 +20,7 @@ def close(found, expected):
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5 * float(scale))
 
 
-@pytest.mark.parametrize("d", [1, 31, 256, 300])
+@pytest.mark.parametrize("d", [1, 64, 256, 300])
 @pytest.mark.parametrize("rows", [31, 32, 100])
 def test_rows_in_blocks_and_what_is_left_of_them(rows, d):
     x = numbers(1, rows, d)
@@ -29,7 +29,7 @@ def test_rows_in_blocks_and_what_is_left_of_them(rows, d):
     close(total, 5 * x.double().mT @ x.double())
 
 
-@pytest.mark.parametrize(("channels", "groups"), [(3, 1), (300, 1), (6, 3), (5, 5)])
+@pytest.mark.parametrize(("channels", "groups"), [(3, 1), (300, 1), (130, 2), (5, 5)])
 @pytest.mark.parametrize("space", [(7,), (3, 4), (2, 1, 3)])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_a_kernel_of_length_one(channels, groups, space, stride):
@@ -55,11 +55,11 @@ def test_shifts(dtype, group):
 
 
 def test_a_matrix_product_takes_their_place(monkeypatch):
-    x, image = numbers(1, 64, 40), numbers(4, 40, 3, 3)
+    x, image = numbers(1, 64, 70), numbers(4, 70, 3, 3)
     windows = Windows((1, 1), (1, 1), ((0, 0), (0, 0)), (1, 1))
     fast = add_gram(None, x).tril(), add_patch_gram(None, image, windows).tril()
     monkeypatch.setattr(module.torch.backends.mkldnn, "is_available", lambda: False)
-    assert not module.is_faster(x)
+    assert not module.is_faster(x, 100)
     slow = add_gram(None, x).tril(), add_patch_gram(None, image, windows).tril()
     for a, b in zip(fast, slow, strict=True):
         close(a, b.double())
