@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fxkfac.curvature.factors import Factors, Settings, Sums
+from fxkfac.curvature.factors import Factors, Product, Settings, scale_of
 from fxkfac.curvature.likelihoods import Likelihood
 from fxkfac.curvature.moments import InputSums, Moment
 from fxkfac.curvature.plan import TermPlan, require_same_terms
@@ -74,14 +74,15 @@ class Accumulated:
     def factors(
         self, settings: Settings, model: FunctionalModel, likelihood: Likelihood
     ) -> Factors:
-        """The factors of these data."""
+        """The factors of these data, whose sums are used up."""
+        R = scale_of(likelihood, self.count)
         a: list[Tensor] = []
         for k, first in enumerate(_same_objects(self.inputs)):
-            sums = self.inputs[k]
-            again = a[first] if first < k else sums.counts
-            a.append(sums.matrix() if again is None else again)
-        terms = enumerate(self.schedule.terms)
-        sums_of = {t: Sums(a[k], self._output(k, t, a[k]), self.inputs[k].rows) for k, t in terms}
+            a.append(a[first] if first < k else self.inputs[k].matrix().mul_(R))
+        products = {
+            term: Product.of_sums(a[k], self._output(k, term, a[k]), self.inputs[k].rows)
+            for k, term in enumerate(self.schedule.terms)
+        }
         return Factors(
             settings=settings,
             n=self.n,
@@ -89,8 +90,8 @@ class Accumulated:
             model=model,
             likelihood=likelihood,
             plans={block.name: block for block in self.schedule.blocks},
-            sums={b.name: tuple(sums_of[t] for t in b.terms) for b in self.schedule.blocks},
-            exact=self.exact,
+            products={b.name: tuple(products[t] for t in b.terms) for b in self.schedule.blocks},
+            exact={name: R * block for name, block in self.exact.items()},
         )
 
     def _output(self, k: int, term: TermPlan, like: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
-"""Raw sums -> factors: A = R Σ x xᵀ, B = (1/#rows) Σ g gᵀ, merged, scaled and laid out on request.
+"""Factors of some data, A = R Σ x xᵀ and B = (1/#rows) Σ g gᵀ, and those of several data sets.
 
-Sums and counts are kept raw, and turned into A and B only when asked: so that two partial results
-add up to exactly the result of all data.
+Beside them are the counts in R and #rows: so that partial results of any size add up.
 """
 
 from __future__ import annotations
@@ -22,26 +21,34 @@ from fxkfac.functional import FunctionalModel, unknown
 
 
 @dataclass(frozen=True)
-class Sums:
-    """Raw sums of one term over the data seen so far.
+class Product:
+    """A and B of one term.
 
     Attributes:
-        a: Σ x̃ x̃ᵀ of shape (group, in, in); its diagonal (in,) for one-hot rows.
-        b: Σ_c Σ g gᵀ of shape (group, out, out), without R.
-        rows: Number of rows summed in `a`; (group,) where groups have rows of their own.
+        A: R Σ x̃ x̃ᵀ of shape (group, in, in); its diagonal (in,) for one-hot rows.
+        B: (1/#rows) Σ_c Σ g gᵀ of shape (group, out, out).
+        rows: Number of rows; (group,) where groups have rows of their own.
     """
 
-    a: Tensor
-    b: Tensor
+    A: Tensor
+    B: Tensor
     rows: int | Tensor
 
-    def __add__(self, other: Sums) -> Sums:
-        return Sums(self.a + other.a, self.b + other.b, self.rows + other.rows)
+    @staticmethod
+    def of_sums(a: Tensor, b: Tensor, rows: int | Tensor) -> Product:
+        """From R Σ x̃ x̃ᵀ and Σ g gᵀ, which is used up."""
+        return Product(a, b.div_(_rows(rows)), rows)
+
+    def plus(self, other: Product, weights: tuple[float, float]) -> Product:
+        """The two together, their A by weights, their B by their numbers of rows."""
+        rows = self.rows + other.rows
+        B = (self.B * _rows(self.rows) + other.B * _rows(other.rows)) / _rows(rows)
+        return Product(weights[0] * self.A + weights[1] * other.A, B, rows)
 
 
 def _rows(rows: int | Tensor) -> int | Tensor:
     """What B is divided by; a group that no row has chosen has B = 0, too."""
-    return rows.clamp_min(1).view(-1, 1, 1) if isinstance(rows, Tensor) else rows
+    return rows.clamp_min(1).view(-1, 1, 1) if isinstance(rows, Tensor) else max(rows, 1)
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,7 @@ class Factors(Curvature):
     model: FunctionalModel = field(repr=False)
     likelihood: Likelihood = field(repr=False)
     plans: Mapping[str, BlockPlan] = field(repr=False)
-    sums: Mapping[str, tuple[Sums, ...]] = field(repr=False)
+    products: Mapping[str, tuple[Product, ...]] = field(repr=False)
     exact: Mapping[str, Tensor] = field(repr=False)
 
     @property
@@ -106,8 +113,8 @@ class Factors(Curvature):
             raise unknown(name, self)
         plan = self.plans[name]
         terms = [
-            self._kronecker(plan, term, s)
-            for term, s in zip(plan.terms, self.sums[name], strict=True)
+            self._kronecker(plan, term, product)
+            for term, product in zip(plan.terms, self.products[name], strict=True)
         ]
         return Block(plan.parameters, plan.shapes, tuple(terms))
 
@@ -120,16 +127,13 @@ class Factors(Curvature):
         if kind == "identity":
             ones = torch.ones(shape, dtype=accurate_dtype(self.like), device=self.like.device)
             return Diagonal((name,), (shape,), ones)
-        raw = self.reduction * self.exact[name]
         made = Dense if kind == "dense" else Diagonal
-        return made((name,), (shape,), raw)
+        return made((name,), (shape,), self.exact[name])
 
-    def _kronecker(self, plan: BlockPlan, term: TermPlan, sums: Sums) -> Kronecker:
-        A = self.reduction * sums.a  # A = R Σ x̃ x̃ᵀ
+    def _kronecker(self, plan: BlockPlan, term: TermPlan, product: Product) -> Kronecker:
+        A, B = product.A, product.B
         if self.settings.fisher == "forward-only":
-            B = torch.diag_embed(torch.ones_like(sums.b.diagonal(dim1=-2, dim2=-1)))  # B = I
-        else:
-            B = sums.b / _rows(sums.rows)  # B = (1/#rows) Σ_c Σ g gᵀ
+            B = torch.diag_embed(torch.ones_like(B.diagonal(dim1=-2, dim2=-1)))  # B = I
         return Kronecker(
             A[0] if A.ndim == 3 and len(A) == 1 else A,
             B[0] if len(B) == 1 else B,
@@ -145,7 +149,7 @@ class Factors(Curvature):
         return len(list(iter(self)))
 
     def __add__(self, other: Factors) -> Factors:
-        """The factors of both data sets together, exactly.
+        """The factors of both data sets together.
 
         Raises:
             MergeError: The two were not computed in the same way.
@@ -156,13 +160,24 @@ class Factors(Curvature):
                 f"{other.settings}; only parts of one computation add up."
             )
         require_same_terms(self.plans.values(), other.plans.values())
+        count = self.count + other.count
+        R = scale_of(self.likelihood, count)
+        mine, theirs = (R / scale_of(self.likelihood, c) for c in (self.count, other.count))
         return replace(
             self,
             n=self.n + other.n,
-            count=self.count + other.count,
-            sums={
-                name: tuple(a + b for a, b in zip(mine, other.sums[name], strict=True))
-                for name, mine in self.sums.items()
+            count=count,
+            products={
+                name: tuple(
+                    p.plus(q, (mine, theirs))
+                    for p, q in zip(products, other.products[name], strict=True)
+                )
+                for name, products in self.products.items()
             },
-            exact={name: e + other.exact[name] for name, e in self.exact.items()},
+            exact={name: mine * e + theirs * other.exact[name] for name, e in self.exact.items()},
         )
+
+
+def scale_of(likelihood: Likelihood, count: float) -> float:
+    """R; one where no target counts, so that a part of the data may have none."""
+    return likelihood.reduction_factor(count) if count or likelihood.reduction == "sum" else 1.0

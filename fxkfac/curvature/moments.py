@@ -154,7 +154,9 @@ class InputSums:
         self.rows = self.rows + other.rows
 
     def matrix(self) -> Float[Tensor, "group d d"]:
-        """Σ x̃ x̃ᵀ."""
+        """Σ x̃ x̃ᵀ; its diagonal for one-hot rows."""
+        if self.counts is not None:
+            return self.counts
         total: Tensor | None = None
         for moment in self.moments.values():
             total = _plus(total, moment.matrix())

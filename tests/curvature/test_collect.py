@@ -105,10 +105,10 @@ def attention(params, x):
 def test_equal_inputs_have_one_factor():
     params = {n: rand(4, 4, seed=k) for k, n in enumerate("qkvo")}
     program, data = fxkfac.trace(attention, rand(3, 5, 4), params), (rand(3, 5, 4), rand(3, 4))
-    sums = fxkfac.kfac(program, MSE, data).sums
-    assert sums["q"][0].a is sums["k"][0].a
-    assert sums["q"][0].a is sums["v"][0].a
-    assert sums["q"][0].a is not sums["o"][0].a
+    products = fxkfac.kfac(program, MSE, data).products
+    assert products["q"][0].A is products["k"][0].A
+    assert products["q"][0].A is products["v"][0].A
+    assert products["q"][0].A is not products["o"][0].A
     close(
         fxkfac.kfac(program, MSE, [data, data]),
         fxkfac.kfac(program, MSE, tuple(torch.cat([t, t]) for t in data)),

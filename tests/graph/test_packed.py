@@ -144,7 +144,7 @@ def test_factors_are_those_of_each_sequence_alone(rnn):
             assert block.params == expected[name].params
             torch.testing.assert_close(block.A, expected[name].A)
             torch.testing.assert_close(block.B, expected[name].B)
-        rows = {sums.rows for (sums,) in found.sums.values()}
+        rows = {product.rows for (product,) in found.products.values()}
         assert rows == {6 if sharing == "expand" else 3}
 
 
@@ -164,7 +164,7 @@ def test_a_mask_for_what_comes_after():
     program, real = fxkfac.trace(model, batch[0]), int(SOME.sum())
     for mask, rows in ((None, 5 * T), (lambda x, _: torch.arange(T) < x[1][:, None], real)):
         factors = fxkfac.kfac(program, MSE, batch, mask=mask)
-        found = {name: sums.rows for name, (sums,) in factors.sums.items()}
+        found = {name: product.rows for name, (product,) in factors.products.items()}
         assert found.pop("head.weight") == rows
         assert set(found.values()) == {real}
 
