@@ -6,14 +6,13 @@ of exact blocks until their gradients are there, and all inputs where gradients 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 from fxkfac.curvature.factors import Settings
 from fxkfac.curvature.images import image_sums, input_image, output_image
@@ -37,7 +36,6 @@ from fxkfac.curvature.sharing import (
 )
 from fxkfac.graph.ir import Use
 from fxkfac.graph.normal import Input, Routed, detached, normal_y
-from fxkfac.graph.tap import tap
 
 Key = TypeVar("Key")
 Part = TypeVar("Part")
@@ -61,6 +59,26 @@ class Parts(Generic[Key, Part]):
             yield self._parts.popitem()
 
 
+class Listen(torch.autograd.Function):
+    """What it is, with somebody who is told of the gradient; all paths end at the root.
+
+    The root is a number that asks for a gradient, and gets none. In its place the lowest outputs
+    would have to be leaves, and stay until the end.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, root: Tensor, y: Tensor, tell: Callable[[Tensor], None]) -> Tensor:
+        """The output as it is."""
+        ctx.tell = tell
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, None]:
+        """Tell, and hand the gradient on."""
+        ctx.tell(gradients[0])
+        return None, gradients[0], None
+
+
 @dataclass
 class Collector:
     """The sums of one batch.
@@ -82,8 +100,8 @@ class Collector:
     inputs: list[InputSums] = field(init=False)
     outputs: list[Moment] = field(init=False)
     exact: dict[str, Tensor] = field(default_factory=dict)
-    _ends: list[Tensor] = field(default_factory=list)
-    _hooks: list[RemovableHandle] = field(default_factory=list)
+    _root: Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))
+    _listens: bool = True
     _held: dict[Use, Input] = field(default_factory=dict)
     _waiting: list[tuple[Use, Input, Tensor]] = field(default_factory=list)
     _kept: dict[Use, Kept] = field(default_factory=dict)
@@ -102,11 +120,7 @@ class Collector:
 
     def output(self, place: int, y: Tensor) -> Tensor:
         """Make it a tap, and listen for its gradient."""
-        tapped = tap(y)
-        # Where parameters ask for gradients, none is a leaf, and each one may be where paths end.
-        if tapped.is_leaf or self.keep_graph:
-            self._ends.append(tapped)
-        self._hooks.append(tapped.register_hook(partial(self._take_gradient, place)))
+        tapped: Tensor = Listen.apply(self._root, y, partial(self._take_gradient, place))
         return tapped
 
     def input(self, use: int, x: Input, y: Tensor) -> None:
@@ -118,16 +132,14 @@ class Collector:
 
     def send_back(self, prediction: Tensor, vectors: Iterable[Tensor]) -> None:
         """Backpropagate vectors, each through the graph of the one forward pass."""
-        if self._ends and prediction.requires_grad:
+        if prediction.requires_grad:
             for vector, is_last in _with_last(vectors):
                 retain = self.keep_graph or not is_last
                 torch.autograd.grad(
-                    prediction, self._ends, vector, retain_graph=retain, allow_unused=True
+                    prediction, self._root, vector, retain_graph=retain, allow_unused=True
                 )
                 self._finish_vector()
-        self._ends.clear()  # they hold this object by their hooks
-        for hook in self._hooks:
-            hook.remove()
+        self._listens = False
         for use, x, y in self._waiting:
             self._add_input(use, x, y, rows_kept(self.padding.real(use, y), self._groups.get(use)))
         self._waiting.clear()
@@ -196,6 +208,8 @@ class Collector:
     # --- B and exact blocks ---
 
     def _take_gradient(self, place: int, g: Tensor) -> None:
+        if not self._listens:
+            return
         for use in self.schedule.at_tap[place]:
             if self.hold:
                 self.padding.look(use, g)
