@@ -3,6 +3,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Two processes, one thread each; what a file shares among its tests is made once.
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 INSTALLED := $(VENV)/.installed
 PEERS := $(VENV)/.peers
 BENCH_OUT := docs/benchmarks
@@ -31,10 +33,10 @@ demo: $(INSTALLED) graphviz
 	$(BIN)/python examples/quickstart.py
 
 test: $(INSTALLED) graphviz
-	$(BIN)/python -m pytest -m "not slow"
+	$(TESTS) -m "not slow"
 
 test-all: $(INSTALLED) graphviz
-	$(BIN)/python -m pytest
+	$(TESTS)
 
 # Time and memory beside the peers: a table, and the same as JSON, Markdown and a picture.
 $(PEERS): $(INSTALLED)
