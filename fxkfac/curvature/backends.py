@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fxkfac.curvature.collect import Collector
-from fxkfac.curvature.compiled import Compiled, Values, compiled
+from fxkfac.curvature.compiled import Compiled, Kind, compiled
+from fxkfac.curvature.parts import Values
 from fxkfac.errors import OptionError
 from fxkfac.graph.program import Program, Run, Tapped
 
@@ -87,7 +88,8 @@ def _inductor(
     collector: Collector,
 ) -> Differentiable:
     arguments, names = [*state.values(), *tensors], list(state)
-    code = compiled(tapped, arguments, tuple(names.index(name) for name in wanted))
+    places = tuple(names.index(name) for name in wanted)
+    code = compiled(tapped, tuple(map(Kind.of, arguments)), places)
     values = code.run(arguments)
     for use, output in enumerate(code.outputs):
         collector.input(use, code.input(values, use), output)

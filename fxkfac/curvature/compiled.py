@@ -12,32 +12,25 @@ library calls in any case, and it adds them up in place, one triangle of each.
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 from torch._subclasses import FakeTensorMode
 from torch.func import functionalize
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_aggregate
 
-from fxkfac.errors import FxkfacError, OptionError
+from fxkfac.curvature.parts import EAGER, Part, Values, first_line, nodes_in, part_of
+from fxkfac.errors import OptionError
 from fxkfac.graph.capture import quietly
 from fxkfac.graph.normal import Input, detached
 from fxkfac.graph.program import Tapped
 from fxkfac.graph.tap import Taps
-
-EAGER = "Use backend='eager'."
-# Dropout draws what it draws without compilation.
-OPTIONS: dict[str, Any] = {"fallback_random": True}
-
-Values = Mapping[str, Tensor]  # of the joint graph's nodes, by their names
 
 
 class Kind(NamedTuple):
@@ -62,32 +55,6 @@ class Kind(NamedTuple):
         return torch.zeros((), dtype=self.dtype, device=self.device).expand(self.shape)
 
 
-@dataclass
-class Part:
-    """A part of the joint graph, which is compiled when it first runs.
-
-    Attributes:
-        reads: What it is given.
-        gives: What it returns.
-        module: Its graph.
-    """
-
-    reads: tuple[str, ...]
-    gives: tuple[str, ...]
-    module: GraphModule
-    _code: Callable[..., Sequence[Tensor]] | None = None
-
-    def __call__(self, values: Values) -> Values:
-        """These values and those that it gives."""
-        if not self.gives:
-            return values
-        given = [values[name] for name in self.reads]
-        with torch.no_grad():
-            if self._code is None:
-                self._code = _code(self.module, given)
-            return {**values, **dict(zip(self.gives, self._code(*given), strict=True))}
-
-
 @dataclass(frozen=True)
 class Compiled:
     """A tapped graph for one shape of batch. What is nested has names in the place of tensors.
@@ -103,7 +70,7 @@ class Compiled:
         wanted: Gradients of parameters; `None` where the prediction does not depend on one.
         later: What is read when something is sent back.
         outputs: For every use, what has the shape of its op's output.
-        layout: How the prediction is in memory.
+        layout: How vectors are in memory.
     """
 
     arguments: tuple[str, ...]
@@ -147,42 +114,38 @@ class Compiled:
         return self.layout.empty().copy_(vector)
 
 
-def compiled(tapped: Tapped, tensors: Sequence[Tensor], wanted: tuple[int, ...] = ()) -> Compiled:
-    """The compiled graph for tensors like these; made where their shapes are new.
+@lru_cache(maxsize=32)  # the same for every batch of one shape
+def compiled(tapped: Tapped, kinds: tuple[Kind, ...], wanted: tuple[int, ...] = ()) -> Compiled:
+    """The compiled graph for parameters, buffers and data of these kinds.
 
     Args:
         tapped: The graph.
-        tensors: Parameters, buffers and data.
-        wanted: Which of them ask for gradients, by position.
+        kinds: Shapes, layouts and dtypes of its arguments.
+        wanted: Which of these ask for gradients, by position.
 
     Raises:
         OptionError: The graph cannot be traced.
     """
-    return _compiled(tapped, tuple(map(Kind.of, tensors)), wanted)
-
-
-@lru_cache(maxsize=32)  # the same for every batch of one shape
-def _compiled(tapped: Tapped, kinds: tuple[Kind, ...], wanted: tuple[int, ...]) -> Compiled:
     try:
         joint, layout, outputs = _joint(tapped, kinds, wanted)
     except Exception as error:  # whatever ops say when they meet tensors without values
         raise OptionError(
             "backend='inductor' cannot trace this graph without the values of its tensors, on "
-            f"which something in it may depend: {_first_line(error)} {EAGER}"
+            f"which something in it may depend: {first_line(error)} {EAGER}"
         ) from error
     results: Any = joint.graph.output_node().args[0]
     vector, cotangent, *_ = arguments = [n for n in joint.graph.nodes if n.op == "placeholder"]
-    backward = _part(joint, results["taps"], _reached(vector))
-    gradient = _part(joint, results["wanted"], _reached(cotangent))
+    backward = part_of(joint, results["taps"], _reached(vector))
+    gradient = part_of(joint, results["wanted"], _reached(cotangent))
     first = set(joint.graph.nodes) - _reached(vector) - _reached(cotangent)
-    sent_back = {n.name for n in _nodes([results["taps"], results["wanted"]])}
+    sent_back = {n.name for n in nodes_in([results["taps"], results["wanted"]])}
     reads = {*backward.reads, *gradient.reads, *sent_back}
     later = [n for n in joint.graph.nodes if n in first and n.name in reads]
     outcome = [results["prediction"], results["inputs"], later]
     names: Any = map_aggregate(results, lambda n: n.name if isinstance(n, Node) else n)
     return Compiled(
         arguments=tuple(n.name for n in arguments),
-        forward=_part(joint, outcome, first),
+        forward=part_of(joint, outcome, first),
         backward=backward,
         gradient=gradient,
         later=tuple(n.name for n in later),
@@ -222,7 +185,7 @@ def _joint(
     for node in module.graph.nodes:
         if node.target is torch.ops.aten.detach.default:
             node.replace_all_uses_with(node.args[0])
-    return module, Kind.of(f), outputs
+    return module, Kind.of(arguments[0]), outputs
 
 
 def _gradients(f: Tensor, at: list[Tensor], vector: Tensor) -> tuple[Tensor | None, ...]:
@@ -232,13 +195,6 @@ def _gradients(f: Tensor, at: list[Tensor], vector: Tensor) -> tuple[Tensor | No
     return torch.autograd.grad(f, at, vector, retain_graph=True, allow_unused=True)
 
 
-def _nodes(nested: Any) -> list[Node]:
-    """All nodes of something nested, each one once."""
-    found: dict[Node, None] = {}
-    map_aggregate(nested, lambda n: found.setdefault(n) if isinstance(n, Node) else None)
-    return list(found)
-
-
 def _reached(start: Node) -> set[Node]:
     """A node and all that are computed from it."""
     found = {start}
@@ -246,73 +202,3 @@ def _reached(start: Node) -> set[Node]:
         if not found.isdisjoint(node.all_input_nodes):
             found.add(node)
     return found
-
-
-def _part(joint: GraphModule, results: Any, inside: set[Node]) -> Part:
-    """What computes results from values that are there before, and from views into these."""
-    given = [n for n in _nodes(results) if n in inside and n.op != "placeholder"]
-    needed, reads, open_ = set(), set(), list(given)
-    while open_:
-        node = open_.pop()
-        if node in needed or node in reads:
-            continue
-        if node.op != "placeholder" and (node in inside or node.op == "get_attr" or _is_view(node)):
-            needed.add(node)
-            open_ += node.all_input_nodes
-        else:
-            reads.add(node)
-    order = [n for n in joint.graph.nodes if n in reads]
-    module = _extract(joint, order, needed, given)
-    return Part(tuple(n.name for n in order), tuple(n.name for n in given), module)
-
-
-def _extract(
-    joint: GraphModule, reads: list[Node], needed: set[Node], given: list[Node]
-) -> GraphModule:
-    graph = Graph()
-    copies = {node: graph.placeholder(node.name) for node in reads}
-    for node in joint.graph.nodes:
-        if node in needed:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.output(tuple(copies[node] for node in given))
-    return GraphModule(joint, graph)
-
-
-def _is_view(node: Node) -> bool:
-    if node.target is operator.getitem:
-        return _is_view(node.all_input_nodes[0])
-    return isinstance(node.target, OpOverload) and node.target.is_view
-
-
-def _code(module: GraphModule, given: list[Tensor]) -> Callable[..., Sequence[Tensor]]:
-    """What inductor makes of a graph.
-
-    `torch.compile` would check at every call that shapes are those of the trace; they are, here.
-
-    Raises:
-        FxkfacError: There is no compiler, or inductor fails.
-    """
-    import torch._inductor  # takes seconds, and is not needed by default
-
-    try:
-        with quietly(), torch.no_grad():
-            return torch._inductor.compile(module, list(given), options=OPTIONS)
-    except Exception as error:
-        raise _not_compiled(error) from error
-
-
-def _not_compiled(error: Exception) -> FxkfacError:
-    """What to do about it."""
-    text = f"{type(error).__name__} {error}"
-    if "InvalidCxxCompiler" in text:
-        return FxkfacError(
-            "backend='inductor' found no C++ compiler. Install one (`apt install g++`, or "
-            "`xcode-select --install`), or name it by the environment variable CXX; or use "
-            "backend='eager'."
-        )
-    return FxkfacError(f"backend='inductor' cannot compile: {_first_line(error)} {EAGER}")
-
-
-def _first_line(error: Exception) -> str:
-    line = next(iter(str(error).strip().splitlines()), "")
-    return f"{type(error).__name__}: {line.rstrip('.')}."
