@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
 from fxkfac.curvature.accumulated import Accumulated
+from fxkfac.curvature.backends import Backend, Differentiable, backend_of
 from fxkfac.curvature.backpropagation import BY_POSITION, backpropagated_vectors
 from fxkfac.curvature.collect import Collector
 from fxkfac.curvature.diagonal import gradient_moments, positions_in_datum
@@ -32,7 +33,9 @@ class Pass:
     """One pass over the data.
 
     Attributes:
+        backend: What runs the graph.
         state: Parameters and buffers.
+        wanted: Names of the parameters that ask for gradients.
         total: The sums of all batches so far; a batch that fails adds nothing.
     """
 
@@ -42,11 +45,14 @@ class Pass:
     params: Params | None
     mask: Mask | None
     generator: Generator
-    with_gradients: ClassVar[bool] = False
+    backend: str = "eager"
     total: Accumulated | None = None
     state: Mapping[str, Tensor] = field(init=False)
+    wanted: tuple[str, ...] = field(init=False, default=())
+    _forward: Backend = field(init=False)
 
     def __post_init__(self) -> None:
+        self._forward = backend_of(self.backend)
         self.state = self.program.state(self.params)
 
     def run(self, data: Iterable[tuple[Any, Any]]) -> Factors:
@@ -99,16 +105,16 @@ class Pass:
         given = None if self.mask is None else read_mask(self.mask, inputs, targets, n)
         padding = Padding(given)
         hold = self.mask is None and likelihood.ignores(targets)
-        collector = Collector(schedule, settings, padding, hold, self.with_gradients)
+        collector = Collector(schedule, settings, padding, hold, bool(self.wanted))
         with _named(number):
-            run = self.program.run_graph(tapped, tensors, self._leaves(), collector)
-        prediction = run.prediction.detach()
+            ran = self._forward(self.program, tapped, self.state, tensors, self.wanted, collector)
+        run, prediction = ran.run, ran.run.prediction.detach()
         _require_finite_prediction(prediction, number)
         likelihood.validate(prediction, targets)
         if collector.hold:
             padding.ignored = ignored_positions(likelihood, run, targets)
         vectors = partial(self._vectors, run, targets)
-        self._send_back(collector, run, targets, vectors())
+        self._send_back(ran, targets, vectors())
         exact = collector.exact | self._without_taps(schedule, run, inputs, vectors)
         for name, kind in settings.structures.items():
             if kind in EXACT and name not in exact:  # nothing uses it, or nothing comes back to it
@@ -116,14 +122,8 @@ class Pass:
         count = float(likelihood.count(prediction, targets))
         return Accumulated(schedule, run.n, count, collector.inputs, collector.outputs, exact)
 
-    def _leaves(self) -> Mapping[str, Tensor]:
-        """What the graph runs with: parameters that ask for no gradients."""
-        return self.state
-
-    def _send_back(
-        self, collector: Collector, run: Run, targets: Any, vectors: Iterable[Tensor]
-    ) -> None:
-        collector.send_back(run.prediction, vectors)
+    def _send_back(self, ran: Differentiable, targets: Any, vectors: Iterable[Tensor]) -> None:
+        ran.send_back(vectors)
 
     def _vectors(self, run: Run, targets: Any) -> Iterator[Tensor]:
         """The backpropagated vectors ▲, of the prediction's shape."""

@@ -140,6 +140,17 @@ class Collector:
                 )
                 self._finish_vector()
         self._listens = False
+        self.finish()
+
+    def gradients(self, arrived: dict[int, Tensor]) -> None:
+        """In the place of backpropagation: what one vector's gradients are, at every tap."""
+        with torch.no_grad():
+            while arrived:  # each one is let go once B has it
+                self._take_gradient(*arrived.popitem())
+            self._finish_vector()
+
+    def finish(self) -> None:
+        """Sum what has waited until all vectors were sent back."""
         for use, x, y in self._waiting:
             self._add_input(use, x, y, rows_kept(self.padding.real(use, y), self._groups.get(use)))
         self._waiting.clear()

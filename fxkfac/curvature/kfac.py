@@ -36,6 +36,7 @@ def kfac(
     mask: Mask | None = None,
     generator: Generator | None = None,
     progress: bool = False,
+    backend: str = "eager",
 ) -> Factors:
     """The Kronecker factors of every parameter of a program.
 
@@ -58,13 +59,19 @@ def kfac(
         generator: Source of random labels and signs: the same state gives the same factors, bit
             for bit. Default: the program's own, which goes on from call to call.
         progress: Show a progress bar over the batches.
+        backend: `"eager"`, or `"inductor"`: forward and backward pass are compiled, once for each
+            shape of a batch, which takes seconds and a C++ compiler. Labels and dropout are drawn
+            as without; results differ by rounding. It pays for models of many small operations,
+            such as norms, activations and derivatives in their inputs, and for many batches of
+            one shape; products of large matrices are as fast without.
 
     Returns:
         The factors: a mapping from the name of a weight to its block.
 
     Raises:
         OptionError: `fisher`, `sharing` or `mc_samples` is out of range, or do not go together
-            with the structure of a block.
+            with the structure of a block; or `backend="inductor"` cannot trace the graph.
+        FxkfacError: `backend="inductor"` finds no C++ compiler, or fails to compile.
         LossError: The loss has no likelihood here, or is not convex where that is needed.
         DataError: No data, or inputs and targets that do not fit.
         NonFiniteError: NaN or Inf in a prediction or factor, with the batch and the layer.
@@ -76,5 +83,6 @@ def kfac(
     settings = settings_of(
         program, loss, fisher, sharing, mc_samples, separate_weight_and_bias, mask is not None
     )
-    over = Pass(program, likelihood, settings, params, mask, generator or program.generator)
+    source = generator or program.generator
+    over = Pass(program, likelihood, settings, params, mask, source, backend)
     return over.run(batches(data, progress))

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
+from fxkfac.curvature.backends import Differentiable
 from fxkfac.curvature.batch import Pass
-from fxkfac.curvature.collect import Collector
 from fxkfac.curvature.data import Data, batches
 from fxkfac.curvature.factors import Factors
 from fxkfac.curvature.losses import likelihood_of
 from fxkfac.curvature.options import settings_of
 from fxkfac.curvature.padding import Mask
 from fxkfac.functional import Params
-from fxkfac.graph.program import Program, Run
+from fxkfac.graph.program import Program
 from fxkfac.isolation import full_precision
 
 
@@ -48,6 +48,7 @@ def step(
     separate_weight_and_bias: bool = False,
     mask: Mask | None = None,
     generator: Generator | None = None,
+    backend: str = "eager",
 ) -> Step:
     """Loss, gradients and factors from one forward pass over each batch.
 
@@ -55,8 +56,8 @@ def step(
 
     Args:
         program: What `fxkfac.trace` returned.
-        loss, data, params, fisher, mc_samples, sharing, separate_weight_and_bias, mask, generator:
-            As of `fxkfac.kfac`.
+        loss, data, params, fisher, mc_samples, sharing, separate_weight_and_bias, mask, generator,
+            backend: As of `fxkfac.kfac`.
 
     Returns:
         The loss of all data with its reduction, its gradients, and the factors.
@@ -68,7 +69,8 @@ def step(
         program, loss, fisher, sharing, mc_samples, separate_weight_and_bias, mask is not None
     )
     likelihood = likelihood_of(loss)
-    over = _Steps(program, likelihood, settings, params, mask, generator or program.generator)
+    source = generator or program.generator
+    over = _Steps(program, likelihood, settings, params, mask, source, backend)
     factors = over.run(batches(data))
     R = factors.reduction
     gradients = {name: R * g for name, g in over.gradients.items()}
@@ -79,35 +81,20 @@ def step(
 class _Steps(Pass):
     """A pass that also sums criterion and gradients, both without R."""
 
-    with_gradients: ClassVar[bool] = True
     criterion: Tensor = field(init=False)
     gradients: dict[str, Tensor] = field(init=False)
-    _wanted: dict[str, Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        names = self.program.asked.selected
-        self._wanted = {n: self.state[n].detach().requires_grad_() for n in names}
-        self.gradients = {n: torch.zeros_like(p) for n, p in self._wanted.items()}
+        self.wanted = tuple(self.program.asked.selected)
+        self.gradients = {n: torch.zeros_like(self.state[n].detach()) for n in self.wanted}
         self.criterion = next(iter(self.state.values())).new_zeros(())
 
-    def _leaves(self) -> Mapping[str, Tensor]:
-        return {**self.state, **self._wanted}
-
-    def _send_back(
-        self, collector: Collector, run: Run, targets: Any, vectors: Iterable[Tensor]
-    ) -> None:
-        super()._send_back(collector, run, targets, vectors)
-        f = run.prediction.detach()
+    def _send_back(self, ran: Differentiable, targets: Any, vectors: Iterable[Tensor]) -> None:
+        super()._send_back(ran, targets, vectors)
+        f = ran.run.prediction.detach()
         self.criterion = self.criterion + self.likelihood.criterion(f, targets)
-        if not run.prediction.requires_grad:
-            return
-        found = torch.autograd.grad(
-            run.prediction,
-            list(self._wanted.values()),
-            self.likelihood.gradient(f, targets),
-            allow_unused=True,
-        )
+        found = ran.gradients(self.likelihood.gradient(f, targets))
         for total, g in zip(self.gradients.values(), found, strict=True):
             if g is not None:
                 total += g

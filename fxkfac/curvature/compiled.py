@@ -1,0 +1,204 @@
+"""Tapped graph -> compiled code for one shape of batch: forwards, and back from the prediction.
+
+Autograd is run while tracing, so that forward and backward pass become one joint graph:
+
+    (parameters, data) -> prediction, inputs of the uses        vector -> gradients at the taps
+
+It is cut at the prediction: what no vector reaches is the forward part, and hands over what the
+others read. So vectors are made of the prediction, and labels drawn, by the same code as ever, and
+one compiled backward pass serves all vectors. Products of rows stay with the collector: they are
+library calls in any case, and it adds them up in place, one triangle of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.func import functionalize
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_aggregate
+
+from fxkfac.curvature.parts import EAGER, Part, Values, first_line, nodes_in, part_of
+from fxkfac.errors import OptionError
+from fxkfac.graph.capture import quietly
+from fxkfac.graph.normal import Input, detached
+from fxkfac.graph.program import Tapped
+from fxkfac.graph.tap import Taps
+
+
+class Kind(NamedTuple):
+    """A tensor without its values."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @staticmethod
+    def of(t: Tensor) -> Kind:
+        """That of a tensor."""
+        return Kind(t.shape, t.stride(), t.dtype, t.device)
+
+    def empty(self) -> Tensor:
+        """One of this kind."""
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
+
+    def shape_only(self) -> Tensor:
+        """One of this shape, dtype and device that takes no memory."""
+        return torch.zeros((), dtype=self.dtype, device=self.device).expand(self.shape)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A tapped graph for one shape of batch. What is nested has names in the place of tensors.
+
+    Attributes:
+        arguments: A vector, a cotangent; then parameters, buffers and data, as the graph has them.
+        forward: From parameters and data to the prediction, inputs, and what is read later.
+        backward: From a vector to the gradients at the taps.
+        gradient: From a cotangent to the gradients of parameters.
+        prediction: The prediction.
+        inputs: The input of every use, by its position.
+        taps: The gradients at the taps at which one arrives.
+        wanted: Gradients of parameters; `None` where the prediction does not depend on one.
+        later: What is read when something is sent back.
+        outputs: For every use, what has the shape of its op's output.
+        layout: How vectors are in memory.
+    """
+
+    arguments: tuple[str, ...]
+    forward: Part
+    backward: Part
+    gradient: Part
+    prediction: str
+    inputs: Mapping[int, Any]
+    taps: Mapping[int, str]
+    wanted: tuple[str | None, ...]
+    later: tuple[str, ...]
+    outputs: tuple[Tensor, ...]
+    layout: Kind
+
+    def run(self, tensors: Iterable[Tensor]) -> Values:
+        """Run forwards on parameters, buffers and data."""
+        return self.forward(dict(zip(self.arguments[2:], tensors, strict=True)))
+
+    def input(self, values: Values, use: int) -> Input:
+        """The input of a use."""
+        return map_aggregate(self.inputs[use], lambda n: values[n] if isinstance(n, str) else n)
+
+    def read_later(self, values: Values) -> Values:
+        """Those of the values that are needed to send something back."""
+        return {name: values[name] for name in self.later}
+
+    def send_back(self, values: Values, vector: Tensor) -> dict[int, Tensor]:
+        """The gradients that arrive at the taps."""
+        found = self.backward({**values, self.arguments[0]: self._laid_out(vector)})
+        return {place: found[name] for place, name in self.taps.items()}
+
+    def gradients(self, values: Values, cotangent: Tensor) -> list[Tensor | None]:
+        """The gradients of parameters."""
+        found = self.gradient({**values, self.arguments[1]: self._laid_out(cotangent)})
+        return [name if name is None else found[name] for name in self.wanted]
+
+    def _laid_out(self, vector: Tensor) -> Tensor:
+        """A vector in the layout for which the graph was compiled."""
+        if Kind.of(vector) == self.layout:
+            return vector
+        return self.layout.empty().copy_(vector)
+
+
+@lru_cache(maxsize=32)  # the same for every batch of one shape
+def compiled(tapped: Tapped, kinds: tuple[Kind, ...], wanted: tuple[int, ...] = ()) -> Compiled:
+    """The compiled graph for parameters, buffers and data of these kinds.
+
+    Args:
+        tapped: The graph.
+        kinds: Shapes, layouts and dtypes of its arguments.
+        wanted: Which of these ask for gradients, by position.
+
+    Raises:
+        OptionError: The graph cannot be traced.
+    """
+    try:
+        joint, layout, outputs = _joint(tapped, kinds, wanted)
+    except Exception as error:  # whatever ops say when they meet tensors without values
+        raise OptionError(
+            "backend='inductor' cannot trace this graph without the values of its tensors, on "
+            f"which something in it may depend: {first_line(error)} {EAGER}"
+        ) from error
+    results: Any = joint.graph.output_node().args[0]
+    vector, cotangent, *_ = arguments = [n for n in joint.graph.nodes if n.op == "placeholder"]
+    backward = part_of(joint, results["taps"], _reached(vector))
+    gradient = part_of(joint, results["wanted"], _reached(cotangent))
+    first = set(joint.graph.nodes) - _reached(vector) - _reached(cotangent)
+    sent_back = {n.name for n in nodes_in([results["taps"], results["wanted"]])}
+    reads = {*backward.reads, *gradient.reads, *sent_back}
+    later = [n for n in joint.graph.nodes if n in first and n.name in reads]
+    outcome = [results["prediction"], results["inputs"], later]
+    names: Any = map_aggregate(results, lambda n: n.name if isinstance(n, Node) else n)
+    return Compiled(
+        arguments=tuple(n.name for n in arguments),
+        forward=part_of(joint, outcome, first),
+        backward=backward,
+        gradient=gradient,
+        later=tuple(n.name for n in later),
+        outputs=tuple(outputs[use.tap].shape_only() for use in tapped.uses),
+        layout=layout,
+        **names,
+    )
+
+
+def _joint(
+    tapped: Tapped, kinds: tuple[Kind, ...], wanted: tuple[int, ...]
+) -> tuple[GraphModule, Kind, dict[int, Kind]]:
+    """Forward and backward pass as one graph; of what kind are the prediction and all outputs."""
+    outputs: dict[int, Kind] = {}
+
+    def joint(vector: Tensor, cotangent: Tensor, *arguments: Tensor) -> dict[str, Any]:
+        asked = [t.detach().requires_grad_(k in wanted) for k, t in enumerate(arguments)]
+        taps = Taps()
+        f = tapped.module(taps, *asked)
+        outputs.update({k: Kind.of(y) for k, y in taps.outputs.items()})
+        arriving = _gradients(f, list(taps.outputs.values()), vector)
+        return {
+            "prediction": f.detach(),
+            "inputs": {k: detached(x) for k, x in taps.inputs.items()},
+            "taps": {k: g for k, g in zip(taps.outputs, arriving, strict=True) if g is not None},
+            "wanted": _gradients(f, [asked[k] for k in wanted], cotangent),
+        }
+
+    # Without values, nothing of the graph can depend on them unnoticed.
+    with quietly(), FakeTensorMode(allow_non_fake_inputs=True):
+        arguments = [kind.empty() for kind in kinds]
+        f = tapped.module(Taps(), *arguments).detach()
+        arguments = [torch.empty_like(f), torch.empty_like(f), *arguments]
+        recorded = make_fx(joint)(*arguments)
+        # A part may only run by itself if nothing writes into what another one reads.
+        module = make_fx(functionalize(recorded, remove="mutations"))(*arguments)
+    for node in module.graph.nodes:
+        if node.target is torch.ops.aten.detach.default:
+            node.replace_all_uses_with(node.args[0])
+    return module, Kind.of(arguments[0]), outputs
+
+
+def _gradients(f: Tensor, at: list[Tensor], vector: Tensor) -> tuple[Tensor | None, ...]:
+    """Those of ⟨vector, f⟩; `None` where f does not depend on a tensor."""
+    if not at or not f.requires_grad:
+        return (None,) * len(at)
+    return torch.autograd.grad(f, at, vector, retain_graph=True, allow_unused=True)
+
+
+def _reached(start: Node) -> set[Node]:
+    """A node and all that are computed from it."""
+    found = {start}
+    for node in start.graph.nodes:
+        if not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found

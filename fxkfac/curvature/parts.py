@@ -1,0 +1,132 @@
+"""A part of a graph by itself, compiled by inductor."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_aggregate
+
+from fxkfac.errors import FxkfacError
+from fxkfac.graph.capture import quietly
+
+EAGER = "Use backend='eager'."
+# Dropout draws what it draws without compilation.
+OPTIONS: dict[str, Any] = {"fallback_random": True}
+
+Values = Mapping[str, Tensor]  # of the joint graph's nodes, by their names
+
+
+@dataclass
+class Part:
+    """A part of the joint graph, which is compiled when it first runs.
+
+    Attributes:
+        reads: What it is given.
+        gives: What it returns.
+        module: Its graph.
+    """
+
+    reads: tuple[str, ...]
+    gives: tuple[str, ...]
+    module: GraphModule
+    _code: Callable[..., Sequence[Tensor]] | None = None
+
+    def __call__(self, values: Values) -> Values:
+        """These values and those that it gives."""
+        if not self.gives:
+            return values
+        given = [values[name] for name in self.reads]
+        with torch.no_grad():
+            if self._code is None:
+                self._code = _code(self.module, given)
+            return {**values, **dict(zip(self.gives, self._code(*given), strict=True))}
+
+
+def nodes_in(nested: Any) -> list[Node]:
+    """All nodes of something nested, each one once."""
+    found: dict[Node, None] = {}
+    map_aggregate(nested, lambda n: found.setdefault(n) if isinstance(n, Node) else None)
+    return list(found)
+
+
+def part_of(joint: GraphModule, results: Any, inside: set[Node]) -> Part:
+    """What computes results from values that are there before.
+
+    Args:
+        joint: The graph.
+        results: Nodes, nested in whatever way.
+        inside: What the part may compute; beside these only views of what it is given.
+    """
+    given = [n for n in nodes_in(results) if n in inside and n.op != "placeholder"]
+    needed, reads, open_ = set(), set(), list(given)
+    while open_:
+        node = open_.pop()
+        if node in needed or node in reads:
+            continue
+        if node.op != "placeholder" and (node in inside or node.op == "get_attr" or _is_view(node)):
+            needed.add(node)
+            open_ += node.all_input_nodes
+        else:
+            reads.add(node)
+    order = [n for n in joint.graph.nodes if n in reads]
+    module = _extract(joint, order, needed, given)
+    return Part(tuple(n.name for n in order), tuple(n.name for n in given), module)
+
+
+def _extract(
+    joint: GraphModule, reads: list[Node], needed: set[Node], given: list[Node]
+) -> GraphModule:
+    graph = Graph()
+    copies = {node: graph.placeholder(node.name) for node in reads}
+    for node in joint.graph.nodes:
+        if node in needed:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(tuple(copies[node] for node in given))
+    return GraphModule(joint, graph)
+
+
+def _is_view(node: Node) -> bool:
+    if node.target is operator.getitem:
+        return _is_view(node.all_input_nodes[0])
+    return isinstance(node.target, OpOverload) and node.target.is_view
+
+
+def _code(module: GraphModule, given: list[Tensor]) -> Callable[..., Sequence[Tensor]]:
+    """What inductor makes of a graph.
+
+    `torch.compile` would check at every call that shapes are those of the trace; they are, here.
+
+    Raises:
+        FxkfacError: There is no compiler, or inductor fails.
+    """
+    import torch._inductor  # takes seconds, and is not needed by default
+
+    try:
+        with quietly(), torch.no_grad():
+            return torch._inductor.compile(module, list(given), options=OPTIONS)
+    except Exception as error:
+        raise _not_compiled(error) from error
+
+
+def _not_compiled(error: Exception) -> FxkfacError:
+    """What to do about it."""
+    text = f"{type(error).__name__} {error}"
+    if "InvalidCxxCompiler" in text:
+        return FxkfacError(
+            "backend='inductor' found no C++ compiler. Install one (`apt install g++`, or "
+            "`xcode-select --install`), or name it by the environment variable CXX; or use "
+            "backend='eager'."
+        )
+    return FxkfacError(f"backend='inductor' cannot compile: {first_line(error)} {EAGER}")
+
+
+def first_line(error: Exception) -> str:
+    """What an error of torch's says before it goes into details."""
+    return f"{type(error).__name__} {error}".split("\n")[0].rstrip(".") + "."

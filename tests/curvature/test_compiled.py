@@ -1,0 +1,155 @@
+"""Compiled forward and backward passes come to what autograd comes to, step by step."""
+
+import os
+import shutil
+
+import pytest
+import torch
+import zoo_functional  # noqa: F401 - registers its entries
+import zoo_wide  # noqa: F401 - likewise
+from benchmarks.models import GPT
+from drawn import classes, generator, rand, seeded
+from torch import nn
+from zoo import ZOO
+
+import fxkfac
+from fxkfac.curvature import parts
+from fxkfac.errors import FxkfacError, OptionError
+
+has_compiler = any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
+needs_compiler = pytest.mark.skipif(not has_compiler, reason="inductor needs a C++ compiler")
+
+CE = nn.CrossEntropyLoss()
+FLAVOURS = (
+    {"fisher": "mc"},
+    {"fisher": "type-2", "sharing": "reduce"},
+    {"fisher": "empirical", "separate_weight_and_bias": True},
+)
+
+
+def assert_close(found, expected, digits):
+    scale = max(expected.abs().max().item(), 1e-12)
+    torch.testing.assert_close(found, expected, rtol=0, atol=digits * scale)
+
+
+def assert_same(a, b, digits):
+    assert list(a) == list(b)
+    for name, block in a.items():
+        if not isinstance(block, fxkfac.Block):
+            assert_close(block.dense(), b[name].dense(), digits)
+            continue
+        for mine, other in zip(block.terms, b[name].terms, strict=True):
+            assert_close(mine.A, other.A, digits)
+            assert_close(mine.B, other.B, digits)
+
+
+def compare(program, loss, data, digits, flavours=FLAVOURS):
+    """Both backends from the same random state, which dropout and labels are drawn from."""
+    for options in flavours:
+        found, expected = (
+            fxkfac.kfac(program, loss, data, generator=generator(), backend=b, **options)
+            for b in ("inductor", "eager")
+        )
+        assert_same(found, expected, digits)
+    found, expected = (
+        fxkfac.step(program, loss, data, generator=generator(), backend=b)
+        for b in ("inductor", "eager")
+    )
+    assert_same(found.factors, expected.factors, digits)
+    assert_close(found.loss, expected.loss, digits)
+    for name, g in expected.gradients.items():
+        assert_close(found.gradients[name], g, digits)
+
+
+SOME = {"dropout_train", "batch_norm_train", "layer_norm", "unused_parameter", "lora", "rms_norm"}
+SOME |= {"shared_storage", "rnn_module", "embedding_padding", "attention_weights", "conv_groups"}
+SOME |= {"conv_circular", "transposed_conv_2d", "laplacian", "custom_function", "switched"}
+LACKING = {"packed_lstm", "packed_gru", "packed_projected", "expert_choice", "loop_over_data"}
+RIGHT = [n for n, e in ZOO.items() if e.expected == "right" and n not in LACKING]
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in SOME else pytest.param(n, marks=pytest.mark.slow) for n in RIGHT]
+)
+def test_a_graph_that_is_cut_at_the_prediction(name, monkeypatch):
+    """The parts themselves, run as they are: compiling all of them takes too long."""
+    monkeypatch.setattr(parts, "_code", lambda module, given: module)
+    entry = ZOO[name]
+    program = entry.trace(*entry.build(), 4)
+    flavours = [o for o in FLAVOURS if entry.reduce or "sharing" not in o]
+    compare(program, entry.loss, [entry.data(4), entry.data(3)], 1e-10, flavours)
+
+
+@needs_compiler
+def test_linear_layers_dropout_and_batches_of_two_sizes():
+    model = seeded(lambda: nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Dropout(), nn.Linear(4, 3)))
+    model, x = model.float(), rand(9, 5).float()
+    program = fxkfac.trace(model, x)
+    state = torch.get_rng_state()
+    compare(program, CE, [(x[:5], classes(5)), (x[5:], classes(4)), (x[:5], classes(5))], 1e-5)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@needs_compiler
+def test_convolutions():
+    def make():
+        first, second = nn.Conv2d(4, 6, 3, padding=1), nn.Conv2d(6, 4, 3, stride=2, groups=2)
+        return nn.Sequential(first, nn.ReLU(), second, nn.Flatten(), nn.Linear(16, 3))
+
+    x = rand(4, 4, 6, 6)
+    compare(fxkfac.trace(seeded(make), x), CE, (x, classes(4)), 1e-10)
+
+
+@needs_compiler
+def test_attention_with_padding():
+    """Padding that ignored targets show, and that a mask shows."""
+    model, tokens, targets = seeded(lambda: GPT(1, 8, 2, 6, 7)), classes(4, 6, C=7), classes(4, 6)
+    program, ignoring = fxkfac.trace(model, tokens), targets.clone()
+    ignoring[1, 4:] = -100
+    compare(program, CE, (tokens, targets), 1e-10)
+    compare(program, CE, (tokens, ignoring), 1e-10, FLAVOURS[:1])
+    real = torch.arange(6).expand(4, 6) < 5
+    options = {"fisher": "empirical", "mask": lambda x, y: real}
+    compare(program, CE, (tokens, targets), 1e-10, [options])
+
+
+@needs_compiler
+def test_other_parameters_and_their_layout():
+    params = {"W": rand(3, 5)}
+    x, loss = rand(4, 5), nn.MSELoss()
+    program = fxkfac.trace(lambda p, x: torch.tanh(x @ p["W"].T), x, params)
+    for other in ({"W": rand(3, 5, seed=1)}, {"W": rand(5, 3, seed=2).T}):
+        found, expected = (
+            fxkfac.kfac(program, loss, (x, rand(4, 3)), other, backend=b)
+            for b in ("inductor", "eager")
+        )
+        assert_same(found, expected, 1e-10)
+
+
+def small():
+    x = rand(4, 5)
+    return fxkfac.trace(seeded(lambda: nn.Sequential(nn.Linear(5, 3), nn.Tanh())), x), x
+
+
+def test_no_compiler(monkeypatch):
+    """Inductor looks for one before anything that it compiled before is used."""
+    inductor = pytest.importorskip("torch._inductor.config")
+    monkeypatch.setattr(inductor.cpp, "cxx", ("no-such-compiler",))
+    monkeypatch.setattr(inductor, "force_disable_caches", True)
+    program, x = small()
+    with pytest.raises(FxkfacError, match="C\\+\\+ compiler"):
+        fxkfac.kfac(program, CE, (x, classes(4)), backend="inductor")
+
+
+def test_no_such_backend():
+    program, x = small()
+    with pytest.raises(OptionError, match="backend='jit'"):
+        fxkfac.kfac(program, CE, (x, classes(4)), backend="jit")
+
+
+def test_what_depends_on_values_is_refused():
+    """Lengths of packed sequences are checked whenever the graph runs."""
+    entry = ZOO["packed_lstm"]
+    program = entry.trace(*entry.build(), 4)
+    with pytest.raises(OptionError, match="backend='eager'"):
+        fxkfac.kfac(program, entry.loss, entry.data(4), backend="inductor")
