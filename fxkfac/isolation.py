@@ -26,6 +26,11 @@ def own_randomness(seed: int | None = None) -> Iterator[None]:
         yield
 
 
+def is_finite(t: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor Inf: its sum tells, unless that alone overflows."""
+    return bool(t.sum().isfinite()) or bool(t.isfinite().all())
+
+
 @contextmanager
 def in_place_of(tensors: Mapping[int, Tensor], module: nn.Module) -> Iterator[None]:
     """Put tensors in the place of a module's own, by these ones' `id`, and put all back after.

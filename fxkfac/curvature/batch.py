@@ -25,7 +25,7 @@ from fxkfac.errors import DataError, NonFiniteError
 from fxkfac.functional import Params
 from fxkfac.graph.program import Program, Run
 from fxkfac.graph.structure import EXACT
-from fxkfac.isolation import own_randomness
+from fxkfac.isolation import is_finite, own_randomness
 
 
 @dataclass
@@ -162,7 +162,7 @@ def _named(number: int) -> Iterator[None]:
 
 
 def _require_finite_prediction(prediction: Tensor, number: int) -> None:
-    if not torch.isfinite(prediction).all():
+    if not is_finite(prediction):
         raise NonFiniteError(
             f"the prediction for batch {number} holds NaN or Inf; expected finite numbers. "
             "Look at the parameters, or at the data of this batch."

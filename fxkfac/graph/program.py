@@ -22,7 +22,7 @@ from fxkfac.graph.structure import Choice, Structures
 from fxkfac.graph.table import program_table
 from fxkfac.graph.tap import Sink, Taps
 from fxkfac.graph.verify import FlatModel, is_model
-from fxkfac.isolation import full_precision
+from fxkfac.isolation import full_precision, is_finite
 
 if TYPE_CHECKING:
     import networkx
@@ -235,7 +235,7 @@ def _mode(bound: FunctionalModel) -> Hashable:
 
 def _require_finite(tensors: list[Tensor]) -> None:
     for k, t in enumerate(tensors):
-        if t.is_floating_point() and not torch.isfinite(t).all():
+        if t.is_floating_point() and not is_finite(t):
             bad = int((~torch.isfinite(t)).sum())
             raise DataError(
                 f"input tensor {k} of shape {tuple(t.shape)} holds {bad} values that are NaN or "

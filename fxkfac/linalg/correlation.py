@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 
 WEIGHT_GRADIENTS = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}
 
-BLOCK = 256  # channels: more of them in one call take longer than several calls,
-FEWEST = 64  # and fewer take longer than matrix products
+FEWEST = 64  # channels: fewer take longer than matrix products,
+BLOCK = 400  # and more in one call take longer than several calls;
+MULTIPLE = 16  # those of one cache line are best kept together
+COPIED = 2**20  # numbers that are copied at once
 IMAGE = 32  # rows that are taken for the positions of one image
 
 
@@ -63,12 +65,24 @@ def add_by_channels(
     if group > 1:
         total += correlation(image, image, ones, ones, group)[0]
         return
-    parts = image.split(BLOCK, dim=1)
-    for i, part in enumerate(parts):
-        for j, other in enumerate(parts[: i + 1]):
-            rows = slice(i * BLOCK, i * BLOCK + part.shape[1])
-            columns = slice(j * BLOCK, j * BLOCK + other.shape[1])
-            total[0, rows, columns] += correlation(part, other, ones, ones)[0, 0]
+    channels = image.shape[1]
+    blocks = -(-channels // BLOCK)
+    width = -(-channels // (blocks * MULTIPLE)) * MULTIPLE
+    # No more than the total has, but enough that adding to it does not count.
+    size = max(1, max(COPIED, 2 * channels**2) // image[0].numel())
+    for some in image.split(size if blocks > 1 else len(image)):
+        parts = [_dense(part, like=some) for part in some.split(width, dim=1)]
+        for i, part in enumerate(parts):
+            for j, other in enumerate(parts[: i + 1]):
+                rows, columns = (slice(k * width, (k + 1) * width) for k in (i, j))
+                total[0, rows, columns] += correlation(part, other, ones, ones)[0, 0]
+
+
+def _dense(part: Tensor, like: Tensor) -> Tensor:
+    """In the order of axes that it is cut out of."""
+    if like.ndim == 4 and like.is_contiguous(memory_format=torch.channels_last):
+        return part.contiguous(memory_format=torch.channels_last)
+    return part.contiguous()
 
 
 def as_images(rows: Float[Tensor, "rows d"]) -> Float[Tensor, "images d positions 1"]:
