@@ -18,6 +18,7 @@ WEIGHT_GRADIENTS = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}
 FEWEST = 64  # channels: fewer take longer than matrix products,
 BLOCK = 400  # and more in one call take longer than several calls;
 MULTIPLE = 16  # those of one cache line are best kept together
+LEAST = 2**17  # numbers: with fewer of them, what a call takes in any case counts
 COPIED = 2**20  # numbers that are copied at once
 IMAGE = 32  # rows that are taken for the positions of one image
 
@@ -46,12 +47,12 @@ def correlation(
 
 
 def is_faster(x: Tensor, channels: int) -> bool:
-    """Whether convolutions outrun matrix products, for so many channels.
+    """Whether convolutions outrun matrix products, for numbers of so many channels.
 
     On a CPU they have kernels for all of its instructions, which BLAS has for some makes alone: on
     an AMD with AVX-512 they take half of the time.
     """
-    if channels < FEWEST:
+    if channels < FEWEST or x.numel() < LEAST:
         return False
     on = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
     return on and x.device.type == "cpu" and x.dtype == torch.float32
