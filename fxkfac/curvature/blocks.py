@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 class Kronecker:
     """One Kronecker product A ⊗ B of a block, and where its entries are.
 
+    A and B are those that the factors hold, and equal inputs have one A: copy before changing one.
+
     Attributes:
         A: Input-based factor R Σ x̃ x̃ᵀ, of shape (in, in); (group, in, in) for several groups;
             (in,), its diagonal, for an embedding.

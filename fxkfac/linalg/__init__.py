@@ -10,7 +10,7 @@ from fxkfac.linalg.kronecker import (
     require_positive,
     require_regular,
 )
-from fxkfac.linalg.patches import add_patch_gram, patch_gram
+from fxkfac.linalg.patches import add_patch_gram
 from fxkfac.linalg.windows import Windows, patch_sums
 
 __all__ = [
@@ -23,7 +23,6 @@ __all__ = [
     "kronecker_solve",
     "kronecker_sum_solve",
     "mirrored",
-    "patch_gram",
     "patch_sums",
     "require_positive",
     "require_regular",

@@ -14,20 +14,12 @@ from einops import rearrange
 from torch import Tensor
 
 from fxkfac.linalg.correlation import add_by_channels, is_faster
-from fxkfac.linalg.gram import CALL, COPY, READ, add_gram, add_rows, chunk_numel, mirrored, triangle
+from fxkfac.linalg.gram import CALL, COPY, READ, add_gram, add_rows, chunk_numel, triangle
 from fxkfac.linalg.shifts import add_shifted, shifted_cost
-from fxkfac.linalg.windows import Axis, Windows, patch_sums, patches, subsampled
+from fxkfac.linalg.windows import Axis, Windows, patches, subsampled
 
 if TYPE_CHECKING:
     from jaxtyping import Float
-
-
-def patch_gram(
-    image: Float[Tensor, "batch channels *space"], windows: Windows
-) -> tuple[Float[Tensor, "group d d"], Float[Tensor, "group d"]]:
-    """Σ patch patchᵀ and Σ patch over all data and places; exactly symmetric."""
-    total = mirrored(add_patch_gram(None, image, windows))
-    return total, patch_sums(image.sum(0, keepdim=True, dtype=total.dtype), windows)[0]
 
 
 def add_patch_gram(

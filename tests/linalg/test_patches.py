@@ -15,7 +15,7 @@ from fxkfac.graph.form import Patches
 from fxkfac.graph.normal import unfold
 from fxkfac.linalg import gram, patches
 from fxkfac.linalg.gram import mirrored
-from fxkfac.linalg.patches import add_patch_gram, patch_gram
+from fxkfac.linalg.patches import add_patch_gram
 from fxkfac.linalg.windows import Windows, patch_sums
 
 WAYS = st.sampled_from(["chosen", "shifts", "patches"])
@@ -23,6 +23,12 @@ WAYS = st.sampled_from(["chosen", "shifts", "patches"])
 
 def rand(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(0))
+
+
+def patch_gram(image: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
+    """Σ patch patchᵀ and Σ patch over all data and places."""
+    total = mirrored(add_patch_gram(None, image, windows))
+    return total, patch_sums(image.sum(0, keepdim=True, dtype=total.dtype), windows)[0]
 
 
 def rows(image: Tensor, windows: Windows) -> Tensor:
