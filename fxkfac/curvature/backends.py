@@ -34,6 +34,25 @@ class Differentiable(Protocol):
 
 
 @dataclass(frozen=True)
+class Forward:
+    """What a batch is run with.
+
+    Attributes:
+        state: Parameters and buffers.
+        tensors: The data.
+        wanted: Names of the parameters that ask for gradients.
+        collector: What receives the taps.
+    """
+
+    program: Program
+    tapped: Tapped
+    state: Mapping[str, Tensor]
+    tensors: list[Tensor]
+    wanted: Sequence[str]
+    collector: Collector
+
+
+@dataclass(frozen=True)
 class _Eager:
     run: Run
     collector: Collector
@@ -49,17 +68,11 @@ class _Eager:
         return torch.autograd.grad(f, leaves, cotangent, allow_unused=True)
 
 
-def _eager(
-    program: Program,
-    tapped: Tapped,
-    state: Mapping[str, Tensor],
-    tensors: list[Tensor],
-    wanted: Sequence[str],
-    collector: Collector,
-) -> Differentiable:
-    leaves = {name: state[name].detach().requires_grad_() for name in wanted}
-    run = program.run_graph(tapped, tensors, {**state, **leaves}, collector)
-    return _Eager(run, collector, leaves)
+def _eager(batch: Forward) -> Differentiable:
+    leaves = {name: batch.state[name].detach().requires_grad_() for name in batch.wanted}
+    state = {**batch.state, **leaves}
+    run = batch.program.run_graph(batch.tapped, batch.tensors, state, batch.collector)
+    return _Eager(run, batch.collector, leaves)
 
 
 @dataclass(frozen=True)
@@ -79,27 +92,19 @@ class _Compiled:
         return self.code.gradients(self.values, cotangent)
 
 
-def _inductor(
-    program: Program,
-    tapped: Tapped,
-    state: Mapping[str, Tensor],
-    tensors: list[Tensor],
-    wanted: Sequence[str],
-    collector: Collector,
-) -> Differentiable:
-    arguments, names = [*state.values(), *tensors], list(state)
-    places = tuple(names.index(name) for name in wanted)
-    code = compiled(tapped, tuple(map(Kind.of, arguments)), places)
+def _inductor(batch: Forward) -> Differentiable:
+    arguments, names = [*batch.state.values(), *batch.tensors], list(batch.state)
+    places = tuple(names.index(name) for name in batch.wanted)
+    code = compiled(batch.tapped, tuple(map(Kind.of, arguments)), places)
     values = code.run(arguments)
     for use, output in enumerate(code.outputs):
-        collector.input(use, code.input(values, use), output)
-    run = Run(tapped, values[code.prediction], program.signature.batch_size(tensors))
-    return _Compiled(run, collector, code, code.read_later(values))
+        batch.collector.input(use, code.input(values, use), output)
+    n = batch.program.signature.batch_size(batch.tensors)
+    run = Run(batch.tapped, values[code.prediction], n)
+    return _Compiled(run, batch.collector, code, code.read_later(values))
 
 
-Backend = Callable[
-    [Program, Tapped, Mapping[str, Tensor], list[Tensor], Sequence[str], Collector], Differentiable
-]
+Backend = Callable[[Forward], Differentiable]
 BACKENDS: dict[str, Backend] = {"eager": _eager, "inductor": _inductor}
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Generator, Tensor
 
 from fxkfac.curvature.accumulated import Accumulated
-from fxkfac.curvature.backends import Backend, Differentiable, backend_of
+from fxkfac.curvature.backends import Backend, Differentiable, Forward, backend_of
 from fxkfac.curvature.backpropagation import BY_POSITION, backpropagated_vectors
 from fxkfac.curvature.collect import Collector
 from fxkfac.curvature.diagonal import gradient_moments, positions_in_datum
@@ -96,10 +96,7 @@ class Pass:
         with _named(number):
             tapped, tensors = self.program.at(inputs)
         schedule = schedule_of(
-            self.program,
-            tapped,
-            tuple(settings.structures.items()),
-            settings.separate_weight_and_bias,
+            self.program, tapped, settings.structures, settings.separate_weight_and_bias
         )
         n = self.program.signature.batch_size(tensors)
         given = None if self.mask is None else read_mask(self.mask, inputs, targets, n)
@@ -107,7 +104,9 @@ class Pass:
         hold = self.mask is None and likelihood.ignores(targets)
         collector = Collector(schedule, settings, padding, hold, bool(self.wanted))
         with _named(number):
-            ran = self._forward(self.program, tapped, self.state, tensors, self.wanted, collector)
+            ran = self._forward(
+                Forward(self.program, tapped, self.state, tensors, self.wanted, collector)
+            )
         run, prediction = ran.run, ran.run.prediction.detach()
         _require_finite_prediction(prediction, number)
         likelihood.validate(prediction, targets)

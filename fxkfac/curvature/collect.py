@@ -41,7 +41,7 @@ Key = TypeVar("Key")
 Part = TypeVar("Part")
 
 
-class Parts(Generic[Key, Part]):
+class Awaited(Generic[Key, Part]):
     """What several uses give together: complete when each has given its part."""
 
     def __init__(self) -> None:
@@ -112,9 +112,9 @@ class Collector:
         if not self.hold:
             self.inputs = [self.inputs[k] for k in self.schedule.same_input]
         self.outputs = [Moment() for _ in self.schedule.terms]
-        self._means: Parts[int, tuple[Tensor, Tensor]] = Parts()
-        self._sums: Parts[int, Tensor] = Parts()
-        self._gradients: Parts[str, tuple[Use, Tensor]] = Parts()
+        self._means: Awaited[int, tuple[Tensor, Tensor]] = Awaited()
+        self._sums: Awaited[int, Tensor] = Awaited()
+        self._gradients: Awaited[str, tuple[Use, Tensor]] = Awaited()
 
     # --- what the tapped graph hands over ---
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -114,9 +113,8 @@ class Compiled:
         return self.layout.empty().copy_(vector)
 
 
-@lru_cache(maxsize=32)  # the same for every batch of one shape
 def compiled(tapped: Tapped, kinds: tuple[Kind, ...], wanted: tuple[int, ...] = ()) -> Compiled:
-    """The compiled graph for parameters, buffers and data of these kinds.
+    """The compiled graph for parameters, buffers and data of these kinds; once for each shape.
 
     Args:
         tapped: The graph.
@@ -126,6 +124,14 @@ def compiled(tapped: Tapped, kinds: tuple[Kind, ...], wanted: tuple[int, ...] = 
     Raises:
         OptionError: The graph cannot be traced.
     """
+    key = ("compiled", kinds, wanted)
+    if key not in tapped.memo:
+        tapped.memo[key] = _compiled(tapped, kinds, wanted)
+    found: Compiled = tapped.memo[key]
+    return found
+
+
+def _compiled(tapped: Tapped, kinds: tuple[Kind, ...], wanted: tuple[int, ...]) -> Compiled:
     try:
         joint, layout, outputs = _joint(tapped, kinds, wanted)
     except Exception as error:  # whatever ops say when they meet tensors without values

@@ -31,7 +31,7 @@ def input_image(use: Use, x: Input) -> Image | None:
     form = use.form
     if not isinstance(form.prepare, Patches) or form.scale != 1.0 or not isinstance(x, Tensor):
         return None
-    return _image(form, x, form.x, form.prepare, None)
+    return _image(form, x, form.x, form.d_in, form.prepare, None)
 
 
 def output_image(use: Use, g: Tensor) -> Image | None:
@@ -43,9 +43,9 @@ def output_image(use: Use, g: Tensor) -> Image | None:
     if form.routes is not None:
         return None
     if folded is not None:
-        return _image(form, g, form.y, folded.patches, folded.places)
+        return _image(form, g, form.y, form.d_out, folded.patches, folded.places)
     if isinstance(form.prepare, Patches):
-        return _image(form, g, form.y, _single(len(form.prepare.kernel)), None)
+        return _image(form, g, form.y, form.d_out, _single(len(form.prepare.kernel)), None)
     return None
 
 
@@ -62,13 +62,24 @@ def image_sums(use: Use, x: Input) -> Float[Tensor, "group batch d_in"] | None:
 
 
 def _image(
-    form: Form, t: Tensor, axes: str, patches: Patches, places: tuple[int, ...] | None
+    form: Form,
+    t: Tensor,
+    axes: str,
+    columns: list[str],
+    patches: Patches,
+    places: tuple[int, ...] | None,
 ) -> Image | None:
-    """Read the axes `n (g i) places kernel`, of which `n` may be missing, and a kernel of one."""
+    """Read the axes `n (g i) places kernel`, of which `n` may be missing, and a kernel of one.
+
+    The columns of the rows must be those of a patch: the channel, then the kernel's axes.
+    """
     tokens, d = axis_tokens(axes), len(patches.kernel)
-    own = [t for t in tokens if not t.startswith("k")]
-    leading, channels = own[: -d - 1], own[-d - 1]
-    if leading not in ([], ["n"]) or channels not in ("(g i)", "(g o)"):
+    if not columns:
+        return None
+    channel, *kernel = columns
+    own = tokens[: len(tokens) - len(kernel)]
+    leading, channels = own[: -d - 1], own[-d - 1 : len(own) - d]
+    if leading not in ([], ["n"]) or channels != [f"(g {channel})"] or tokens[len(own) :] != kernel:
         return None
     windows = Windows(
         patches.kernel,

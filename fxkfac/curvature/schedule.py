@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 
 from fxkfac.curvature.perdatum import exact_names
 from fxkfac.curvature.plan import BlockPlan, TermPlan, plan_blocks
@@ -41,18 +40,30 @@ class Schedule:
     from_graph: tuple[str, ...]
 
 
-@lru_cache(maxsize=32)  # the same for every batch that runs the same graph
 def schedule_of(
     program: Program,
     tapped: Tapped,
-    structures: tuple[tuple[str, str], ...],
+    structures: Mapping[str, str],
     separate_weight_and_bias: bool,
 ) -> Schedule:
-    """Plan the blocks of a graph, and find where each of its taps goes."""
-    apart = frozenset(name for name, kind in structures if kind != "kronecker")
+    """Plan the blocks of a graph, and find where each of its taps goes; once for all batches."""
+    key = ("schedule", tuple(structures.items()), separate_weight_and_bias)
+    if key not in tapped.memo:
+        tapped.memo[key] = _schedule(program, tapped, structures, separate_weight_and_bias)
+    found: Schedule = tapped.memo[key]
+    return found
+
+
+def _schedule(
+    program: Program,
+    tapped: Tapped,
+    structures: Mapping[str, str],
+    separate_weight_and_bias: bool,
+) -> Schedule:
+    apart = frozenset(name for name, kind in structures.items() if kind != "kronecker")
     blocks = plan_blocks(tapped.uses, separate_weight_and_bias, apart)
     terms = tuple(term for block in blocks for term in block.terms)
-    from_taps, from_graph = exact_names(program, tapped, dict(structures))
+    from_taps, from_graph = exact_names(program, tapped, structures)
     places: dict[Use, list[tuple[int, int]]] = {}
     for k, term in enumerate(terms):
         for place, use in enumerate(term.uses):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,7 @@ class Tapped:
         refusals: Front ends that were tried before, and why they did not do.
         coupled: Whether one datum's prediction depends on the others'.
         derived: For every weight that is computed from parameters, its node and shape.
+        memo: What others have made of this graph, which lives as long as it does.
     """
 
     captured: Captured
@@ -55,6 +56,7 @@ class Tapped:
     refusals: Mapping[str, str] = field(default_factory=dict)
     coupled: bool = False
     derived: Mapping[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
+    memo: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     @property
     def uncovered(self) -> tuple[str, ...]:

@@ -128,7 +128,7 @@ def about(settings: Settings, rows: list[Row]) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": settings.threads,
         "device": device,
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

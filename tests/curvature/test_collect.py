@@ -1,6 +1,7 @@
 """Sums over uses, vectors and batches: nothing is kept longer than needed, and nothing twice."""
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -118,6 +119,50 @@ def test_equal_inputs_have_one_factor():
         fxkfac.kfac(program, MSE, [data, data]),
         fxkfac.kfac(program, MSE, tuple(torch.cat([t, t]) for t in data)),
     )
+
+
+def test_equal_inputs_differ_where_only_gradients_tell_the_padding():
+    """Keys of ignored positions are seen by others, and queries are not; then A is not shared."""
+
+    def f(params, x):
+        q, k, v = (x @ params[n].T for n in "qkv")
+        return (((q @ k.mT).softmax(-1) @ v) @ params["o"].T).mT
+
+    params = {n: rand(4, 4, seed=k) for k, n in enumerate("qkvo")}
+    program, x = fxkfac.trace(f, rand(3, 5, 4), params), rand(6, 5, 4)
+    y = classes(6, 5, C=4)
+    ignored = y.clone()
+    ignored[:, :2] = -100
+    apart = [
+        fxkfac.kfac(program, CE, (x[:3], ignored[:3])),
+        fxkfac.kfac(program, CE, (x[3:], y[3:])),
+    ]
+    assert not torch.equal(apart[0]["q"].A, apart[0]["k"].A)
+    for order in ([0, 1], [1, 0]):
+        parts = [((x[:3], ignored[:3]), (x[3:], y[3:]))[k] for k in order]
+        close(fxkfac.kfac(program, CE, parts), apart[0] + apart[1])
+
+
+def test_a_model_goes_with_its_program():
+    model = seeded(mlp)
+    program = fxkfac.trace(model, rand(5, 4))
+    fxkfac.kfac(program, CE, (rand(9, 4), classes(9)))
+    gone = weakref.ref(model)
+    del model, program
+    gc.collect()
+    assert gone() is None
+
+
+def test_convolutions_are_taken_from_the_image(monkeypatch):
+    seen = []
+    add = moments.Moment.add_image
+    monkeypatch.setattr(
+        moments.Moment, "add_image", lambda m, *a: seen.append(a[0].windows.kernel) or add(m, *a)
+    )
+    model = seeded(lambda: nn.Sequential(nn.Conv2d(2, 3, 3), nn.ConvTranspose2d(3, 2, 2)))
+    x = rand(2, 2, 5, 5)
+    fxkfac.kfac(fxkfac.trace(model, x), MSE, (x, rand(2, 2, 4, 4)), fisher="empirical")
+    assert sorted(seen) == [(1, 1), (2, 2), (3, 3)]  # B and A of the first, B of the second
 
 
 class TestStep:
