@@ -139,7 +139,8 @@ def test_mini_batches_are_one_call(monkeypatch):
 
 
 def test_the_profile_shows_products_and_the_outside(capsys):
-    profile.main(["mlp", "mc", "--tiny", "--threads", "1"])
+    # All ops: which ones are the longest at this size, the rest of the machine decides.
+    profile.main(["mlp", "mc", "--tiny", "--threads", "1", "--top", "1000"])
     printed = capsys.readouterr().out
     assert "outside" in printed
     assert "aten::mm" in printed or "aten::addmm" in printed
