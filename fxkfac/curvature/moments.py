@@ -16,7 +16,7 @@ from torch import Tensor
 from fxkfac.curvature.images import Image
 from fxkfac.curvature.plan import Scales
 from fxkfac.curvature.sharing import accurate_dtype
-from fxkfac.linalg import add_gram, add_patch_gram, mirrored, patch_sums
+from fxkfac.linalg import Gram, add_gram, add_patch_gram, patch_sums
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -30,14 +30,15 @@ class Moment:
 
     Attributes:
         scales: The rest of x̃, the same for all rows.
-        total: The sum so far, (group, d, d), `None` before the first product: the lower triangle
-            of Σ x xᵀ, and room for the rest.
+        total: Room for the sum, (group, d, d), `None` before the first product.
+        gram: The part of it that is Σ x xᵀ.
         sums: Σ_rows x of the same rows, (group, d), if there is a rest.
         count: Number of all rows; (group,) where groups have rows of their own.
     """
 
     scales: Scales = ()
     total: Tensor | None = None
+    gram: Gram | None = None
     sums: Tensor | None = None
     count: int | Tensor = 0
     _waiting: list[Tensor] = field(default_factory=list)
@@ -58,7 +59,7 @@ class Moment:
         self.count = self.count + count
         groups = of.windows.groups
         size = of.image.shape[1] // groups * math.prod(of.windows.kernel)
-        add_patch_gram(self._gram(groups, size, of.image), of.image, of.windows)
+        add_patch_gram(self._room(groups, size, of.image), of.image, of.windows)
         if self.scales:
             total = of.image.sum(0, keepdim=True)
             self.sums = _plus(self.sums, patch_sums(total, of.windows)[0])
@@ -66,7 +67,11 @@ class Moment:
     def merge(self, other: Moment) -> None:
         """Add what another one has; the other one is used up."""
         self.count = self.count + other.count
-        self.total, self.sums = _plus(self.total, other.total), _plus(self.sums, other.sums)
+        if self.gram is None:
+            self.total, self.gram = other.total, other.gram
+        elif other.gram is not None:
+            self.gram.merge(other.gram)
+        self.sums = _plus(self.sums, other.sums)
         self._waiting += other._waiting
         if sum(w.shape[1] for w in self._waiting) >= ENOUGH:
             self._flush()
@@ -74,10 +79,9 @@ class Moment:
     def matrix(self) -> Float[Tensor, "group d d"] | None:
         """Σ_rows x̃ x̃ᵀ; `None` where there were no rows."""
         self._flush()
-        if self.total is None:
+        if self.total is None or self.gram is None:
             return None
-        d = self.total.shape[-1] - len(self.scales)
-        mirrored(self.total[:, :d, :d])
+        d = self.gram.matrix().shape[-1]
         if self.scales:
             c = self.total.new_tensor(self.scales)
             assert self.sums is not None
@@ -99,7 +103,8 @@ class Moment:
 
     def _diagonal(self) -> list[Tensor]:
         """Any row shows on the diagonal, which sums squares."""
-        return [] if self.total is None else [self.total.diagonal(dim1=1, dim2=2)]
+        gram = self.gram
+        return [] if gram is None or gram.is_empty else [gram.total.diagonal(dim1=1, dim2=2)]
 
     def _flush(self) -> None:
         if self._waiting:
@@ -108,17 +113,17 @@ class Moment:
             self._multiply(rows[0] if len(rows) == 1 else torch.cat(rows, dim=1))
 
     def _multiply(self, x: Tensor) -> None:
-        gram = self._gram(len(x), x.shape[-1], x)
+        gram = self._room(len(x), x.shape[-1], x)
         add_gram(gram, x.flatten(2, -2) if x.ndim > 4 else x)
         if self.scales:
             self.sums = _plus(self.sums, x.sum(tuple(range(1, x.ndim - 1))))
 
-    def _gram(self, groups: int, d: int, like: Tensor) -> Tensor:
-        """The part of the total that is Σ x xᵀ."""
-        if self.total is None:
+    def _room(self, groups: int, d: int, like: Tensor) -> Gram:
+        if self.gram is None:
             size = d + len(self.scales)
-            self.total = like.new_zeros(groups, size, size, dtype=accurate_dtype(like))
-        return self.total[:, :d, :d]
+            self.total = like.new_empty(groups, size, size, dtype=accurate_dtype(like))
+            self.gram = Gram(self.total[:, :d, :d])
+        return self.gram
 
 
 def _plus(total: Tensor | None, more: Tensor | None) -> Tensor | None:

@@ -1,7 +1,7 @@
 """Matrices without graphs: vectorisation, Kronecker products and their sums, sums over rows."""
 
 from fxkfac.linalg.flatten import cvec, rvec
-from fxkfac.linalg.gram import add_gram, mirrored
+from fxkfac.linalg.gram import Gram, add_gram
 from fxkfac.linalg.kronecker import (
     damped,
     kronecker_dense,
@@ -14,6 +14,7 @@ from fxkfac.linalg.patches import add_patch_gram
 from fxkfac.linalg.windows import Windows, patch_sums
 
 __all__ = [
+    "Gram",
     "Windows",
     "add_gram",
     "add_patch_gram",
@@ -22,7 +23,6 @@ __all__ = [
     "kronecker_dense",
     "kronecker_solve",
     "kronecker_sum_solve",
-    "mirrored",
     "patch_sums",
     "require_positive",
     "require_regular",

@@ -1,20 +1,22 @@
 """Rows x -> Σ_rows x xᵀ for every group, added in place to a total, one triangle at a time.
 
-Only the lower triangle of a total is kept up; what lies above it is anything until `mirrored`, once
-all rows are in, makes it the lower one's transpose. Rows come as the views that they are, with
-whatever strides, and are copied only where no product could read them, a chunk at a time.
+Only the lower triangle of a total is kept up; what lies above it is anything until all rows are in.
+Rows come as the views that they are, with whatever strides, and are copied only where no product
+could read them, a chunk at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from fxkfac.linalg.correlation import IMAGE, add_by_channels, as_images, is_faster
+from fxkfac.linalg.correlation import IMAGE, add_by_channels, add_part, as_images, is_faster
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -30,78 +32,121 @@ READ = 8  # for every number that a product reads
 COPY = 16  # for every number that is copied out of its order first
 CALL = 2**18  # for every product, however small
 TILE = 128  # columns that are transposed at once, for the cache as well
+FEW = 512  # rows whose whole square takes no longer than its triangle and the mirror do
 
 
-def add_gram(
-    total: Float[Tensor, "group d d"] | None, x: Float[Tensor, "group *rows d"]
-) -> Float[Tensor, "group d d"]:
-    """Add Σ_rows x xᵀ to the lower triangle of a total, in place.
+@dataclass
+class Gram:
+    """Σ_rows x xᵀ for every group, of rows that are added one after the other.
+
+    Attributes:
+        total: The lower triangle of each; it may be a part of something larger.
+        is_empty: Whether nothing was added: then the total holds anything, and is only written.
+        is_whole: Whether the upper triangle was kept up, too.
+    """
+
+    total: Float[Tensor, "group d d"]
+    is_empty: bool = True
+    is_whole: bool = True
+
+    @staticmethod
+    def of(group: int, d: int, like: Tensor) -> Gram:
+        """An empty one, in float32 or better: the dtype that products are taken in."""
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        return Gram(like.new_empty(group, d, d, dtype=dtype))
+
+    def merge(self, other: Gram) -> None:
+        """Add what another one has, which is used up."""
+        if not other.is_empty:
+            add_part(self.total, other.total, self.beta(other.is_whole))
+
+    def matrix(self) -> Float[Tensor, "group d d"]:
+        """The sum, symmetric to rounding."""
+        if self.is_empty:
+            self.total.zero_()
+        elif not self.is_whole:
+            _mirror(self.total)
+        self.is_empty, self.is_whole = False, True
+        return self.total
+
+    def beta(self, whole: bool = False) -> float:
+        """What a product multiplies the total by that comes next, with its upper triangle or not.
+
+        The total is no longer empty then.
+        """
+        beta = 0.0 if self.is_empty else 1.0
+        self.is_empty, self.is_whole = False, self.is_whole and whole
+        return beta
+
+
+def add_gram(gram: Gram, x: Float[Tensor, "group *rows d"]) -> None:
+    """Add Σ_rows x xᵀ, in place.
 
     Args:
-        total: Where to; it may be a part of something larger. `None` for a new one, which has
-            float32 or better. Products are taken in its dtype.
+        gram: Where to.
         x: Rows in one axis, or in two: (group, batch, shared, d) of any strides.
-
-    Returns:
-        The total.
     """
     if x.ndim == 3:
         x = x.unsqueeze(2)
-    group, d = len(x), x.shape[-1]
-    if total is None:
-        total = x.new_zeros(group, d, d, dtype=torch.promote_types(x.dtype, torch.float32))
+    if not x.numel():
+        return
     rows = _flat(x)
-    if rows is not None and _readable(rows, total):
-        add_rows(total, rows)
-        return total
+    if rows is not None and _readable(rows, gram.total):
+        add_rows(gram, rows)
+        return
+    d = x.shape[-1]
     # One product for every datum needs no copy, and is smaller than the datum.
-    by_datum = d < x.shape[2] and strips(d) == 1 and _readable(x, total)
+    by_datum = d < x.shape[2] and strips(d) == 1 and _readable(x, gram.total)
     for part in _chunks(x, d * d):
         if by_datum:
             datum_first = part.movedim(1, 0)  # merges with the groups of a channel axis
-            total += (datum_first.mT @ datum_first).sum(0)
+            add_part(gram.total, (datum_first.mT @ datum_first).sum(0), gram.beta(whole=True))
         else:
-            add_rows(total, _copied(part, total.dtype))
-    return total
+            add_rows(gram, _copied(part, gram.total.dtype))
 
 
-def mirrored(total: Float[Tensor, "group d d"]) -> Float[Tensor, "group d d"]:
-    """The total with its lower triangle in the place of the upper one too: exactly symmetric."""
+def _mirror(total: Float[Tensor, "group d d"]) -> None:
+    """Put the lower triangle in the place of the upper one, too."""
     d = total.shape[-1]
-    lower = torch.ones(TILE, TILE, dtype=torch.bool, device=total.device).tril_()
     for start in range(0, d, TILE):
         new = slice(start, min(start + TILE, d))
-        size = new.stop - start
-        # Dense first: a transpose is fast between dense matrices alone.
-        total[:, :start, new] = total[:, new, :start].contiguous().mT.contiguous()
-        corner = total[:, new, new].contiguous()
-        total[:, new, new] = torch.where(lower[:size, :size], corner, corner.mT)
-    return total
+        if start:
+            total[:, :start, new] = total[:, new, :start].mT
+        corner = total[:, new, new]
+        corner.copy_(torch.where(_lower(new.stop - start, total.device), corner, corner.mT))
 
 
-def add_rows(total: Float[Tensor, "group d d"], rows: Float[Tensor, "group rows d"]) -> None:
+@lru_cache(maxsize=256)  # the same for every factor
+def _lower(d: int, device: torch.device) -> Tensor:
+    return torch.ones(d, d, dtype=torch.bool, device=device).tril_()
+
+
+def add_rows(gram: Gram, rows: Float[Tensor, "group rows d"]) -> None:
     """Add the products of rows that BLAS can read as they are."""
-    group, d = len(rows), rows.shape[-1]
-    if group > 1 and strips(d) == 1:
-        total.baddbmm_(rows.mT, rows)
-        return
+    group, number, d = rows.shape
     fast = rows.stride(-1) == 1 and is_faster(rows, d)
-    if images := rows.shape[1] // IMAGE * IMAGE if fast else 0:
-        for t, x in zip(total, rows, strict=True):
-            add_by_channels(t.unsqueeze(0), as_images(x[:images]))
+    if images := number // IMAGE * IMAGE if fast else 0:
+        beta = gram.beta(whole=False)
+        for t, x in zip(gram.total, rows, strict=True):
+            add_by_channels(t.unsqueeze(0), as_images(x[:images]), beta)
         rows = rows[:, images:]
     if rows.shape[1]:
-        _add_strips(total, rows)
+        few = gram.is_empty and number <= FEW
+        whole = few or strips(d) == 1
+        _add_products(gram.total, rows, gram.beta(whole), 1 if whole else strips(d))
 
 
-def _add_strips(total: Tensor, rows: Tensor) -> None:
+def _add_products(total: Tensor, rows: Tensor, beta: float, number: int) -> None:
     """By matrix products: strips of rows, as long as the triangle has them."""
-    d = rows.shape[-1]
-    width = max(1, -(-d // strips(d)))
-    for t, x in zip(total, rows, strict=True):
+    group, _, d = rows.shape
+    if group > 1 and number == 1:
+        total.baddbmm_(rows.mT, rows, beta=beta)
+        return
+    width = max(1, -(-d // number))
+    for t, x in zip(total.unbind(), rows.unbind(), strict=True):
         for start in range(0, d, width):
             strip, end = slice(start, start + width), min(start + width, d)
-            t[strip, :end].addmm_(x[:, strip].mT, x[:, :end])
+            t[strip, :end].addmm_(x[:, strip].mT, x[:, :end], beta=beta)
 
 
 def strips(d: int) -> int:

@@ -9,12 +9,11 @@ from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING
 
-import torch
 from einops import rearrange
 from torch import Tensor
 
 from fxkfac.linalg.correlation import add_by_channels, is_faster
-from fxkfac.linalg.gram import CALL, COPY, READ, add_gram, add_rows, chunk_numel, triangle
+from fxkfac.linalg.gram import CALL, COPY, READ, Gram, add_gram, add_rows, chunk_numel, triangle
 from fxkfac.linalg.shifts import add_shifted, shifted_cost
 from fxkfac.linalg.windows import Axis, Windows, patches, subsampled
 
@@ -23,36 +22,26 @@ if TYPE_CHECKING:
 
 
 def add_patch_gram(
-    total: Float[Tensor, "group d d"] | None,
-    image: Float[Tensor, "batch channels *space"],
-    windows: Windows,
-) -> Float[Tensor, "group d d"]:
-    """Add Σ patch patchᵀ to the lower triangle of a total, in place.
+    gram: Gram, image: Float[Tensor, "batch channels *space"], windows: Windows
+) -> None:
+    """Add Σ patch patchᵀ, in place.
 
     Args:
-        total: As for `add_gram`; d is the number of a group's channels times the kernel's taps.
+        gram: Where to; its d is the number of a group's channels times the kernel's taps.
         image: What the kernel moves over, of any strides.
         windows: Where the kernel lies.
-
-    Returns:
-        The total.
     """
     group, (batch, channels) = windows.groups, image.shape[:2]
-    d = channels // group * prod(windows.kernel)
-    if total is None:
-        dtype = torch.promote_types(image.dtype, torch.float32)
-        total = image.new_zeros(group, d, d, dtype=dtype)
     image, axes = subsampled(image, windows.along(image))
     if all(a.kernel == 1 for a in axes):
         if is_faster(image, channels // group) and image.numel():
-            add_by_channels(total, image)
-            return total
-        return add_gram(total, rearrange(image, "n (g c) ... -> g n (...) c", g=group))
-    if shifts_pay(axes, batch, group, channels // group):
-        add_shifted(total, image, axes)
+            add_by_channels(gram.total, image, gram.beta())
+        else:
+            add_gram(gram, rearrange(image, "n (g c) ... -> g n (...) c", g=group))
+    elif shifts_pay(axes, batch, group, channels // group):
+        add_shifted(gram, image, axes)
     else:
-        add_patches(total, image, axes)
-    return total
+        add_patches(gram, image, axes)
 
 
 @lru_cache(maxsize=256)  # the same for every vector and every batch
@@ -71,14 +60,12 @@ def _patches_cost(axes: tuple[Axis, ...], batch: int, group: int, channels: int)
 
 
 def add_patches(
-    total: Float[Tensor, "group d d"],
-    image: Float[Tensor, "batch channels *space"],
-    axes: tuple[Axis, ...],
+    gram: Gram, image: Float[Tensor, "batch channels *space"], axes: tuple[Axis, ...]
 ) -> None:
-    """Add Σ patch patchᵀ to the lower triangle of a total, from some patches at a time."""
+    """Add Σ patch patchᵀ, from some patches at a time."""
     if not image.shape[0] or any(a.places == 0 for a in axes):
         return
-    group, d = total.shape[:2]
+    group, d = gram.total.shape[:2]
     places, taps = (" ".join(f"{a}{k}" for k in range(len(axes))) for a in "pk")
     # Positions last, so that lines of the image are copied whole.
     positions_last = f"n (g c) {places} {taps} -> g (c {taps}) (n {places})"
@@ -86,4 +73,4 @@ def add_patches(
     lines = max(1, max(chunk_numel(image.device), d**2) // line)
     for part in image.split(max(1, lines // axes[0].places)):
         for some in patches(part, axes).split(lines, dim=2):
-            add_rows(total, rearrange(some.to(total.dtype), positions_last, g=len(total)).mT)
+            add_rows(gram, rearrange(some.to(gram.total.dtype), positions_last, g=group).mT)

@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from fxkfac.linalg.correlation import correlation
-from fxkfac.linalg.gram import CALL, COPY, READ, chunk_numel
+from fxkfac.linalg.correlation import add_part, correlation, has_wide_vectors
+from fxkfac.linalg.gram import CALL, COPY, READ, Gram, chunk_numel
 from fxkfac.linalg.windows import Axis
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 
 ROWS = 4  # times as many rows as channels at least, or adding up costs as much as multiplying
+VECTOR = 8  # channels: fewer take as long
+NARROW = 2  # times as long as a product's a convolution's multiply-add takes without AVX-512
 
 
 class Run(NamedTuple):
@@ -183,12 +185,10 @@ def _terms(axis: Axis, k: int, m: int) -> dict[Run, int]:
 
 
 def add_shifted(
-    total: Float[Tensor, "group d d"],
-    image: Float[Tensor, "batch channels *space"],
-    axes: tuple[Axis, ...],
+    gram: Gram, image: Float[Tensor, "batch channels *space"], axes: tuple[Axis, ...]
 ) -> None:
-    """Add Σ patch patchᵀ to the lower triangle of a total, for windows with stride one."""
-    how, group = plan(axes), len(total)
+    """Add Σ patch patchᵀ, for windows with stride one."""
+    how, total, group = plan(axes), gram.total, len(gram.total)
     if not how.boxes or not image.numel():
         return
     channels = image.shape[1] // group
@@ -209,7 +209,7 @@ def add_shifted(
     for k, other in enumerate(how.turned):
         if other < k:
             products[k] = products[other].mT
-    _scatter(total, products, how.weights.to(total))
+    _scatter(total, products, how.weights.to(total), gram.beta())
 
 
 def _channels_last(x: Tensor) -> Tensor:
@@ -230,6 +230,7 @@ def _scatter(
     total: Float[Tensor, "group d d"],
     products: Float[Tensor, "boxes group c c"],
     weights: Float[Tensor, "pairs boxes"],
+    beta: float,
 ) -> None:
     """Add the products to the pairs of taps they are part of, a strip of channels at a time."""
     group, channels = products.shape[1:3]
@@ -240,15 +241,16 @@ def _scatter(
         part = products[:, :, start:stop, :stop]
         blocks = (weights @ part.flatten(1)).view(kernel, kernel, *part.shape[1:])
         strip = total[:, start * kernel : stop * kernel, : stop * kernel]
-        strip += rearrange(blocks, "k m g c e -> g (c k) (e m)")
+        add_part(strip, rearrange(blocks, "k m g c e -> g (c k) (e m)"), beta)
 
 
 def shifted_cost(axes: tuple[Axis, ...], batch: int, group: int, channels: int) -> float:
     """The time of `add_shifted`, in multiply-adds."""
-    how = plan(axes)
-    taken = 0
+    how, boxes = plan(axes), 0.0
+    each = (1 if has_wide_vectors() else NARROW) * -(-channels // VECTOR) * VECTOR
     for c in how.correlations:
         numel = batch * group * channels * prod(length for _, length in c.first)
-        taken += CALL + numel * (channels * prod(c.kernel) + READ + COPY)
+        boxes += CALL + numel * (each * prod(c.kernel) + READ + COPY)
+    moved = len(how.boxes) * group * channels**2 * COPY
     d = channels * prod(a.kernel for a in axes)
-    return taken + group * d**2 * (len(how.boxes) + 2 * COPY)
+    return boxes + moved + group * d**2 * (len(how.boxes) + 2 * COPY)

@@ -58,7 +58,7 @@ def shares(rows: list[Operation]) -> dict[str, float]:
 def _kind(name: str) -> str:
     if name == CALL:
         return "outside"
-    short = name.removeprefix("aten::").lstrip("_")
+    short = name.removeprefix("aten::").strip("_")
     if short in PRODUCTS or short.startswith("scaled_dot_product"):
         return "matrix products"
     convolves = name.startswith("aten::") and "conv" in short

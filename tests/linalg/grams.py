@@ -1,0 +1,31 @@
+"""Sums of products from whatever memory held before."""
+
+from __future__ import annotations
+
+from math import nan, prod
+
+from torch import Tensor
+
+from fxkfac.linalg import Gram, Windows, add_gram, add_patch_gram
+
+
+def empty(group: int, d: int, like: Tensor) -> Gram:
+    """An empty one whose memory shows in every result that reads it."""
+    return Gram(Gram.of(group, d, like).total.fill_(nan))
+
+
+def gram_of(*parts: Tensor) -> Tensor:
+    """Σ x xᵀ of all rows."""
+    gram = empty(len(parts[0]), parts[0].shape[-1], parts[0])
+    for x in parts:
+        add_gram(gram, x)
+    return gram.matrix()
+
+
+def patch_gram_of(image: Tensor, windows: Windows, times: int = 1) -> Tensor:
+    """Σ patch patchᵀ of an image, that often."""
+    d = image.shape[1] // windows.groups * prod(windows.kernel)
+    gram = empty(windows.groups, d, image)
+    for _ in range(times):
+        add_patch_gram(gram, image, windows)
+    return gram.matrix()
