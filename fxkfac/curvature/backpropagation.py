@@ -55,6 +55,7 @@ def backpropagated_vectors(
 
 # Flavours whose vectors are non-zero at one position of each datum: they must know which is whose.
 BY_POSITION = frozenset({"type-2", "type-1"})
+SAMPLED = frozenset({"mc", "curvature-propagation"})  # those with M vectors
 
 
 def require_fisher(fisher: str) -> None:
@@ -64,6 +65,11 @@ def require_fisher(fisher: str) -> None:
         hint = f"Did you mean {near[0]!r}? " if near else ""
         choices = ", ".join(map(repr, FISHERS))
         raise OptionError(f"no fisher is called {fisher!r}. {hint}Choose one of {choices}.")
+
+
+def has_several(fisher: str, mc_samples: int) -> bool:
+    """Whether a flavour has more than one vector."""
+    return fisher in BY_POSITION or (fisher in SAMPLED and mc_samples > 1)
 
 
 @dataclass(frozen=True)

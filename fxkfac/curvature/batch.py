@@ -21,6 +21,7 @@ from fxkfac.curvature.likelihoods import Likelihood
 from fxkfac.curvature.padding import Mask, Padding, ignored_positions, read_mask
 from fxkfac.curvature.perdatum import zero_moment
 from fxkfac.curvature.schedule import Schedule, schedule_of
+from fxkfac.curvature.together import MEMORY, require_memory
 from fxkfac.errors import DataError, NonFiniteError
 from fxkfac.functional import Params
 from fxkfac.graph.program import Program, Run
@@ -34,6 +35,7 @@ class Pass:
 
     Attributes:
         backend: What runs the graph.
+        memory: Bytes for the gradients of vectors that go back together.
         state: Parameters and buffers.
         wanted: Names of the parameters that ask for gradients.
         total: The sums of all batches so far; a batch that fails adds nothing.
@@ -46,6 +48,7 @@ class Pass:
     mask: Mask | None
     generator: Generator
     backend: str = "eager"
+    memory: int | None = None
     total: Accumulated | None = None
     state: Mapping[str, Tensor] = field(init=False)
     wanted: tuple[str, ...] = field(init=False, default=())
@@ -53,6 +56,7 @@ class Pass:
 
     def __post_init__(self) -> None:
         self._forward = backend_of(self.backend)
+        require_memory(self.memory)
         self.state = self.program.state(self.params)
 
     def run(self, data: Iterable[tuple[Any, Any]]) -> Factors:
@@ -102,7 +106,8 @@ class Pass:
         given = None if self.mask is None else read_mask(self.mask, inputs, targets, n)
         padding = Padding(given)
         hold = self.mask is None and likelihood.ignores(targets)
-        collector = Collector(schedule, settings, padding, hold, bool(self.wanted))
+        memory = MEMORY if self.memory is None else self.memory
+        collector = Collector(schedule, settings, padding, hold, bool(self.wanted), memory)
         with _named(number):
             ran = self._forward(
                 Forward(self.program, tapped, self.state, tensors, self.wanted, collector)

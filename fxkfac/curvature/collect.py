@@ -6,14 +6,15 @@ of exact blocks until their gradients are there, and all inputs where gradients 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+from fxkfac.curvature.backpropagation import has_several
 from fxkfac.curvature.factors import Settings
 from fxkfac.curvature.images import image_sums, input_image, output_image
 from fxkfac.curvature.moments import InputSums, Moment
@@ -34,6 +35,7 @@ from fxkfac.curvature.sharing import (
     reduced_output,
     rows_kept,
 )
+from fxkfac.curvature.together import Listen, Unpack, chunks, goes_together, of_each, send_back
 from fxkfac.graph.ir import Use
 from fxkfac.graph.normal import Input, Routed, detached, normal_y
 
@@ -59,26 +61,6 @@ class Awaited(Generic[Key, Part]):
             yield self._parts.popitem()
 
 
-class Listen(torch.autograd.Function):
-    """What it is, with somebody who is told of the gradient; all paths end at the root.
-
-    The root is a number that asks for a gradient, and gets none. In its place the lowest outputs
-    would have to be leaves, and stay until the end.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, root: Tensor, y: Tensor, tell: Callable[[Tensor], None]) -> Tensor:
-        """The output as it is."""
-        ctx.tell = tell
-        return y.detach()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, None]:
-        """Tell, and hand the gradient on."""
-        ctx.tell(gradients[0])
-        return None, gradients[0], None
-
-
 @dataclass
 class Collector:
     """The sums of one batch.
@@ -87,6 +69,7 @@ class Collector:
         hold: Whether A waits for the gradients.
         keep_graph: Whether the graph is needed when all vectors have been sent back, for gradients
             of parameters.
+        memory: Bytes that the gradients of vectors which go back together may take at all taps.
         inputs: For every term, what its A is made of; one object for terms with the same.
         outputs: For every term, Σ g gᵀ.
         exact: Exact blocks from the taps.
@@ -97,11 +80,14 @@ class Collector:
     padding: Padding
     hold: bool
     keep_graph: bool
+    memory: int
     inputs: list[InputSums] = field(init=False)
     outputs: list[Moment] = field(init=False)
     exact: dict[str, Tensor] = field(default_factory=dict)
     _root: Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))
     _listens: bool = True
+    _vectors: int = 1  # that are going back
+    _bytes: int = 0  # of one vector's gradients
     _held: dict[Use, Input] = field(default_factory=dict)
     _waiting: list[tuple[Use, Input, Tensor]] = field(default_factory=list)
     _kept: dict[Use, Kept] = field(default_factory=dict)
@@ -120,7 +106,8 @@ class Collector:
 
     def output(self, place: int, y: Tensor) -> Tensor:
         """Make it a tap, and listen for its gradient."""
-        tapped: Tensor = Listen.apply(self._root, y, partial(self._take_gradient, place))
+        self._bytes += y.nbytes
+        tapped: Tensor = Listen.apply(self._root, y, partial(self._hear, place))
         return tapped
 
     def input(self, use: int, x: Input, y: Tensor) -> None:
@@ -131,14 +118,13 @@ class Collector:
     # --- what the batch does with it ---
 
     def send_back(self, prediction: Tensor, vectors: Iterable[Tensor]) -> None:
-        """Backpropagate vectors, each through the graph of the one forward pass."""
+        """Backpropagate vectors, some at a time, through the graph of the one forward pass."""
         if prediction.requires_grad:
-            for vector, is_last in _with_last(vectors):
-                retain = self.keep_graph or not is_last
-                torch.autograd.grad(
-                    prediction, self._root, vector, retain_graph=retain, allow_unused=True
-                )
-                self._finish_vector()
+            for part, is_last in chunks(vectors, self._at_once(prediction)):
+                self._vectors = len(part)
+                together = torch.stack(part) if len(part) > 1 else part[0].unsqueeze(0)
+                send_back(prediction, self._root, together, self.keep_graph or not is_last)
+                self._finish_vectors()
         self._listens = False
         self.finish()
 
@@ -146,8 +132,9 @@ class Collector:
         """In the place of backpropagation: what one vector's gradients are, at every tap."""
         with torch.no_grad():
             while arrived:  # each one is let go once B has it
-                self._take_gradient(*arrived.popitem())
-            self._finish_vector()
+                place, g = arrived.popitem()
+                self._take_gradients(place, g.unsqueeze(0))
+            self._finish_vectors()
 
     def finish(self) -> None:
         """Sum what has waited until all vectors were sent back."""
@@ -218,12 +205,31 @@ class Collector:
 
     # --- B and exact blocks ---
 
-    def _take_gradient(self, place: int, g: Tensor) -> None:
+    def _at_once(self, prediction: Tensor) -> int:
+        """How many vectors go back together."""
+        size = self.memory // max(self._bytes, 1)
+        if size < 2 or not has_several(self.settings.fisher, self.settings.mc_samples):
+            return 1
+        memo = self.schedule.tapped.memo
+        if "together" not in memo:
+            self._listens, self._vectors = False, 2
+            memo["together"] = goes_together(prediction, self._root)
+            self._listens = True
+        return size if memo["together"] else 1
+
+    def _hear(self, place: int, g: Tensor) -> None:
+        if self._vectors > 1:
+            Unpack.apply(g, partial(self._take_gradients, place), self._vectors)
+        else:
+            self._take_gradients(place, g.unsqueeze(0))
+
+    def _take_gradients(self, place: int, g: Tensor) -> None:
+        """Of all vectors that go back together, in the first axis."""
         if not self._listens:
             return
         for use in self.schedule.at_tap[place]:
             if self.hold:
-                self.padding.look(use, g)
+                self.padding.look(use, (g != 0).any(0))
             for k, _ in self.schedule.places.get(use, ()):
                 self._add_output(k, use, g)
             for name in self.schedule.exact_of.get(use, ()):
@@ -233,13 +239,16 @@ class Collector:
     def _add_output(self, k: int, use: Use, g: Tensor) -> None:
         term, kept = self.schedule.terms[k], self._kept[use]
         if term.is_bias:
-            self._add_sums(k, self._sums.add(k, bias_output(term, use, g), len(term.uses)))
+            part = of_each(partial(bias_output, term, use), g)
+            self._add_sums(k, self._sums.add(k, part, len(term.uses)))
         elif self.settings.sharing == "reduce":
-            self._add_sums(k, self._sums.add(k, reduced_output(use, g, kept), len(term.uses)))
+            part = of_each(partial(reduced_output, use, kept=kept), g)
+            self._add_sums(k, self._sums.add(k, part, len(term.uses)))
         elif (image := output_image(use, g) if kept is None else None) is not None:
             self.outputs[k].add_image(image)
         else:
-            self.outputs[k].add(expanded_output(use, g, kept))
+            rows = of_each(partial(expanded_output, use, kept=kept), g)
+            self.outputs[k].add(rows.flatten(1, 2) if rows.ndim > 4 else rows)
 
     def _add_sums(self, k: int, parts: list[Tensor]) -> None:
         """ĝ = Σ_s g over all uses of a term."""
@@ -249,18 +258,19 @@ class Collector:
     def _add_exact(self, name: str, parts: list[tuple[Use, Tensor]]) -> None:
         if not parts:
             return
-        gradients = dict(parts)
-        moment = exact_moment(
-            name,
-            self.settings.structures[name],
-            self.settings.parameters[name],
-            list(gradients),
-            self._held.__getitem__,
-            gradients.__getitem__,
-        )
-        self.exact[name] = self.exact[name] + moment if name in self.exact else moment
+        for each in zip(*(g for _, g in parts), strict=True):
+            gradients = dict(zip((use for use, _ in parts), each, strict=True))
+            moment = exact_moment(
+                name,
+                self.settings.structures[name],
+                self.settings.parameters[name],
+                list(gradients),
+                self._held.__getitem__,
+                gradients.__getitem__,
+            )
+            self.exact[name] = self.exact[name] + moment if name in self.exact else moment
 
-    def _finish_vector(self) -> None:
+    def _finish_vectors(self) -> None:
         for k, sums in self._sums.rest():
             self._add_sums(k, sums)
         for name, gradients in self._gradients.rest():
@@ -272,14 +282,3 @@ def _sum(parts: list[Tensor]) -> Tensor:
     for part in parts[1:]:
         total = total + part
     return total
-
-
-def _with_last(vectors: Iterable[Tensor]) -> Iterator[tuple[Tensor, bool]]:
-    """Each vector, and whether it is the last one."""
-    before: Tensor | None = None
-    for vector in vectors:
-        if before is not None:
-            yield before, False
-        before = vector
-    if before is not None:
-        yield before, True

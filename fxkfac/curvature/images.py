@@ -31,12 +31,13 @@ def input_image(use: Use, x: Input) -> Image | None:
     form = use.form
     if not isinstance(form.prepare, Patches) or form.scale != 1.0 or not isinstance(x, Tensor):
         return None
-    return _image(form, x, form.x, form.d_in, form.prepare, None)
+    return _image(form, x.unsqueeze(0), form.x, form.d_in, form.prepare, None)
 
 
 def output_image(use: Use, g: Tensor) -> Image | None:
-    """The same for a gradient at the output, whose windows are those of a transposed convolution.
+    """The same for gradients at the output, whose windows are those of a transposed convolution.
 
+    They are several vectors', in the first axis, which are so many images.
     Those of a convolution have length one.
     """
     form, folded = use.form, use.form.folded
@@ -69,7 +70,7 @@ def _image(
     patches: Patches,
     places: tuple[int, ...] | None,
 ) -> Image | None:
-    """Read the axes `n (g i) places kernel`, of which `n` may be missing, and a kernel of one.
+    """Read the axes `n (g i) places kernel` behind the first one; `n` may be missing.
 
     The columns of the rows must be those of a patch: the channel, then the kernel's axes.
     """
@@ -89,5 +90,5 @@ def _image(
         form.sizes["g"],
         places,
     )
-    image = t if leading else t.unsqueeze(0)
+    image = t.flatten(0, 1) if leading else t
     return Image(image.to(accurate_dtype(t)), windows)

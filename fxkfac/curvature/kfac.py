@@ -37,6 +37,7 @@ def kfac(
     generator: Generator | None = None,
     progress: bool = False,
     backend: str = "eager",
+    memory: int | None = None,
 ) -> Factors:
     """The Kronecker factors of every parameter of a program.
 
@@ -64,13 +65,18 @@ def kfac(
             as without; results differ by rounding. It pays for models of many small operations,
             such as norms, activations and derivatives in their inputs, and for many batches of
             one shape; products of large matrices are as fast without.
+        memory: Bytes that the gradients of vectors which are sent back together may take, counted
+            at the outputs of linear ops: of flavours with several vectors, such as `"type-2"`, as
+            many go through one backward pass as fit, one at least. Default: 32 MiB, beyond which
+            it does not get faster on a CPU; on an accelerator more may pay. With
+            `backend="inductor"` they go one by one.
 
     Returns:
         The factors: a mapping from the name of a weight to its block.
 
     Raises:
-        OptionError: `fisher`, `sharing` or `mc_samples` is out of range, or do not go together
-            with the structure of a block; or `backend="inductor"` cannot trace the graph.
+        OptionError: `fisher`, `sharing`, `mc_samples` or `memory` is out of range, or do not go
+            together with the structure of a block; or `backend="inductor"` cannot trace the graph.
         FxkfacError: `backend="inductor"` finds no C++ compiler, or fails to compile.
         LossError: The loss has no likelihood here, or is not convex where that is needed.
         DataError: No data, or inputs and targets that do not fit.
@@ -84,5 +90,5 @@ def kfac(
         program, loss, fisher, sharing, mc_samples, separate_weight_and_bias, mask is not None
     )
     source = generator or program.generator
-    over = Pass(program, likelihood, settings, params, mask, source, backend)
+    over = Pass(program, likelihood, settings, params, mask, source, backend, memory)
     return over.run(batches(data, progress))

@@ -129,8 +129,9 @@ def bias_output(term: TermPlan, use: Use, g: Tensor) -> Float[Tensor, "1 batch n
     flat = use.form.scale * rows.movedim(0, 1).flatten(1)
     places, numel = _bias_places(term, use)
     _require_formable(term, numel)
-    full = flat.new_zeros(len(flat), numel).index_add(1, places.to(flat.device), flat)
-    return full.unsqueeze(0)
+    if places is not None:
+        flat = flat.new_zeros(len(flat), numel).index_add(1, places.to(flat.device), flat)
+    return flat.unsqueeze(0)
 
 
 def _by_datum(x: Tensor) -> Float[Tensor, "group batch shared d"]:
@@ -205,7 +206,11 @@ def _dense(rows: Rows, y: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=256)  # the same for every vector and every batch
-def _bias_places(term: TermPlan, use: Use) -> tuple[Tensor, int]:
-    """Where the entries of one use are among all that the term touches, and how many these are."""
-    touched = term.touched()
-    return torch.searchsorted(touched, normal_weight(use).flatten()), len(touched)
+def _bias_places(term: TermPlan, use: Use) -> tuple[Tensor | None, int]:
+    """Where the entries of one use are among all that the term touches, and how many these are.
+
+    The places are `None` where they are all of these in their order.
+    """
+    touched, own = term.touched(), normal_weight(use).flatten()
+    places = None if torch.equal(touched, own) else torch.searchsorted(touched, own)
+    return places, len(touched)

@@ -49,6 +49,7 @@ def step(
     mask: Mask | None = None,
     generator: Generator | None = None,
     backend: str = "eager",
+    memory: int | None = None,
 ) -> Step:
     """Loss, gradients and factors from one forward pass over each batch.
 
@@ -57,7 +58,7 @@ def step(
     Args:
         program: What `fxkfac.trace` returned.
         loss, data, params, fisher, mc_samples, sharing, separate_weight_and_bias, mask, generator,
-            backend: As of `fxkfac.kfac`.
+            backend, memory: As of `fxkfac.kfac`.
 
     Returns:
         The loss of all data with its reduction, its gradients, and the factors.
@@ -70,7 +71,7 @@ def step(
     )
     likelihood = likelihood_of(loss)
     source = generator or program.generator
-    over = _Steps(program, likelihood, settings, params, mask, source, backend)
+    over = _Steps(program, likelihood, settings, params, mask, source, backend, memory)
     factors = over.run(batches(data))
     R = factors.reduction
     gradients = {name: R * g for name, g in over.gradients.items()}

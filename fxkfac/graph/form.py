@@ -110,6 +110,10 @@ class Form:
     scale: float = 1.0
     apart: tuple[str, ...] = ()
     routes: Routes | None = None
+    # Patterns that were made before: the same for every vector and every batch.
+    _patterns: dict[tuple[str, BatchAxis | None], str] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @cached_property
     def group(self) -> list[str]:
@@ -149,15 +153,12 @@ class Form:
 
         Row axes that x does not have come out with length one. Axes of x alone are summed.
         """
-        own = letters(self.x)
-        present = [a for a in self.rows if a in own]
-        return self._normal_rows(self.x, present, self.d_in, batch)
+        return self._normal_rows(self.x, self.d_in, batch)
 
     def normal_routes(self, batch: BatchAxis | None = None) -> str:
         """The same for the numbers of the groups: (1, rows.., 1) or (1, batch, shared, 1)."""
         assert self.routes is not None
-        axes = self.routes.axes
-        return self._normal_rows(axes, [a for a in self.rows if a in letters(axes)], [], batch)
+        return self._normal_rows(self.routes.axes, [], batch)
 
     def spread(self, axes: str, batch: BatchAxis) -> list[str]:
         """Shared axes that a tensor lacks while it has others: it repeats itself along them."""
@@ -168,12 +169,17 @@ class Form:
 
     def normal_y(self, batch: BatchAxis | None = None) -> str:
         """The same for y: (group, rows.., out) or (group, batch, shared, out)."""
-        return self._normal_rows(self.y, self.rows, self.d_out, batch)
+        return self._normal_rows(self.y, self.d_out, batch)
 
-    def _normal_rows(
-        self, axes: str, present: list[str], d: list[str], at: BatchAxis | None
-    ) -> str:
-        group = [a for a in self.group if a in letters(axes)]
+    def _normal_rows(self, axes: str, d: list[str], at: BatchAxis | None) -> str:
+        if (axes, at) not in self._patterns:
+            self._patterns[axes, at] = self._pattern(axes, d, at)
+        return self._patterns[axes, at]
+
+    def _pattern(self, axes: str, d: list[str], at: BatchAxis | None) -> str:
+        own = letters(axes)
+        present = [a for a in self.rows if a in own]
+        group = [a for a in self.group if a in own]
         if at is None:
             middle = [a if a in present else "1" for a in self.rows]
             return f"{axes} -> {_normal(group, middle, d)}"

@@ -98,7 +98,8 @@ def normal_x(use: Use, x: Input, batch: BatchAxis | None) -> Tensor | OneHotRows
     if isinstance(form.prepare, Patches):
         x = unfold(x, form.prepare)
     x, axes = _spread(use, x, form.x, batch)
-    x = reduce(x, replace(form, x=axes).normal_x(batch), "sum", **form.row_sizes(axes, batch))
+    form = form if axes == form.x else replace(form, x=axes)
+    x = reduce(x, form.normal_x(batch), "sum", **form.row_sizes(axes, batch))
     return x if form.scale == 1.0 else form.scale * x
 
 

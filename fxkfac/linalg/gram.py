@@ -123,7 +123,7 @@ def _lower(d: int, device: torch.device) -> Tensor:
 
 def add_rows(gram: Gram, rows: Float[Tensor, "group rows d"]) -> None:
     """Add the products of rows that BLAS can read as they are."""
-    group, number, d = rows.shape
+    number, d = rows.shape[1:]
     fast = rows.stride(-1) == 1 and is_faster(rows, d)
     if images := number // IMAGE * IMAGE if fast else 0:
         beta = gram.beta(whole=False)

@@ -61,8 +61,8 @@ def tensors():
 
 
 def alive(*shape):
-    """The number of tensors of a shape."""
-    return sum(t.shape == shape for t in tensors())
+    """The number of tensors of a shape; those of a capture have shapes that are not known yet."""
+    return sum(type(t) is torch.Tensor and t.shape == shape for t in tensors())
 
 
 class Watched(fxkfac.Likelihood):

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from einops import rearrange
+from linalg.grams import gram_of, patch_gram_of
 
 from fxkfac.linalg import Windows
 from fxkfac.linalg import correlation as module
 from fxkfac.linalg.correlation import correlation
-from linalg.grams import gram_of, patch_gram_of
 
 F32 = torch.float32
 

@@ -7,10 +7,10 @@ import torch
 from einops import rearrange
 from hypothesis import given
 from hypothesis import strategies as st
+from linalg.grams import empty, gram_of
 from torch import Tensor
 
 from fxkfac.linalg import Gram, add_gram, gram
-from linalg.grams import empty, gram_of
 
 SIZES = st.integers(1, 5)
 DTYPES = st.sampled_from([torch.float32, torch.float64])

@@ -9,13 +9,13 @@ import torch
 from einops import rearrange
 from hypothesis import given
 from hypothesis import strategies as st
+from linalg.grams import patch_gram_of
 from torch import Tensor
 
 from fxkfac.graph.form import Patches
 from fxkfac.graph.normal import unfold
 from fxkfac.linalg import gram, patches
 from fxkfac.linalg.windows import Windows, patch_sums
-from linalg.grams import patch_gram_of
 
 WAYS = st.sampled_from(["chosen", "shifts", "patches"])
 

@@ -1,0 +1,119 @@
+"""Vectors that go back together: one backward pass for several of them, as many as memory allows.
+
+Each operation of a backward pass then runs once for all, which pays where it is small: for small
+batches, narrow layers and many classes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from fxkfac.errors import OptionError
+
+Item = TypeVar("Item")
+
+MEMORY = 2**25  # bytes: what fits the cache of a CPU gains by it, and larger vectors do not
+
+
+def require_memory(memory: int | None) -> None:
+    """Raise `OptionError` unless it is a number of bytes."""
+    if memory is not None and (
+        not isinstance(memory, int) or isinstance(memory, bool) or memory < 0
+    ):
+        raise OptionError(f"memory={memory!r}; expected a number of bytes, zero or more.")
+
+
+class Listen(torch.autograd.Function):
+    """What it is, with somebody who is told of the gradient; all paths end at the root.
+
+    The root is a number that asks for a gradient, and gets none. In its place the lowest outputs
+    would have to be leaves, and stay until the end.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, root: Tensor, y: Tensor, tell: Callable[[Tensor], None]) -> Tensor:
+        """The output as it is."""
+        ctx.tell = tell
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, None]:
+        """Tell, and hand the gradient on."""
+        ctx.tell(gradients[0])
+        return None, gradients[0], None
+
+
+class Unpack(torch.autograd.Function):
+    """Tells of the gradients of all vectors in one tensor, (vectors, *shape), within a `vmap`."""
+
+    @staticmethod
+    def forward(gradient: Tensor, tell: Callable[[Tensor], None], vectors: int) -> Tensor:
+        """A gradient that is the same for all vectors: zero, as it is linear in them."""
+        tell(gradient.expand(vectors, *gradient.shape))
+        return gradient.new_empty(0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Nothing is needed later."""
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: tuple[int, None, None],
+        gradient: Tensor,
+        tell: Callable[[Tensor], None],
+        vectors: int,
+    ) -> tuple[Tensor, None]:
+        """Tell, with the vectors in the first axis."""
+        tell(gradient.movedim(in_dims[0], 0))
+        return gradient.new_empty(0), None
+
+
+def send_back(prediction: Tensor, root: Tensor, vectors: Tensor, retain_graph: bool) -> None:
+    """Backpropagate vectors, (vectors, *shape of the prediction), in one pass."""
+
+    def send(vector: Tensor) -> Tensor:
+        torch.autograd.grad(prediction, root, vector, retain_graph=retain_graph, allow_unused=True)
+        return vector.new_empty(0)
+
+    if len(vectors) > 1:
+        torch.func.vmap(send)(vectors)
+    else:
+        send(vectors[0])
+
+
+def goes_together(prediction: Tensor, root: Tensor) -> bool:
+    """Whether two vectors can go back at once: every operation of the graph has a rule for it."""
+    vectors = torch.zeros(2, *prediction.shape, dtype=prediction.dtype, device=prediction.device)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            send_back(prediction, root, vectors, retain_graph=True)
+        except (RuntimeError, NotImplementedError):  # an operation of the user's own
+            return False
+    # Without a rule an operation runs for one vector after the other, and says so.
+    return not any("batching rule" in str(warning.message) for warning in said)
+
+
+def chunks(items: Iterable[Item], size: int) -> Iterator[tuple[list[Item], bool]]:
+    """So many at a time, and whether they are the last ones."""
+    rest = iter(items)
+    part = list(islice(rest, size))
+    while part:
+        following = list(islice(rest, size))
+        yield part, not following
+        part = following
+
+
+def of_each(read: Callable[[Tensor], Tensor], gradients: Tensor) -> Tensor:
+    """What is read of the gradient of each vector, (group, vectors, ..); of one, (group, ..)."""
+    if len(gradients) == 1:
+        return read(gradients[0])
+    found: Tensor = torch.func.vmap(read)(gradients)
+    return found.movedim(0, 1)

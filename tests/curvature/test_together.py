@@ -1,0 +1,186 @@
+"""Vectors that go back together give the factors of vectors that go back one by one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import fxkfac
+from fxkfac.curvature import collect, together
+from fxkfac.errors import OptionError
+
+F64 = torch.float64
+CE = nn.CrossEntropyLoss()
+SIZES = [0, 1, 7, 2**10, 2**40]
+
+
+def rand(*shape, seed=0):
+    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
+
+
+def seeded(make):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return make().double()
+
+
+def close(found, expected):
+    assert set(found) == set(expected)
+    for name in expected:
+        torch.testing.assert_close(found[name].dense(), expected[name].dense(), msg=name)
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5))
+
+
+def cnn():
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(4, 4, 3, stride=2, groups=2),
+        nn.GELU(),
+        nn.ConvTranspose2d(4, 3, 2),
+        nn.Flatten(),
+        nn.Linear(48, 5),
+    )
+
+
+class Shared(nn.Module):
+    """Twice the same layer, a table of positions and a class token by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.inside, self.out = nn.Linear(4, 4), nn.Linear(4, 5)
+        self.position, self.scale = nn.Parameter(rand(3, 4)), nn.Parameter(rand(4))
+
+    def forward(self, x):
+        h = (self.inside(x) + self.position).tanh() * self.scale
+        return self.out(self.inside(h).relu()).mean(1)
+
+
+MODELS = {"mlp": (mlp, (7, 4)), "cnn": (cnn, (3, 2, 7, 7)), "shared": (Shared, (6, 3, 4))}
+
+
+@pytest.fixture(params=MODELS)
+def problem(request):
+    make, shape = MODELS[request.param]
+    model, x = seeded(make), rand(*shape)
+    y = torch.randint(5, (len(x),), generator=torch.Generator().manual_seed(1))
+    return model, (x, y)
+
+
+def sizes_seen(monkeypatch):
+    """How many vectors went back together, each time."""
+    seen, send = [], together.send_back
+    monkeypatch.setattr(
+        collect,
+        "send_back",
+        lambda f, root, v, retain: (seen.append(len(v)), send(f, root, v, retain)),
+    )
+    return seen
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.parametrize(("fisher", "samples"), [("type-2", 1), ("type-1", 1), ("mc", 7)])
+def test_the_same_factors_for_any_memory(problem, sharing, fisher, samples, monkeypatch):
+    model, data = problem
+    program = fxkfac.trace(model, data[0])
+    seen = sizes_seen(monkeypatch)
+
+    def factors(memory):
+        generator = torch.Generator().manual_seed(0)
+        how = {"fisher": fisher, "mc_samples": samples, "sharing": sharing, "memory": memory}
+        return fxkfac.kfac(program, CE, data, generator=generator, **how)
+
+    expected = factors(0)
+    vectors = len(seen)
+    assert set(seen) == {1}
+    for memory in SIZES[1:]:
+        close(factors(memory), expected)
+    close(factors(None), expected)
+    assert max(seen) == vectors
+
+
+def test_exact_blocks(problem):
+    model, data = problem
+    for structure in ("diagonal", "dense"):
+        names = {name: structure for name, _ in model.named_parameters()}
+        exact = fxkfac.trace(model, data[0], structure=names)
+        close(*(fxkfac.kfac(exact, CE, data, memory=m) for m in (2**40, 0)))
+
+
+def test_padding_that_gradients_tell():
+    model = seeded(lambda: nn.Sequential(nn.Embedding(9, 4), nn.Tanh(), nn.Linear(4, 5)))
+    loss = nn.CrossEntropyLoss(ignore_index=-1)
+
+    x = torch.arange(12).view(3, 4) % 9
+    y = torch.tensor([[1, 2, -1, -1], [0, 1, 2, 3], [4, -1, -1, -1]])
+
+    def by_token(params, x):
+        return torch.func.functional_call(model, params, x).mT
+
+    program = fxkfac.trace(by_token, x, dict(model.named_parameters()))
+    close(*(fxkfac.kfac(program, loss, (x, y), memory=m) for m in (2**40, 0)))
+
+
+class Alone(torch.autograd.Function):
+    """A derivative of its own, which reads numbers in Python: of one gradient at a time."""
+
+    @staticmethod
+    def forward(x):
+        return 2 * x
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, g):
+        return 3 * g if float(g.abs().sum()) >= 0 else g
+
+
+def test_operations_that_take_one_vector_at_a_time(monkeypatch):
+    model = seeded(mlp)
+
+    def f(params, x):
+        h = (x @ params["0.weight"].T + params["0.bias"]).tanh()
+        return Alone.apply(h) @ params["2.weight"].T
+
+    x, y = rand(7, 4), torch.arange(7) % 5
+    program = fxkfac.trace(f, x, dict(model.named_parameters()))
+    seen = sizes_seen(monkeypatch)
+    close(*(fxkfac.kfac(program, CE, (x, y), memory=m) for m in (2**40, 0)))
+    assert set(seen) == {1}
+
+
+def test_labels_do_not_depend_on_it(problem):
+    model, data = problem
+    program = fxkfac.trace(model, data[0])
+    close(
+        *(
+            fxkfac.step(
+                program,
+                CE,
+                data,
+                mc_samples=3,
+                memory=m,
+                generator=torch.Generator().manual_seed(2),
+            ).factors
+            for m in (2**40, 0)
+        )
+    )
+
+
+@pytest.mark.parametrize("memory", [-1, 1.5, True, "1GB"])
+def test_what_is_no_number_of_bytes(problem, memory):
+    model, data = problem
+    program = fxkfac.trace(model, data[0])
+    with pytest.raises(OptionError, match="number of bytes"):
+        fxkfac.kfac(program, CE, data, memory=memory)
+
+
+def test_chunks():
+    assert list(together.chunks(range(5), 2)) == [([0, 1], False), ([2, 3], False), ([4], True)]
+    assert list(together.chunks([], 2)) == []
