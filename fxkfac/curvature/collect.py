@@ -211,11 +211,12 @@ class Collector:
         if size < 2 or not has_several(self.settings.fisher, self.settings.mc_samples):
             return 1
         memo = self.schedule.tapped.memo
-        if "together" not in memo:
+        key = ("together", prediction.device, prediction.dtype)  # kernels differ, and their rules
+        if key not in memo:
             self._listens, self._vectors = False, 2
-            memo["together"] = goes_together(prediction, self._root)
+            memo[key] = goes_together(prediction, self._root)
             self._listens = True
-        return size if memo["together"] else 1
+        return size if memo[key] else 1
 
     def _hear(self, place: int, g: Tensor) -> None:
         if self._vectors > 1:
