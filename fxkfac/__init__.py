@@ -1,11 +1,13 @@
 """fxkfac: a torch.fx compiler that makes Kronecker-factored curvature visible and usable."""
 
 from fxkfac import errors, exact
+from fxkfac.curvature.accumulation import Accumulation
 from fxkfac.curvature.blocks import Block, Dense, Diagonal, Kronecker
 from fxkfac.curvature.check import check
 from fxkfac.curvature.factors import Factors
 from fxkfac.curvature.kfac import kfac
 from fxkfac.curvature.likelihoods import Likelihood
+from fxkfac.curvature.running import RunningAverage
 from fxkfac.curvature.step import Step, step
 from fxkfac.curvature.total import Total, sum_of
 from fxkfac.errors import FxkfacError
@@ -14,9 +16,11 @@ from fxkfac.graph.coverage import Coverage
 from fxkfac.graph.program import Program
 from fxkfac.graph.trace import trace
 from fxkfac.linalg import operators
+from fxkfac.persistence import load, resume, save
 from fxkfac.taylor import Taylor, laplacian
 
 __all__ = [
+    "Accumulation",
     "Block",
     "Coverage",
     "Dense",
@@ -26,6 +30,7 @@ __all__ = [
     "Kronecker",
     "Likelihood",
     "Program",
+    "RunningAverage",
     "Step",
     "Taylor",
     "Total",
@@ -34,8 +39,11 @@ __all__ = [
     "exact",
     "kfac",
     "laplacian",
+    "load",
     "operators",
+    "resume",
     "rules",
+    "save",
     "step",
     "sum_of",
     "trace",
