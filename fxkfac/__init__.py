@@ -4,8 +4,12 @@ from fxkfac import errors, exact
 from fxkfac.curvature.accumulation import Accumulation
 from fxkfac.curvature.blocks import Block, Dense, Diagonal, Kronecker
 from fxkfac.curvature.check import check
+from fxkfac.curvature.corrected import Corrected
+from fxkfac.curvature.eigen import EigenBlock
+from fxkfac.curvature.ekfac import ekfac
 from fxkfac.curvature.factors import Factors
 from fxkfac.curvature.kfac import kfac
+from fxkfac.curvature.kfoc import kfoc
 from fxkfac.curvature.likelihoods import Likelihood
 from fxkfac.curvature.running import RunningAverage
 from fxkfac.curvature.step import Step, step
@@ -22,9 +26,11 @@ from fxkfac.taylor import Taylor, laplacian
 __all__ = [
     "Accumulation",
     "Block",
+    "Corrected",
     "Coverage",
     "Dense",
     "Diagonal",
+    "EigenBlock",
     "Factors",
     "FxkfacError",
     "Kronecker",
@@ -35,9 +41,11 @@ __all__ = [
     "Taylor",
     "Total",
     "check",
+    "ekfac",
     "errors",
     "exact",
     "kfac",
+    "kfoc",
     "laplacian",
     "load",
     "operators",

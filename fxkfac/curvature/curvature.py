@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fxkfac.curvature.blocks import Block, Dense, Diagonal
+from fxkfac.curvature.eigen import EigenBlock
 from fxkfac.curvature.sharing import accurate_dtype
 from fxkfac.errors import UnknownParameter
 from fxkfac.functional import unknown
@@ -21,7 +22,7 @@ from fxkfac.linalg.operators import BlockDiagonal, Damping, Named
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-AnyBlock = Block | Diagonal | Dense
+AnyBlock = Block | Diagonal | Dense | EigenBlock
 
 
 class Curvature(Mapping[str, AnyBlock]):

@@ -29,7 +29,12 @@ def laid_out(terms: Sequence[Term], numel: int) -> Operator:
         terms: Products, and for each one the numbers of its entries, (group, in, out).
         numel: The length of the vector; it is zero where no term has an entry.
     """
-    parts = [_one_part([terms[k] for k in group]) for group in _overlapping(terms, numel)]
+    groups = _overlapping(terms, numel)
+    return side_by_side([_one_part([terms[k] for k in group]) for group in groups], numel)
+
+
+def side_by_side(parts: Sequence[tuple[Operator, Tensor]], numel: int) -> Operator:
+    """Operators that have no entry in common, as one on vectors (numel,)."""
     if len(parts) == 1:
         operator, entries = parts[0]
         return Placed(operator, entries, (numel,))

@@ -34,9 +34,7 @@ def shapes(law: Callable[..., None]) -> Callable[..., None]:
     """A law for drawn (group, in, out) and seeds; for one by one always."""
     sizes = st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4))
     drawn = given(size=sizes, seed=st.integers(0, 1000))(law)
-    return settings(max_examples=6)(
-        example(size=(1, 1, 1), seed=0)(drawn)
-    )
+    return settings(max_examples=6)(example(size=(1, 1, 1), seed=0)(drawn))
 
 
 def flat(x: Tensor, op: Operator) -> Tensor:
