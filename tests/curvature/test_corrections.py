@@ -25,7 +25,6 @@ CE, MSE, BCE = nn.CrossEntropyLoss(), nn.MSELoss(), nn.BCEWithLogitsLoss()
 N = 5
 
 
-@dataclass(frozen=True)
 def grouped(term):
     """A and B of a Kronecker product with their group axis, A written out."""
     A, B = term.operator.A, term.operator.B
@@ -33,6 +32,7 @@ def grouped(term):
     return A.expand(len(B), -1, -1), B
 
 
+@dataclass(frozen=True)
 class Case:
     """A model, one batch, a loss."""
 
