@@ -355,6 +355,19 @@ def test_float64_saves_what_float32_ruins():
     assert error(ops.solve(ops.damped(op, damping), x)) > 1e-2
 
 
+def test_small_eigenvalues_of_large_factors_count():
+    """Only what is rounding in float32 is zero, however large a factor is."""
+    Q = Source(0).basis(1, 256)
+    A = (Q @ torch.diag(torch.logspace(0, -4, 256, dtype=F64)) @ Q.mT).float()
+    op = ops.Kronecker(A, torch.eye(2)[None])
+    close(ops.eigenvalues(op).min(), torch.tensor(1e-4), rtol=1e-2, atol=0)
+    x = torch.ones(op.shape)
+    close(ops.product(op, ops.solve(op, x)), x, rtol=1e-2, atol=1e-2)
+    one = torch.ones(1, 512, 512)  # with an eigenvalue of 512
+    damped = ops.damped(ops.Kronecker(one, one[:, :2, :2]), Damping(1e-2, "factors"))
+    close(ops.eigenvalues(damped).min(), torch.tensor(1e-2), rtol=2e-2, atol=0)
+
+
 def test_half_precision_is_taken_apart_in_float32():
     op = ops.to_dtype(REGULAR[0](Source(0), 1, 3, 2), torch.bfloat16)
     x = torch.ones(1, 3, 2, dtype=torch.bfloat16)

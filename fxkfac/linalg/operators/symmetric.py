@@ -12,7 +12,7 @@ from fxkfac.errors import NonFiniteError, OptionError
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-ROUNDING = 8  # times eps · d: eigenvalues of singular factors come out as large as that
+ROUNDING = 4  # times eps · √d: zero eigenvalues come out as large as that, beside a largest of one
 
 
 def symmetric_eigh(
@@ -65,15 +65,18 @@ def _rounded(λ: Float[Tensor, "*group d"], dtype: torch.dtype) -> Float[Tensor,
             f"the smallest eigenvalue is {lowest.min().item():.3g} beside "
             f"{largest.max().item():.3g}; expected a positive semi-definite matrix."
         )
-    return torch.where(λ <= ROUNDING * eps * λ.shape[-1] * largest, 0.0, λ).to(dtype)
+    return torch.where(λ <= _rounding(λ) * largest, 0.0, λ).to(dtype)
 
 
 def is_regular(λ: Float[Tensor, "*group d"]) -> bool:
     """Whether no eigenvalue is zero up to rounding beside the largest one of its matrix."""
     if not λ.numel():
         return True
-    relative = ROUNDING * torch.finfo(λ.dtype).eps * λ.shape[-1]
-    return bool((λ > relative * λ.amax(-1, keepdim=True)).all())
+    return bool((λ > _rounding(λ) * λ.amax(-1, keepdim=True)).all())
+
+
+def _rounding(λ: Float[Tensor, "*group d"]) -> float:
+    return ROUNDING * torch.finfo(λ.dtype).eps * λ.shape[-1] ** 0.5
 
 
 def require_semidefinite(λ: Tensor) -> Tensor:
