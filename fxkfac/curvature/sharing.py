@@ -179,7 +179,8 @@ def known(use: Use) -> BatchAxis:
         raise BatchAxisError(
             f"{', '.join(use.parameters)} enters {use.op}{at}, and no one axis of its output "
             f"{use.y_shape} holds the data in their order; expected (outer · N · inner) on one "
-            "axis. Use sharing='expand', which needs no batch axis, or select other parameters."
+            "axis. Use fxkfac.kfac with sharing='expand', which needs none, or select other "
+            "parameters."
         )
     return use.batch
 
