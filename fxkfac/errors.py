@@ -27,6 +27,17 @@ class DataError(FxkfacError, ValueError):
     """Inputs or targets are empty, of different length, out of range, or not finite."""
 
 
+class NoDataError(DataError):
+    """There is no batch, or no target that counts.
+
+    Attributes:
+        part: What was computed of these data all the same, as one part of larger data; it has no
+            blocks where there was no batch.
+    """
+
+    part: object = None
+
+
 class NonFiniteError(FxkfacError, ValueError):
     """A prediction, a gradient or a factor holds NaN or Inf."""
 
@@ -49,3 +60,7 @@ class TapMismatch(FxkfacError):
 
 class MergeError(FxkfacError, ValueError):
     """Two partial results do not belong to the same computation."""
+
+
+class RankError(FxkfacError):
+    """Another process of a distributed computation has failed, or there are no other processes."""

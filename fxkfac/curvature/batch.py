@@ -22,9 +22,9 @@ from fxkfac.curvature.padding import Mask, Padding, ignored_positions, read_mask
 from fxkfac.curvature.perdatum import zero_moment
 from fxkfac.curvature.schedule import Schedule, schedule_of
 from fxkfac.curvature.together import MEMORY, require_memory
-from fxkfac.errors import DataError, NonFiniteError
+from fxkfac.errors import DataError, NoDataError, NonFiniteError
 from fxkfac.functional import Params
-from fxkfac.graph.program import Program, Run
+from fxkfac.graph.program import Program, Run, Tapped
 from fxkfac.graph.structure import EXACT
 from fxkfac.isolation import is_finite, own_randomness
 
@@ -69,9 +69,15 @@ class Pass:
                 error.factors = self.factors()  # type: ignore[attr-defined]
                 n = self.total.n
                 error.add_note(f"The factors of the first {n} data are in this error's .factors.")
+            elif isinstance(error, NoDataError):
+                error.part = self.part(self.factors())
             raise
         factors = self.factors()
-        self.likelihood.reduction_factor(factors.count)  # refuses data without any target
+        try:
+            self.likelihood.reduction_factor(factors.count)
+        except NoDataError as error:
+            error.part = self.part(factors)
+            raise
         return factors
 
     def add(self, inputs: Any, targets: Any, number: int) -> None:
@@ -90,18 +96,35 @@ class Pass:
         else:
             self.total.merge(part)
 
+    def part(self, factors: Factors) -> object:
+        """What these data add to larger data."""
+        return factors
+
     def factors(self) -> Factors:
-        """What was added so far."""
-        assert self.total is not None
+        """What was added so far, which is used up; without blocks before the first batch."""
+        if self.total is None:
+            return self._of_no_data()
         return self.total.factors(self.settings, self.program.model, self.likelihood)
+
+    def _of_no_data(self) -> Factors:
+        plans = {block.name: block for block in self._schedule(self.program.tapped).blocks}
+        return Factors(
+            self.settings, 0, 0.0, self.program.model, self.likelihood, plans, products={}, exact={}
+        )
+
+    def _schedule(self, tapped: Tapped) -> Schedule:
+        return schedule_of(
+            self.program,
+            tapped,
+            self.settings.structures,
+            self.settings.separate_weight_and_bias,
+        )
 
     def _sums(self, inputs: Any, targets: Any, number: int) -> Accumulated:
         likelihood, settings = self.likelihood, self.settings
         with _named(number):
             tapped, tensors = self.program.at(inputs)
-        schedule = schedule_of(
-            self.program, tapped, settings.structures, settings.separate_weight_and_bias
-        )
+        schedule = self._schedule(tapped)
         n = self.program.signature.batch_size(tensors)
         given = None if self.mask is None else read_mask(self.mask, inputs, targets, n)
         padding = Padding(given)
