@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -250,3 +251,27 @@ def test_inputs_are_one_only_where_all_ranks_say_so() -> None:
 def test_without_a_group_there_are_no_ranks() -> None:
     with pytest.raises(RankError, match="torchrun"):
         fxkfac.distributed.eigh([torch.eye(2)])
+
+
+def test_the_example() -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
+    example = str(ROOT / "examples" / "distributed.py")
+    done = subprocess.run(
+        [*command, example],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, *_, last = map(float, re.findall(r"loss ([\d.]+) of 301 images", done.stdout))
+    assert last < 0.1 * first
+    assert "bit for bit: True" in done.stdout
