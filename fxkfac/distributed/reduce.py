@@ -3,7 +3,7 @@
     A = Σ_r (R / R_r) A_r        B = (1/#rows) Σ_r #rows_r B_r
 
 with the counts of all ranks in R and #rows, which are exchanged before. What is sent is one flat
-buffer for every dtype: the lower triangles of A, B and dense exact blocks, exact diagonals, and of
+buffer for every dtype: one triangle each of A, B and dense exact blocks, exact diagonals, and of
 a step loss and gradients; an A that several terms share is sent once. Where groups have rows of
 their own, as experts do, their numbers are a second, small buffer of integers.
 """

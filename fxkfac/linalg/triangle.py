@@ -2,8 +2,8 @@
 
 The lower triangle of M has d (d + 1) / 2 numbers. With M cut into its first k = ⌈d / 2⌉ columns and
 the rest, these columns are a rectangle that has room above its diagonal for the triangle of the
-rest, transposed (one more row, where d is even): "rectangular full packed" (Gustavson et al. 2010).
-So packing copies blocks, and needs no table of places.
+rest, the upper one (one more row, where d is even): "rectangular full packed" (Gustavson et al.
+2010). So packing copies blocks, and needs no table of places.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ def packed_shape(d: int) -> tuple[int, int]:
 def pack_symmetric(
     M: Float[Tensor, "*batch d d"], into: Float[Tensor, "*batch rows columns"]
 ) -> None:
-    """Write the lower triangle of M into a rectangle of `packed_shape`; the upper is not read."""
+    """Write one half of a symmetric M into a rectangle of `packed_shape`."""
     shift, k = _cut(M.shape[-1])
     into[..., shift:, :] = M[..., :, :k]
     corner = _corner(into, M.shape[-1])
-    corner.copy_(torch.where(_upper(corner), M[..., k:, k:].mT, corner))
+    corner.copy_(torch.where(_upper(corner), M[..., k:, k:], corner))
 
 
 def unpack_symmetric(packed: Float[Tensor, "*batch rows columns"]) -> Float[Tensor, "*batch d d"]:
-    """The symmetric matrix of which `pack_symmetric` has written the lower triangle."""
+    """The matrix of which `pack_symmetric` has written one half; symmetric, bit for bit."""
     rows, columns = packed.shape[-2:]
     d = rows - (rows == 2 * columns + 1)
     shift, k = _cut(d)
@@ -52,7 +52,7 @@ def _cut(d: int) -> tuple[int, int]:
 
 
 def _corner(packed: Tensor, d: int) -> Tensor:
-    """Where the triangle of the last columns is, transposed: on and above the diagonal."""
+    """Where the upper triangle of the last columns is: on and above the diagonal."""
     shift, k = _cut(d)
     return packed[..., : d - k, 1 - shift :]
 
