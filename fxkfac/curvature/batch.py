@@ -24,7 +24,7 @@ from fxkfac.curvature.perdatum import zero_moment
 from fxkfac.curvature.receive import Receiver
 from fxkfac.curvature.schedule import Schedule, schedule_of
 from fxkfac.curvature.together import MEMORY, require_memory
-from fxkfac.errors import DataError, FxkfacError, NonFiniteError
+from fxkfac.errors import DataError, FxkfacError, NoDataError, NonFiniteError
 from fxkfac.functional import Params
 from fxkfac.graph.program import Program, Run, Tapped
 from fxkfac.graph.structure import EXACT
@@ -220,9 +220,19 @@ class FactorPass(Pass[Collector, Accumulated]):
                 error.factors = self.factors()  # type: ignore[attr-defined]
                 n = self.total.n
                 error.add_note(f"The factors of the first {n} data are in this error's .factors.")
+            elif isinstance(error, NoDataError):
+                error.part = self.part(self.factors())
             raise
         factors = self.factors()
-        self.likelihood.reduction_factor(factors.count)  # refuses data without any target
+        try:
+            self.likelihood.reduction_factor(factors.count)
+        except NoDataError as error:
+            error.part = self.part(factors)
+            raise
+        return factors
+
+    def part(self, factors: Factors) -> object:
+        """What these data add to larger data."""
         return factors
 
     @property
@@ -233,9 +243,16 @@ class FactorPass(Pass[Collector, Accumulated]):
         return self._schedule(self.program.tapped)
 
     def factors(self) -> Factors:
-        """What was added so far, whose sums are used up."""
-        assert self.total is not None
+        """What was added so far, which is used up; without blocks before the first batch."""
+        if self.total is None:
+            return self._of_no_data()
         return self.total.factors(self.settings, self.program.model, self.likelihood)
+
+    def _of_no_data(self) -> Factors:
+        plans = {block.name: block for block in self.schedule.blocks}
+        return Factors(
+            self.settings, 0, 0.0, self.program.model, self.likelihood, plans, products={}, exact={}
+        )
 
     def sink(self, schedule: Schedule, padding: Padding, memory: int, targets: Any) -> Collector:
         """A and B; A waits where targets are ignored, and no mask says which rows are real."""
