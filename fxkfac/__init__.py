@@ -1,6 +1,7 @@
 """fxkfac: a torch.fx compiler that makes Kronecker-factored curvature visible and usable."""
 
 from fxkfac import errors, exact
+from fxkfac.attribution import influence
 from fxkfac.curvature.blocks import Block, Dense, Diagonal, Kronecker
 from fxkfac.curvature.check import check
 from fxkfac.curvature.factors import Factors
@@ -31,6 +32,7 @@ __all__ = [
     "check",
     "errors",
     "exact",
+    "influence",
     "kfac",
     "laplacian",
     "rules",
