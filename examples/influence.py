@@ -1,9 +1,19 @@
-"""Which training digits help or harm which test digits, and what leaving them out really does.
+"""Which training digits help or harm a test digit, and what leaving them out really does.
 
-A small net is trained to convergence on some of scikit-learn's digits, with weight decay. The
-influence of each training digit on the loss at each test digit then says how that loss would change
-if the digit were left out; for some of them the net is trained again without, from the same
-optimum, and both are compared.
+Softmax regression is trained to convergence on some of scikit-learn's digits, with weight decay.
+The influence of each training digit on the loss at each test digit then says how that loss would
+change if the digit were left out. For some digits, drawn at random, the model is trained again
+without, to convergence, and both changes are compared. As the loss is convex, whoever trains finds
+the same model, so that nothing but the influence's own errors is measured: Kronecker factors in the
+place of the Hessian, and the first order.
+
+A run printed, in 15 s of one core's time (the picture, docs/pictures/influence.png, is of the
+same run):
+
+    300 training digits, 40 of them left out in turn; 60 test digits
+      curvature  correlation, all pairs  mean over test digits
+      KFAC                        0.944                  0.921
+      EKFAC                       0.945                  0.922
 
 Run it with `python examples/influence.py [--out DIRECTORY]`.
 """
@@ -12,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -25,8 +36,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 SEED = 0
-N_TRAIN, N_TEST, LEFT_OUT = 300, 60, 30
-HIDDEN = 8
+N_TRAIN, N_TEST, LEFT_OUT = 300, 60, 40
+SHOWN = 4  # on either side of a test digit in the picture
 WEIGHT_DECAY = 1e-2  # λ of ½ λ ‖θ‖², and so the damping
 LOSS = nn.CrossEntropyLoss()
 
@@ -43,9 +54,9 @@ def digits(n: int, m: int) -> tuple[Data, Data]:
     return (x[train], y[train]), (x[test], y[test])
 
 
-def net() -> nn.Module:
+def regression() -> nn.Module:
     torch.manual_seed(SEED)
-    return nn.Sequential(nn.Linear(64, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, 10)).double()
+    return nn.Linear(64, 10, dtype=torch.float64)
 
 
 def train(model: nn.Module, data: Data, weights: Tensor) -> nn.Module:
@@ -95,41 +106,94 @@ def retrained_changes(model: nn.Module, train_data: Data, test: Data, which: Ten
 def correlations(predicted: Tensor, actual: Tensor) -> tuple[float, float]:
     """Over all pairs together; and over training digits for each test digit, the mean."""
     together = torch.corrcoef(torch.stack([predicted.flatten(), actual.flatten()]))[0, 1]
-    each = [torch.corrcoef(torch.stack([p, a]))[0, 1] for p, a in zip(predicted.T, actual.T)]
+    each = [
+        torch.corrcoef(torch.stack([p, a]))[0, 1]
+        for p, a in zip(predicted.T, actual.T, strict=True)
+    ]
     return together.item(), torch.stack(each).mean().item()
 
 
-def run(n_train: int, n_test: int, left_out: int) -> dict[str, object]:
-    """Train, score all pairs, and train again without some."""
+@dataclass(frozen=True)
+class Result:
+    """Scores of all pairs; and for the digits left out, the changes of all test losses."""
+
+    train: Data
+    test: Data
+    scores: Tensor
+    predicted: Tensor
+    actual: Tensor
+
+
+def run(n_train: int, n_test: int, left_out: int) -> dict[str, Result]:
+    """Train, score all pairs by either curvature, and train again without some digits."""
     train_data, test = digits(n_train, n_test)
     uniform = torch.full((n_train,), 1 / n_train, dtype=torch.float64)
-    model = train(net(), train_data, uniform)
-    program = fxkfac.trace(model, train_data[0])
-    factors = fxkfac.kfac(program, LOSS, train_data)
-    scores = fxkfac.influence(program, LOSS, factors, train_data, test, damping=WEIGHT_DECAY)
-    which = chosen(scores, left_out)
-    predicted = -scores[which] / n_train
+    model = train(regression(), train_data, uniform)
+    which = torch.randperm(n_train, generator=torch.Generator().manual_seed(SEED))[:left_out]
     actual = retrained_changes(model, train_data, test, which)
-    return {
-        "train": train_data,
-        "test": test,
-        "model": model,
-        "scores": scores,
-        "predicted": predicted,
-        "actual": actual,
-        "correlations": correlations(predicted, actual),
-    }
+
+    program = fxkfac.trace(model, train_data[0])
+    kfac = fxkfac.kfac(program, LOSS, train_data)
+    ekfac = fxkfac.ekfac(program, LOSS, train_data, kfac)
+    results = {}
+    for name, factors in {"KFAC": kfac, "EKFAC": ekfac}.items():
+        scores = fxkfac.influence(program, LOSS, factors, train_data, test, damping=WEIGHT_DECAY)
+        predicted = -scores[which] / n_train
+        results[name] = Result(train_data, test, scores, predicted, actual)
+    return results
 
 
-def chosen(scores: Tensor, number: int) -> Tensor:
-    """Training digits to leave out: drawn at random, so that the comparison is fair."""
-    return torch.randperm(len(scores), generator=torch.Generator().manual_seed(SEED))[:number]
+def draw(result: Result, path: Path) -> None:
+    """Predicted against actual changes; and for two test digits, who helps and who harms them."""
+    figure = plt.figure(figsize=(9, 4.2), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.25))
+    axis = left.subplots()
+    limit = 1.05 * max(result.actual.abs().max().item(), result.predicted.abs().max().item())
+    axis.plot([-limit, limit], [-limit, limit], color="0.7", linewidth=1, zorder=0)
+    axis.scatter(result.predicted, result.actual, s=6, alpha=0.35, color="#0b5fa5", linewidths=0)
+    axis.set(
+        xlabel="predicted: −score / N",
+        ylabel="actual, trained again",
+        title="Change of a test loss\nwithout one training digit",
+        xlim=(-limit, limit),
+        ylim=(-limit, limit),
+        aspect="equal",
+    )
+    axis.spines[["top", "right"]].set_visible(False)
+    worst = result.scores.abs().sum(0).topk(2).indices.tolist()
+    grid = right.subplots(4, SHOWN + 1)
+    for k, j in enumerate(worst):
+        _draw_digit(grid[2 * k, 0], result.test, j, "test")
+        grid[2 * k + 1, 0].axis("off")
+        order = result.scores[:, j].argsort()
+        for row, title, shown in ((0, "helps", order[:SHOWN]), (1, "harms", order.flip(0)[:SHOWN])):
+            for column, i in enumerate(shown.tolist(), start=1):
+                _draw_digit(grid[2 * k + row, column], result.train, i, title)
+    figure.savefig(path, dpi=100, metadata={"Software": None})
+    plt.close(figure)
+
+
+def _draw_digit(axis: plt.Axes, data: Data, i: int, what: str) -> None:
+    axis.imshow(data[0][i].view(8, 8), cmap="gray_r")
+    axis.set_title(f"{what}: a {int(data[1][i])}", fontsize=8, pad=2)
+    axis.set_axis_off()
+
+
+def main(out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    print(f"{N_TRAIN} training digits, {LEFT_OUT} of them left out in turn; {N_TEST} test digits")
+    print("  curvature  correlation, all pairs  mean over test digits")
+    results = run(N_TRAIN, N_TEST, LEFT_OUT)
+    for name, result in results.items():
+        pairs, each = correlations(result.predicted, result.actual)
+        print(f"  {name:<9}  {pairs:>22.3f}  {each:>21.3f}")
+    draw(results["EKFAC"], out / "influence.png")
+    print(f"Wrote {out / 'influence.png'}")
 
 
 if __name__ == "__main__":
-    import time
-
-    torch.set_num_threads(1)
-    t = time.time()
-    r = run(N_TRAIN, N_TEST, LEFT_OUT)
-    print(r["correlations"], time.time() - t)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("out"), help="where the picture goes")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)  # the matrices are small
+    main(arguments.out)

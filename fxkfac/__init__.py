@@ -4,8 +4,12 @@ from fxkfac import errors, exact
 from fxkfac.attribution import influence
 from fxkfac.curvature.blocks import Block, Dense, Diagonal, Kronecker
 from fxkfac.curvature.check import check
+from fxkfac.curvature.corrected import Corrected
+from fxkfac.curvature.eigen import EigenBlock
+from fxkfac.curvature.ekfac import ekfac
 from fxkfac.curvature.factors import Factors
 from fxkfac.curvature.kfac import kfac
+from fxkfac.curvature.kfoc import kfoc
 from fxkfac.curvature.likelihoods import Likelihood
 from fxkfac.curvature.step import Step, step
 from fxkfac.curvature.total import Total, sum_of
@@ -18,9 +22,11 @@ from fxkfac.taylor import Taylor, laplacian
 
 __all__ = [
     "Block",
+    "Corrected",
     "Coverage",
     "Dense",
     "Diagonal",
+    "EigenBlock",
     "Factors",
     "FxkfacError",
     "Kronecker",
@@ -30,10 +36,12 @@ __all__ = [
     "Taylor",
     "Total",
     "check",
+    "ekfac",
     "errors",
     "exact",
     "influence",
     "kfac",
+    "kfoc",
     "laplacian",
     "rules",
     "step",

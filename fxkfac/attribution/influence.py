@@ -19,8 +19,9 @@ from torch.utils.data import RandomSampler
 from fxkfac.attribution.rows import Formed, Rows, TokenRows, chunks
 from fxkfac.attribution.solve import Exact, Solved, Solver, solvers_of
 from fxkfac.attribution.taps import Batch, Reader
+from fxkfac.curvature.corrected import Corrected
 from fxkfac.curvature.data import Data, batches
-from fxkfac.curvature.factors import Factors
+from fxkfac.curvature.factors import Factors, Settings
 from fxkfac.curvature.losses import likelihood_of
 from fxkfac.curvature.options import settings_of
 from fxkfac.curvature.plan import require_same_terms
@@ -39,7 +40,7 @@ MEMORY = 2**30
 def influence(
     program: Program,
     loss: Any,
-    factors: Factors,
+    factors: Factors | Corrected,
     train: Data,
     test: Data,
     damping: float,
@@ -56,8 +57,8 @@ def influence(
         program: What `fxkfac.trace` returned.
         loss: As of `fxkfac.kfac`. A datum's own loss is that with `reduction="sum"` for this datum
             alone, whatever the reduction.
-        factors: C, as `fxkfac.kfac` returned it for the same program. What has no block there has
-            no part in the scores.
+        factors: C, as `fxkfac.kfac` returned it for the same program; or, with eigenvalues that are
+            right, `fxkfac.ekfac`. What has no block there has no part in the scores.
         train, test: One (inputs, targets) pair, or an iterable of them, in an order that stays.
         damping: λ, added to every eigenvalue of C. A weight decay of ½ λ ‖θ‖² is one, too.
         params: Tensors in the place of the model's own parameters.
@@ -75,12 +76,14 @@ def influence(
         BatchAxisError: Data are coupled, or it is not known which datum a row belongs to.
         UnsupportedUse: A block is of a parameter that has no normal form.
     """
-    reader = _reader(program, loss, factors, params)
+    base = _factors(factors)
+    reader = Reader(program, likelihood_of(loss), base.settings, program.state(params))
+    _require_same(program, loss, base.settings)
     for name, data in {"train": train, "test": test}.items():
         _require_order(name, data)
     if not memory > 0:
         raise OptionError(f"memory={memory}; expected a positive number of bytes.")
-    scores = _Scores(reader, factors, solvers_of(factors, damping), memory)
+    scores = _Scores(reader, base, solvers_of(factors, damping), memory)
     return -torch.cat([scores.of(train, group) for group in scores.groups(test)], 1)
 
 
@@ -162,13 +165,20 @@ class _Scores:
         return torch.cat(total, 1)
 
 
-def _reader(program: Program, loss: Any, factors: Any, params: Params | None) -> Reader:
-    """Refuse factors that are not of this program."""
+def _factors(factors: Any) -> Factors:
+    """What says how the curvature was computed."""
+    if isinstance(factors, Corrected):
+        return factors.factors
     if not isinstance(factors, Factors):
         raise OptionError(
-            f"factors is a {type(factors).__name__}; expected the Factors that fxkfac.kfac returns."
+            f"factors is a {type(factors).__name__}; expected what fxkfac.kfac or fxkfac.ekfac "
+            "returns."
         )
-    had = factors.settings
+    return factors
+
+
+def _require_same(program: Program, loss: Any, had: Settings) -> None:
+    """Raise `MergeError` unless the factors are of this program."""
     now = settings_of(
         program,
         loss,
@@ -186,7 +196,6 @@ def _reader(program: Program, loss: Any, factors: Any, params: Params | None) ->
                 f"the factors and the program differ in the {what} {names[:4]}; expected factors "
                 "of this program. Compute them anew."
             )
-    return Reader(program, likelihood_of(loss), had, program.state(params))
 
 
 def _require_order(name: str, data: Iterable[Any]) -> None:

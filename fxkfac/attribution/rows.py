@@ -44,10 +44,10 @@ class Rows:
         groups, _, shared, d_in = self.x.shape
         d_out, m = self.g.shape[-1], len(P)
         if shared * m > shared + m:  # multiply-adds of either, over d_in · d_out
-            return _by_chunks(self.formed_products(P), len(self), groups * d_in * d_out)
+            return _by_chunks(self._formed_products(P), len(self), groups * d_in * d_out)
         return _by_chunks(self._row_products(P), len(self), groups * shared * m * d_out)
 
-    def formed_products(self, P: Tensor) -> Callable[[int, int], Tensor]:
+    def _formed_products(self, P: Tensor) -> Callable[[int, int], Tensor]:
         """With G formed."""
         flat = P.flatten(1).mT
         return lambda start, size: self.some(start, size).formed().flatten(1) @ flat
@@ -110,13 +110,13 @@ class Formed:
         return Formed(self.G.narrow(0, start, size))
 
 
-def chunks(n: int, numbers: int, largest: int = LARGEST_CHUNK) -> Iterator[tuple[int, int]]:
-    """(start, size) of parts of the data, each of which takes so many numbers."""
+def chunks(n: int, numbers: int, largest: int) -> Iterator[tuple[int, int]]:
+    """(start, size) of parts of the data: `numbers` for each datum are `largest` at most."""
     size = max(1, largest // max(numbers, 1))
     for start in range(0, n, size):
         yield start, min(size, n - start)
 
 
 def _by_chunks(products: Callable[[int, int], Tensor], n: int, numbers: int) -> Tensor:
-    parts = [products(start, size) for start, size in chunks(n, numbers)]
+    parts = [products(start, size) for start, size in chunks(n, numbers, LARGEST_CHUNK)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)

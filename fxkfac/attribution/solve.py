@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fxkfac.attribution.rows import Formed, Rows, TokenRows
 from fxkfac.curvature.blocks import Block, Dense, Kronecker
-from fxkfac.curvature.curvature import AnyBlock
-from fxkfac.curvature.factors import Factors
+from fxkfac.curvature.curvature import AnyBlock, Curvature
+from fxkfac.curvature.eigen import EigenBlock, EigenTerm
 from fxkfac.errors import UnsupportedUse
 from fxkfac.linalg import require_regular
 
@@ -62,29 +62,35 @@ class Eigenbasis:
     inverse: Tensor
 
     @staticmethod
-    def of(term: Kronecker, damping: float) -> Eigenbasis:
-        """Λ = Λ_A Λ_B. Raises `OptionError` where that is singular without damping."""
-        B = term.B if term.B.ndim == 3 else term.B.unsqueeze(0)
-        lambda_B, Q_B = torch.linalg.eigh(B)
+    def of(term: Kronecker | EigenTerm, damping: float) -> Eigenbasis:
+        """Λ as corrected, or Λ_A Λ_B. Raises `OptionError` if it is singular without damping."""
+        if isinstance(term, EigenTerm):
+            Q_A = None if term.Q_A is None else _grouped(term.Q_A)
+            return Eigenbasis(Q_A, _grouped(term.Q_B), _inverse(term.grouped(), damping))
+        lambda_B, Q_B = torch.linalg.eigh(_grouped(term.B))
         if term.A.ndim == 1:
             lambda_A, Q_A = term.A.unsqueeze(0), None
         else:
-            lambda_A, Q_A = torch.linalg.eigh(term.A if term.A.ndim == 3 else term.A.unsqueeze(0))
+            lambda_A, Q_A = torch.linalg.eigh(_grouped(term.A))
         # Positive semi-definite by construction: what is below zero is rounding.
         eigenvalues = lambda_A.clamp_min(0).unsqueeze(-1) * lambda_B.clamp_min(0).unsqueeze(-2)
         return Eigenbasis(Q_A, Q_B, _inverse(eigenvalues, damping))
 
     def solve(self, rows: Rows | TokenRows) -> Solved:
         """For the gradients of some data; those of one-hot rows for their own tokens alone."""
-        if isinstance(rows, TokenRows):
-            chosen = rows.tokens.unique()
-            G, inverse = rows.formed(chosen), self.inverse[0, chosen]
-            return Solved(((G @ self.Q_B[0]) * inverse) @ self.Q_B[0].mT, chosen)
-        rotated = rows.formed() @ self.Q_B
+        if isinstance(rows, Rows):
+            return Solved(self._solve(rows.formed()))
+        if self.Q_A is not None:  # rows were summed before A was, which is then no diagonal
+            chosen = torch.arange(self.inverse.shape[1], device=self.inverse.device)
+            return Solved(self._solve(rows.formed(chosen).unsqueeze(1))[:, 0], chosen)
+        chosen = rows.tokens.unique()
+        rotated = rows.formed(chosen) @ self.Q_B[0]
+        return Solved((rotated * self.inverse[0, chosen]) @ self.Q_B[0].mT, chosen)
+
+    def _solve(self, G: Float[Tensor, "m group d_in d_out"]) -> Tensor:
         if self.Q_A is None:
-            return Solved((rotated * self.inverse) @ self.Q_B.mT)
-        scaled = (self.Q_A.mT @ rotated) * self.inverse
-        return Solved(self.Q_A @ scaled @ self.Q_B.mT)
+            return (G @ self.Q_B * self.inverse) @ self.Q_B.mT
+        return self.Q_A @ ((self.Q_A.mT @ G @ self.Q_B) * self.inverse) @ self.Q_B.mT
 
 
 @dataclass(frozen=True)
@@ -161,7 +167,7 @@ class Exact:
 Solver = Terms | Whole | Exact
 
 
-def solvers_of(factors: Factors, damping: float) -> Mapping[str, Solver]:
+def solvers_of(factors: Curvature, damping: float) -> Mapping[str, Solver]:
     """The inverse of every block.
 
     Raises:
@@ -172,6 +178,8 @@ def solvers_of(factors: Factors, damping: float) -> Mapping[str, Solver]:
 
 
 def _solver(block: AnyBlock, damping: float) -> Solver:
+    if isinstance(block, EigenBlock):
+        return Terms(tuple(Eigenbasis.of(term, damping) for term in block.terms))
     if isinstance(block, Block):
         numbers = torch.cat([term.entries.flatten() for term in block.terms])
         if len(numbers.unique()) == len(numbers):
@@ -193,6 +201,10 @@ def _whole(block: Block, damping: float) -> Whole:
     eigenvalues, Q = torch.linalg.eigh(block.dense())
     entries = tuple(term.entries.to(Q.device) for term in block.terms)
     return Whole(Q, _inverse(eigenvalues.clamp_min(0), damping), entries)
+
+
+def _grouped(t: Tensor) -> Tensor:
+    return t if t.ndim == 3 else t.unsqueeze(0)
 
 
 def _inverse(eigenvalues: Tensor, damping: float) -> Tensor:

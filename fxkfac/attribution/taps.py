@@ -100,7 +100,7 @@ class Batch:
         uses = [self._use(use, term.scales(k)) for k, use in enumerate(term.uses)]
         if len(uses) == 1:
             return uses[0]
-        return Rows(*(torch.cat(parts, 2) for parts in zip(*((u.x, u.g) for u in uses))))
+        return Rows(torch.cat([u.x for u in uses], 2), torch.cat([u.g for u in uses], 2))
 
     def exact(self, name: str) -> Formed | None:
         """The gradients of a parameter with an exact block; `None` where nothing uses it."""

@@ -1,12 +1,13 @@
-"""One batch after the other -> sums: run the tapped graph into a collector, send vectors back."""
+"""One batch after the other -> sums: run the tapped graph into a sink, send vectors back."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Generator, Tensor
@@ -20,6 +21,7 @@ from fxkfac.curvature.factors import Factors, Settings
 from fxkfac.curvature.likelihoods import Likelihood
 from fxkfac.curvature.padding import Mask, Padding, ignored_positions, read_mask
 from fxkfac.curvature.perdatum import zero_moment
+from fxkfac.curvature.receive import Receiver
 from fxkfac.curvature.schedule import Schedule, schedule_of
 from fxkfac.curvature.together import MEMORY, require_memory
 from fxkfac.errors import DataError, NonFiniteError
@@ -29,8 +31,45 @@ from fxkfac.graph.structure import EXACT
 from fxkfac.isolation import is_finite, own_randomness
 
 
+class Sums(Protocol):
+    """What a pass adds up."""
+
+    n: int
+
+    def merge(self, other: Self) -> None:
+        """Add the sums of further data, which are used up."""
+        ...
+
+    def not_finite(self) -> str | None:
+        """What holds NaN or Inf, if anything does."""
+        ...
+
+
+Sink = TypeVar("Sink", bound=Receiver)
+Total = TypeVar("Total", bound=Sums)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch that has run.
+
+    Attributes:
+        inputs: The data.
+        schedule: What happens with the taps.
+        run: The graph and its prediction.
+        count: What `reduction="mean"` divides by.
+        vectors: The backpropagated vectors ▲, anew at every call.
+    """
+
+    inputs: Any
+    schedule: Schedule
+    run: Run
+    count: float
+    vectors: Callable[[], Iterator[Tensor]]
+
+
 @dataclass
-class Pass:
+class Pass(ABC, Generic[Sink, Total]):
     """One pass over the data.
 
     Attributes:
@@ -49,7 +88,7 @@ class Pass:
     generator: Generator
     backend: str = "eager"
     memory: int | None = None
-    total: Accumulated | None = None
+    total: Total | None = None
     state: Mapping[str, Tensor] = field(init=False)
     wanted: tuple[str, ...] = field(init=False, default=())
     _forward: Backend = field(init=False)
@@ -59,20 +98,18 @@ class Pass:
         require_memory(self.memory)
         self.state = self.program.state(self.params)
 
-    def run(self, data: Iterable[tuple[Any, Any]]) -> Factors:
-        """Add all batches. What stops that carries the factors of those before."""
-        try:
-            for number, (inputs, targets) in enumerate(data):
-                self.add(inputs, targets, number)
-        except BaseException as error:
-            if self.total is not None:
-                error.factors = self.factors()  # type: ignore[attr-defined]
-                n = self.total.n
-                error.add_note(f"The factors of the first {n} data are in this error's .factors.")
-            raise
-        factors = self.factors()
-        self.likelihood.reduction_factor(factors.count)  # refuses data without any target
-        return factors
+    @abstractmethod
+    def sink(self, schedule: Schedule, padding: Padding, memory: int, targets: Any) -> Sink:
+        """What the taps of one batch go into."""
+
+    @abstractmethod
+    def sums(self, sink: Sink, batch: Batch) -> Total:
+        """What the sink has of a batch."""
+
+    def add_all(self, data: Iterable[tuple[Any, Any]]) -> None:
+        """Add all batches."""
+        for number, (inputs, targets) in enumerate(data):
+            self.add(inputs, targets, number)
 
     def add(self, inputs: Any, targets: Any, number: int) -> None:
         """Add one batch."""
@@ -90,12 +127,7 @@ class Pass:
         else:
             self.total.merge(part)
 
-    def factors(self) -> Factors:
-        """What was added so far."""
-        assert self.total is not None
-        return self.total.factors(self.settings, self.program.model, self.likelihood)
-
-    def _sums(self, inputs: Any, targets: Any, number: int) -> Accumulated:
+    def _sums(self, inputs: Any, targets: Any, number: int) -> Total:
         likelihood, settings = self.likelihood, self.settings
         with _named(number):
             tapped, tensors = self.program.at(inputs)
@@ -105,26 +137,21 @@ class Pass:
         n = self.program.signature.batch_size(tensors)
         given = None if self.mask is None else read_mask(self.mask, inputs, targets, n)
         padding = Padding(given)
-        hold = self.mask is None and likelihood.ignores(targets)
         memory = MEMORY if self.memory is None else self.memory
-        collector = Collector(schedule, settings, padding, hold, bool(self.wanted), memory)
+        sink = self.sink(schedule, padding, memory, targets)
         with _named(number):
             ran = self._forward(
-                Forward(self.program, tapped, self.state, tensors, self.wanted, collector)
+                Forward(self.program, tapped, self.state, tensors, self.wanted, sink)
             )
         run, prediction = ran.run, ran.run.prediction.detach()
         _require_finite_prediction(prediction, number)
         likelihood.validate(prediction, targets)
-        if collector.hold:
+        if sink.hold:
             padding.ignored = ignored_positions(likelihood, run, targets)
         vectors = partial(self._vectors, run, targets)
         self._send_back(ran, targets, vectors())
-        exact = collector.exact | self._without_taps(schedule, run, inputs, vectors)
-        for name, kind in settings.structures.items():
-            if kind in EXACT and name not in exact:  # nothing uses it, or nothing comes back to it
-                exact[name] = zero_moment(settings.parameters[name], kind, prediction)
         count = float(likelihood.count(prediction, targets))
-        return Accumulated(schedule, run.n, count, collector.inputs, collector.outputs, exact)
+        return self.sums(sink, Batch(inputs, schedule, run, count, vectors))
 
     def _send_back(self, ran: Differentiable, targets: Any, vectors: Iterable[Tensor]) -> None:
         ran.send_back(vectors)
@@ -142,18 +169,61 @@ class Pass:
             self.generator,
         )
 
-    def _without_taps(
-        self,
-        schedule: Schedule,
-        run: Run,
-        inputs: Any,
-        vectors: Callable[[], Iterable[Tensor]],
-    ) -> dict[str, Tensor]:
+
+@dataclass
+class FactorPass(Pass[Collector, Accumulated]):
+    """The pass that sums A and B."""
+
+    def run(self, data: Iterable[tuple[Any, Any]]) -> Factors:
+        """Add all batches. What stops that carries the factors of those before."""
+        try:
+            self.add_all(data)
+        except BaseException as error:
+            if self.total is not None:
+                error.factors = self.factors()  # type: ignore[attr-defined]
+                n = self.total.n
+                error.add_note(f"The factors of the first {n} data are in this error's .factors.")
+            raise
+        factors = self.factors()
+        self.likelihood.reduction_factor(factors.count)  # refuses data without any target
+        return factors
+
+    def factors(self) -> Factors:
+        """What was added so far."""
+        assert self.total is not None
+        return self.total.factors(self.settings, self.program.model, self.likelihood)
+
+    def sink(self, schedule: Schedule, padding: Padding, memory: int, targets: Any) -> Collector:
+        """A and B; A waits where targets are ignored, and no mask says which rows are real."""
+        return Collector(
+            schedule=schedule,
+            settings=self.settings,
+            padding=padding,
+            memory=memory,
+            hold=self.mask is None and self.likelihood.ignores(targets),
+            keep_graph=bool(self.wanted),
+        )
+
+    def sums(self, sink: Collector, batch: Batch) -> Accumulated:
+        """A, B and the exact blocks."""
+        exact = sink.exact | self._without_taps(batch)
+        for name, kind in self.settings.structures.items():
+            if kind in EXACT and name not in exact:  # nothing uses it, or nothing comes back to it
+                exact[name] = zero_moment(
+                    self.settings.parameters[name], kind, batch.run.prediction.detach()
+                )
+        return Accumulated(
+            batch.schedule, batch.run.n, batch.count, sink.inputs, sink.outputs, exact
+        )
+
+    def _without_taps(self, batch: Batch) -> dict[str, Tensor]:
         """Exact blocks of parameters that have no normal form."""
-        if not schedule.from_graph:
+        if not batch.schedule.from_graph:
             return {}
-        kinds = {name: self.settings.structures[name] for name in schedule.from_graph}
-        return gradient_moments(self.program, run, self.state, inputs, kinds, vectors())
+        kinds = {name: self.settings.structures[name] for name in batch.schedule.from_graph}
+        return gradient_moments(
+            self.program, batch.run, self.state, batch.inputs, kinds, batch.vectors()
+        )
 
 
 @contextmanager

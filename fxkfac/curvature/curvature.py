@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fxkfac.curvature.blocks import Block, Dense, Diagonal
+from fxkfac.curvature.eigen import EigenBlock
 from fxkfac.curvature.sharing import accurate_dtype
 from fxkfac.errors import OptionError, UnknownParameter
 from fxkfac.functional import unknown
@@ -19,7 +20,7 @@ from fxkfac.isolation import full_precision
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-AnyBlock = Block | Diagonal | Dense
+AnyBlock = Block | Diagonal | Dense | EigenBlock
 DAMP = ("block", "factors")
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Generator
 
-from fxkfac.curvature.batch import Pass
+from fxkfac.curvature.batch import FactorPass
 from fxkfac.curvature.data import Data, batches
 from fxkfac.curvature.factors import Factors
 from fxkfac.curvature.losses import likelihood_of
@@ -90,5 +90,5 @@ def kfac(
         program, loss, fisher, sharing, mc_samples, separate_weight_and_bias, mask is not None
     )
     source = generator or program.generator
-    over = Pass(program, likelihood, settings, params, mask, source, backend, memory)
+    over = FactorPass(program, likelihood, settings, params, mask, source, backend, memory)
     return over.run(batches(data, progress))

@@ -10,7 +10,7 @@ import torch
 from torch import Generator, Tensor
 
 from fxkfac.curvature.backends import Differentiable
-from fxkfac.curvature.batch import Pass
+from fxkfac.curvature.batch import FactorPass
 from fxkfac.curvature.data import Data, batches
 from fxkfac.curvature.factors import Factors
 from fxkfac.curvature.losses import likelihood_of
@@ -79,7 +79,7 @@ def step(
 
 
 @dataclass
-class _Steps(Pass):
+class _Steps(FactorPass):
     """A pass that also sums criterion and gradients, both without R."""
 
     criterion: Tensor = field(init=False)
