@@ -1,6 +1,7 @@
 """fxkfac: a torch.fx compiler that makes Kronecker-factored curvature visible and usable."""
 
 from fxkfac import errors, exact
+from fxkfac.attribution import influence
 from fxkfac.curvature.accumulation import Accumulation
 from fxkfac.curvature.blocks import Block, Dense, Diagonal, Kronecker
 from fxkfac.curvature.check import check
@@ -44,6 +45,7 @@ __all__ = [
     "ekfac",
     "errors",
     "exact",
+    "influence",
     "kfac",
     "kfoc",
     "laplacian",

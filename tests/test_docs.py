@@ -26,7 +26,9 @@ def test_readme_code_runs_by_itself(number: int) -> None:
     assert "factors" in namespace or "ggn" in namespace
 
 
-@pytest.mark.parametrize(("page", "least"), [("tour.md", 9), ("corrections.md", 4)])
+@pytest.mark.parametrize(
+    ("page", "least"), [("tour.md", 9), ("corrections.md", 4), ("influence.md", 2)]
+)
 def test_pages_run_from_top_to_bottom(page: str, least: int) -> None:
     blocks = code_blocks(ROOT / "docs" / page)
     assert len(blocks) >= least

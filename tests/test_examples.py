@@ -45,3 +45,14 @@ def test_poisson(tmp_path: Path) -> None:
     assert len(curve) == 2
     example["draw"]({"KFAC": curve, "Adam": curve}, tmp_path / "poisson.svg")
     assert "relative L2 error" in (tmp_path / "poisson.svg").read_text()
+
+
+def test_influence(tmp_path: Path) -> None:
+    """Without a digit, losses change as its influence says: a correlation of 0.8 at least."""
+    example = runpy.run_path(str(ROOT / "examples" / "influence.py"))
+    for result in example["run"](300, 20, 15).values():
+        assert result.scores.shape == (300, 20)
+        pairs, _ = example["correlations"](result.predicted, result.actual)
+        assert pairs > 0.8
+    example["draw"](result, tmp_path / "influence.png")
+    assert (tmp_path / "influence.png").read_bytes().startswith(b"\x89PNG")

@@ -22,6 +22,7 @@ ALLOWED = {
     "curvature": {"errors", "isolation", "functional", "graph", "linalg"},
     "exact": {"errors", "isolation", "functional", "linalg", "curvature"},
     "persistence": {"errors", "functional", "graph", "curvature"},
+    "attribution": {"errors", "isolation", "functional", "graph", "linalg", "curvature"},
 }
 LEAVES = {"cli", "__main__", "distributed", "examples"}  # nobody imports these
 
