@@ -21,6 +21,7 @@ ALLOWED = {
     "graph": {"errors", "isolation", "functional"},
     "curvature": {"errors", "isolation", "functional", "graph", "linalg"},
     "exact": {"errors", "isolation", "functional", "linalg", "curvature"},
+    "laplace": {"errors", "isolation", "functional", "linalg", "curvature"},
 }
 LEAVES = {"cli", "__main__", "examples"}  # nobody imports these
 
