@@ -40,6 +40,7 @@ from fxkfac.laplace import Posterior
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+plt.rcParams["svg.hashsalt"] = "laplace"  # the same picture, byte by byte
 SEED = 0
 TRAIN, TEST = 500, 800
 ROUNDS, STEPS = 10, 100  # of Adam, with all data in each
