@@ -1,6 +1,6 @@
 """fxkfac: a torch.fx compiler that makes Kronecker-factored curvature visible and usable."""
 
-from fxkfac import errors, exact
+from fxkfac import errors, exact, laplace
 from fxkfac.attribution import influence
 from fxkfac.curvature.accumulation import Accumulation
 from fxkfac.curvature.blocks import Block, Dense, Diagonal, Kronecker
@@ -48,6 +48,7 @@ __all__ = [
     "influence",
     "kfac",
     "kfoc",
+    "laplace",
     "laplacian",
     "load",
     "operators",

@@ -48,6 +48,14 @@ def test_the_page_of_operators_runs_from_top_to_bottom() -> None:
         exec(compile(block, f"operators.md, block {number}", "exec"), namespace)
 
 
+def test_the_page_of_laplaces_approximation_runs_from_top_to_bottom() -> None:
+    blocks = code_blocks(ROOT / "docs" / "laplace.md")
+    assert len(blocks) >= 3
+    namespace: dict[str, object] = {}
+    for number, block in enumerate(blocks):
+        exec(compile(block, f"laplace.md, block {number}", "exec"), namespace)
+
+
 def test_tables_are_up_to_date() -> None:
     readme = (ROOT / "README.md").read_text()
     assert TABLES["with_support"](readme) == readme

@@ -23,6 +23,7 @@ ALLOWED = {
     "exact": {"errors", "isolation", "functional", "linalg", "curvature"},
     "persistence": {"errors", "functional", "graph", "curvature"},
     "attribution": {"errors", "isolation", "functional", "graph", "linalg", "curvature"},
+    "laplace": {"errors", "isolation", "functional", "linalg", "curvature"},
 }
 LEAVES = {"cli", "__main__", "distributed", "examples"}  # nobody imports these
 
