@@ -1,0 +1,136 @@
+"""The examples that use curvature: what they say of pruning and merging holds, in a smaller net."""
+
+from __future__ import annotations
+
+import runpy
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.fixture(scope="module")
+def pruning() -> dict[str, Any]:
+    """The example, with a net, its data and its decompositions."""
+    example = runpy.run_path(str(EXAMPLES / "pruning.py"))
+    torch.manual_seed(0)
+    train, test = example["digits"]()
+    model = example["trained"](16, 10, train)
+    return example | {
+        "model": model,
+        "test": test,
+        "ways": example["decompositions"](model, train),
+    }
+
+
+def test_every_way_of_pruning_starts_at_the_weights(pruning: dict[str, Any]) -> None:
+    weights = dict(pruning["model"].named_parameters())
+    for layers in pruning["ways"].values():
+        assert set(layers) == {"0.weight", "2.weight", "4.weight"}
+        for name, layer in layers.items():
+            torch.testing.assert_close(layer.weight(), weights[name].detach())
+
+
+def test_half_of_the_coordinates_go_those_of_least_saliency(pruning: dict[str, Any]) -> None:
+    for layers in pruning["ways"].values():
+        left = pruning["pruned"](layers, 0.5)
+        mask = torch.cat([layer.C.flatten() != 0 for layer in left.values()])
+        saliency = torch.cat([(x.C**2 * x.curvature).flatten() for x in layers.values()])
+        assert int((~mask).sum()) == len(mask) // 2
+        assert saliency[~mask].max() <= saliency[mask].min()
+
+
+def test_numbers_that_are_stored(pruning: dict[str, Any]) -> None:
+    C = torch.tensor([[1.0, 0, 0], [2.0, 0, 3.0]])
+    layer = pruning["Layer"]
+    assert layer(C, C, None).numbers() == 3
+    assert layer(C, C, (torch.eye(2), torch.eye(3))).numbers() == 3 + 2 * 2 + 2 * 3
+
+
+def test_the_eigenbasis_is_pruned_at_least_loss(pruning: dict[str, Any]) -> None:
+    before, _ = pruning["evaluated"](
+        pruning["model"], pruning["ways"]["magnitude"], pruning["test"]
+    )
+    rise = {}
+    for name, layers in pruning["ways"].items():
+        left = pruning["pruned"](layers, 0.5)
+        rise[name] = pruning["evaluated"](pruning["model"], left, pruning["test"])[0] - before
+    assert rise["eigenbasis of KFAC"] < 0.2 * rise["exact diagonal"]
+    assert rise["exact diagonal"] < 0.9 * rise["magnitude"]
+    left = pruning["pruned"](pruning["ways"]["eigenbasis of KFAC"], 0.7)
+    still = pruning["evaluated"](pruning["model"], left, pruning["test"])[0] - before
+    assert still < 0.2 * rise["exact diagonal"]
+
+
+def test_the_report_of_pruning(
+    pruning: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pruning["report"](pruning["model"], pruning["ways"], pruning["test"], tmp_path)
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 2 + 3 * len(pruning["FRACTIONS"]) + 1
+    assert sum("eigenbasis of KFAC" in line for line in printed) == len(pruning["FRACTIONS"])
+    assert "eigenbasis of KFAC" in (tmp_path / "pruning.svg").read_text()
+
+
+@pytest.fixture(scope="module")
+def merging() -> dict[str, Any]:
+    """The example, with two nets, their curvatures and test data."""
+    example = runpy.run_path(str(EXAMPLES / "merging.py"))
+    torch.manual_seed(0)
+    start, train, test = example["digits"]()
+    common = example["trained"](example["initial"](12), start, 15)
+    parts = example["halves"](train)
+    nets = [example["trained"](common, half, 15) for half in parts]
+    pairs = list(zip(nets, parts, strict=True))
+    return example | {
+        "test": test,
+        "nets": nets,
+        "factors": [example["curvature"](*pair) for pair in pairs],
+        "diagonals": [example["curvature"](*pair, "diagonal") for pair in pairs],
+    }
+
+
+def test_a_merged_net_solves_the_dense_system(merging: dict[str, Any]) -> None:
+    nets, factors, damping = merging["nets"], merging["factors"], 1e-3
+    found = merging["merged"](nets, factors, damping)
+    for name in ("W2", "W3", "b1"):
+        C = []
+        for block in (f[name] for f in factors):
+            A, B = (m + damping**0.5 * torch.eye(len(m)).double() for m in (block.A, block.B))
+            C.append(torch.kron(B, A))  # acts on the rvec of a weight stored as (out, in)
+        weighted = sum(c @ net[name].flatten() for c, net in zip(C, nets, strict=True))
+        expected = torch.linalg.solve(C[0] + C[1], weighted).view_as(nets[0][name])
+        torch.testing.assert_close(found[name], expected, rtol=1e-8, atol=1e-8)
+
+
+def test_equal_nets_stay_and_large_damping_averages(merging: dict[str, Any]) -> None:
+    nets, factors = merging["nets"], merging["factors"]
+    same = merging["merged"]([nets[0], nets[0]], factors, 1e-3)
+    far = merging["merged"](nets, factors, 1e16)
+    for name, mean in merging["average"](nets).items():
+        torch.testing.assert_close(same[name], nets[0][name], rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(far[name], mean, rtol=1e-5, atol=1e-5)
+
+
+def test_merging_by_kfac_knows_more_than_the_average(merging: dict[str, Any]) -> None:
+    nets, test = merging["nets"], merging["test"]
+    several = [*nets, merging["average"](nets)]
+    several.append(merging["merged_by_diagonals"](nets, merging["diagonals"], 1e-3))
+    several.append(merging["merged"](nets, merging["factors"], 1e-3))
+    losses = [merging["evaluated"](params, test)[0] for params in several]
+    assert max(losses[0], losses[1]) == max(losses)
+    for worse, better in pairwise([min(losses[:2]), *losses[2:]]):
+        assert better < 0.95 * worse
+    accuracies = [merging["evaluated"](params, test)[1] for params in several]
+    assert accuracies[-1] > max(accuracies[:-1]) + 0.02
+
+
+def test_the_report_of_merging(merging: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    merging["report"]({"one": merging["nets"][0]}, merging["test"])
+    header, line = capsys.readouterr().out.splitlines()
+    assert header.split()[:2] == ["net", "test"]
+    assert line.startswith("one")
