@@ -13,6 +13,7 @@ from fxkfac.graph import rules
 from fxkfac.graph.coverage import Coverage
 from fxkfac.graph.program import Program
 from fxkfac.graph.trace import trace
+from fxkfac.linalg import operators
 from fxkfac.taylor import Taylor, laplacian
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "exact",
     "kfac",
     "laplacian",
+    "operators",
     "rules",
     "step",
     "sum_of",

@@ -37,6 +37,14 @@ def test_the_tour_runs_from_top_to_bottom() -> None:
     assert "blocks" in namespace
 
 
+def test_the_page_of_operators_runs_from_top_to_bottom() -> None:
+    blocks = code_blocks(ROOT / "docs" / "operators.md")
+    assert len(blocks) >= 6
+    namespace: dict[str, object] = {}
+    for number, block in enumerate(blocks):
+        exec(compile(block, f"operators.md, block {number}", "exec"), namespace)
+
+
 def test_tables_are_up_to_date() -> None:
     readme = (ROOT / "README.md").read_text()
     assert TABLES["with_support"](readme) == readme
