@@ -97,14 +97,15 @@ def merging() -> dict[str, Any]:
 def test_a_merged_net_solves_the_dense_system(merging: dict[str, Any]) -> None:
     nets, factors, damping = merging["nets"], merging["factors"], 1e-3
     found = merging["merged"](nets, factors, damping)
-    for name in ("W2", "W3", "b1"):
+    for k in (1, 2, 3):
         C = []
-        for block in (f[name] for f in factors):
+        for block in (f[f"W{k}"] for f in factors):
             A, B = (m + damping**0.5 * torch.eye(len(m)).double() for m in (block.A, block.B))
-            C.append(torch.kron(B, A))  # acts on the rvec of a weight stored as (out, in)
-        weighted = sum(c @ net[name].flatten() for c, net in zip(C, nets, strict=True))
-        expected = torch.linalg.solve(C[0] + C[1], weighted).view_as(nets[0][name])
-        torch.testing.assert_close(found[name], expected, rtol=1e-8, atol=1e-8)
+            C.append(torch.kron(B, A))  # acts on the rvec of (W b), W stored as (out, in)
+        joint = [torch.cat([p[f"W{k}"], p[f"b{k}"].unsqueeze(1)], 1) for p in (*nets, found)]
+        weighted = sum(c @ W.flatten() for c, W in zip(C, joint[:2], strict=True))
+        expected = torch.linalg.solve(C[0] + C[1], weighted).view_as(joint[2])
+        torch.testing.assert_close(joint[2], expected, rtol=1e-8, atol=1e-8)
 
 
 def test_equal_nets_stay_and_large_damping_averages(merging: dict[str, Any]) -> None:
