@@ -25,10 +25,10 @@ the picture, docs/pictures/pruning.svg, of the same run:
 Half of the coordinates of the eigenbasis do nothing, and nine tenths next to nothing. But they are
 coordinates, not weights: rotated back, W = Q_B C Q_Aᵀ has no zeros, and the layer is a product of
 three matrices, of which only C is sparse. The bases have to be stored, too. The last column counts
-the entries of C that are left and the columns of both bases that they use, and in a net this small
-they are fewer than the weights only where nearly all is removed: for equal numbers stored, entries
-of W are the better choice here. What the eigenbasis shows is in how few directions the loss is
-curved.
+the entries of C that are left and the columns of both bases that they use (but for no way where
+the entries are), and in a net this small they are fewer than the weights only where nearly all is
+removed: for equal numbers stored, entries of W are the better choice here. What the eigenbasis
+shows is in how few directions the loss is curved.
 
 Run it with `python examples/pruning.py [--out DIRECTORY]`.
 """
