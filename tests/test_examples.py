@@ -58,6 +58,8 @@ def test_influence(tmp_path: Path) -> None:
         assert pairs > 0.8
     example["draw"](result, tmp_path / "influence.png")
     assert (tmp_path / "influence.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_laplace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     example = runpy.run_path(str(ROOT / "examples" / "laplace.py"))
     (data, (x, y)), model = example["digits"](), example["network"]()

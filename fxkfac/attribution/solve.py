@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from fxkfac.attribution.rows import Formed, Rows, TokenRows
-from fxkfac.curvature.blocks import Block, Dense, Kronecker
+from fxkfac.curvature.blocks import Block, Kronecker
 from fxkfac.curvature.curvature import AnyBlock, Curvature
 from fxkfac.curvature.eigen import EigenBlock, EigenTerm
 from fxkfac.errors import UnsupportedUse
-from fxkfac.linalg import require_regular
+from fxkfac.linalg import operators
+from fxkfac.linalg.operators import Damping, Eigenbasis, Operator
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -48,61 +49,44 @@ class Solved:
 
 
 @dataclass(frozen=True)
-class Eigenbasis:
-    """The inverse of one term by itself, Q diag(1 / (Λ + λ)) Qᵀ with Q = Q_A ⊗ Q_B.
+class Term:
+    """The inverse of one term by itself, Q diag(1 / (Λ + λ)) Qᵀ with Q = Q_A ⊗ Q_B."""
 
-    Attributes:
-        Q_A: (group, in, in); `None` for the identity, where inputs are one-hot.
-        Q_B: (group, out, out).
-        inverse: 1 / (Λ + λ), (group, in, out).
-    """
-
-    Q_A: Tensor | None
-    Q_B: Tensor
-    inverse: Tensor
+    inverse: Eigenbasis
 
     @staticmethod
-    def of(term: Kronecker | EigenTerm, damping: float) -> Eigenbasis:
+    def of(term: Kronecker | EigenTerm, damping: float) -> Term:
         """Λ as corrected, or Λ_A Λ_B. Raises `OptionError` if it is singular without damping."""
-        if isinstance(term, EigenTerm):
-            Q_A = None if term.Q_A is None else _grouped(term.Q_A)
-            return Eigenbasis(Q_A, _grouped(term.Q_B), _inverse(term.grouped(), damping))
-        lambda_B, Q_B = torch.linalg.eigh(_grouped(term.B))
-        if term.A.ndim == 1:
-            lambda_A, Q_A = term.A.unsqueeze(0), None
-        else:
-            lambda_A, Q_A = torch.linalg.eigh(_grouped(term.A))
-        # Positive semi-definite by construction: what is below zero is rounding.
-        eigenvalues = lambda_A.clamp_min(0).unsqueeze(-1) * lambda_B.clamp_min(0).unsqueeze(-2)
-        return Eigenbasis(Q_A, Q_B, _inverse(eigenvalues, damping))
+        inverse = _inverse(term.operator, damping)
+        assert isinstance(inverse, Eigenbasis)
+        return Term(inverse)
 
     def solve(self, rows: Rows | TokenRows) -> Solved:
         """For the gradients of some data; those of one-hot rows for their own tokens alone."""
         if isinstance(rows, Rows):
             return Solved(self._solve(rows.formed()))
-        if self.Q_A is not None:  # rows were summed before A was, which is then no diagonal
-            chosen = torch.arange(self.inverse.shape[1], device=self.inverse.device)
+        basis = self.inverse
+        if basis.Q_A is not None:  # rows were summed before A was, which is then no diagonal
+            chosen = torch.arange(basis.shape[1], device=basis.like.device)
             return Solved(self._solve(rows.formed(chosen).unsqueeze(1))[:, 0], chosen)
-        chosen = rows.tokens.unique()
-        rotated = rows.formed(chosen) @ self.Q_B[0]
-        return Solved((rotated * self.inverse[0, chosen]) @ self.Q_B[0].mT, chosen)
+        assert basis.Q_B is not None
+        chosen, Q_B = rows.tokens.unique(), basis.Q_B[0]
+        return Solved((rows.formed(chosen) @ Q_B * basis.eigenvalues[0, chosen]) @ Q_B.mT, chosen)
 
     def _solve(self, G: Float[Tensor, "m group d_in d_out"]) -> Tensor:
-        if self.Q_A is None:
-            return (G @ self.Q_B * self.inverse) @ self.Q_B.mT
-        return self.Q_A @ ((self.Q_A.mT @ G @ self.Q_B) * self.inverse) @ self.Q_B.mT
+        return operators.product(self.inverse, G)
 
 
 @dataclass(frozen=True)
 class Terms:
     """The inverse of a block whose terms have no entry in common."""
 
-    bases: tuple[Eigenbasis, ...]
+    bases: tuple[Term, ...]
 
     @property
     def numel(self) -> int:
         """Numbers in one datum's gradient."""
-        return sum(basis.inverse.numel() for basis in self.bases)
+        return sum(basis.inverse.numel for basis in self.bases)
 
     def solve(self, rows: list[Rows | TokenRows]) -> list[Solved]:
         """For each term by itself."""
@@ -111,29 +95,29 @@ class Terms:
 
 @dataclass(frozen=True)
 class Whole:
-    """The inverse of a block whose terms overlap, Q diag(inverse) Qᵀ.
+    """The inverse of a block whose terms overlap.
 
     Attributes:
+        inverse: On vectors (numel,).
         entries: For every term, where its entries are, (group, in, out).
     """
 
-    Q: Float[Tensor, "numel numel"]
-    inverse: Float[Tensor, " numel"]
+    inverse: Operator
     entries: tuple[Tensor, ...]
 
     @property
     def numel(self) -> int:
         """Numbers in one datum's gradient, and in what its terms have of it."""
-        return len(self.Q) + sum(entries.numel() for entries in self.entries)
+        return self.inverse.numel + sum(entries.numel() for entries in self.entries)
 
     def solve(self, rows: list[Rows | TokenRows]) -> list[Solved]:
         """For the gradients of all terms together."""
-        G = self.Q.new_zeros(len(rows[0]), len(self.Q))
+        G = self.inverse.like.new_zeros(len(rows[0]), self.inverse.numel)
         for r, entries in zip(rows, self.entries, strict=True):
             tokens = torch.arange(entries.shape[1], device=entries.device)
             part = r.formed(tokens) if isinstance(r, TokenRows) else r.formed()
             G = G.index_add(1, entries.flatten(), part.flatten(1).to(G.dtype))
-        P = ((G @ self.Q) * self.inverse) @ self.Q.mT
+        P = operators.product(self.inverse, G)
         found = []
         for r, entries in zip(rows, self.entries, strict=True):
             if isinstance(r, TokenRows):
@@ -146,22 +130,18 @@ class Whole:
 
 @dataclass(frozen=True)
 class Exact:
-    """The inverse of an exact block: of a diagonal (numel,), or Q diag(inverse) Qᵀ."""
+    """The inverse of an exact block, on vectors (numel,)."""
 
-    inverse: Float[Tensor, " numel"]
-    Q: Tensor | None = None
+    inverse: Operator
 
     @property
     def numel(self) -> int:
         """Numbers in one datum's gradient."""
-        return len(self.inverse)
+        return self.inverse.numel
 
     def solve(self, rows: Formed) -> Solved:
         """For the gradients of some data."""
-        G = rows.G.to(self.inverse.dtype)
-        if self.Q is None:
-            return Solved(G * self.inverse)
-        return Solved(((G @ self.Q) * self.inverse) @ self.Q.mT)
+        return Solved(operators.product(self.inverse, rows.G.to(self.inverse.like.dtype)))
 
 
 Solver = Terms | Whole | Exact
@@ -179,16 +159,13 @@ def solvers_of(factors: Curvature, damping: float) -> Mapping[str, Solver]:
 
 def _solver(block: AnyBlock, damping: float) -> Solver:
     if isinstance(block, EigenBlock):
-        return Terms(tuple(Eigenbasis.of(term, damping) for term in block.terms))
+        return Terms(tuple(Term.of(term, damping) for term in block.terms))
     if isinstance(block, Block):
         numbers = torch.cat([term.entries.flatten() for term in block.terms])
         if len(numbers.unique()) == len(numbers):
-            return Terms(tuple(Eigenbasis.of(term, damping) for term in block.terms))
+            return Terms(tuple(Term.of(term, damping) for term in block.terms))
         return _whole(block, damping)
-    if isinstance(block, Dense):
-        eigenvalues, Q = torch.linalg.eigh(block.matrix)
-        return Exact(_inverse(eigenvalues.clamp_min(0), damping), Q)
-    return Exact(_inverse(block.diagonal.flatten(), damping))
+    return Exact(_inverse(block.operator, damping))
 
 
 def _whole(block: Block, damping: float) -> Whole:
@@ -198,15 +175,9 @@ def _whole(block: Block, damping: float) -> Whole:
             f"parts, and the block as one matrix would hold {block.numel**2:,} numbers; expected "
             f"at most {LARGEST_BLOCK:,}. Trace with structure={{{block.params[0]!r}: 'diagonal'}}."
         )
-    eigenvalues, Q = torch.linalg.eigh(block.dense())
-    entries = tuple(term.entries.to(Q.device) for term in block.terms)
-    return Whole(Q, _inverse(eigenvalues.clamp_min(0), damping), entries)
+    entries = tuple(term.entries.to(term.B.device) for term in block.terms)
+    return Whole(_inverse(block.operator, damping), entries)
 
 
-def _grouped(t: Tensor) -> Tensor:
-    return t if t.ndim == 3 else t.unsqueeze(0)
-
-
-def _inverse(eigenvalues: Tensor, damping: float) -> Tensor:
-    require_regular(eigenvalues.flatten(), damping)
-    return 1 / (eigenvalues + damping)
+def _inverse(operator: Operator, damping: float) -> Operator:
+    return operators.power(operators.damped(operator, Damping(damping)), -1)

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Generator, Tensor
 
-from fxkfac.curvature.batch import FactorPass
 from fxkfac.curvature.data import pair
+from fxkfac.curvature.factor_pass import FactorPass
 from fxkfac.curvature.factors import Factors
 from fxkfac.curvature.losses import likelihood_of
 from fxkfac.curvature.options import settings_of

@@ -10,8 +10,8 @@ import torch
 from torch import Generator, Tensor
 
 from fxkfac.curvature.backends import Differentiable
-from fxkfac.curvature.batch import FactorPass
 from fxkfac.curvature.data import Data, batches
+from fxkfac.curvature.factor_pass import FactorPass
 from fxkfac.curvature.factors import Factors, scale_of
 from fxkfac.curvature.losses import likelihood_of
 from fxkfac.curvature.options import settings_of
