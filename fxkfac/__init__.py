@@ -1,6 +1,6 @@
 """fxkfac: a torch.fx compiler that makes Kronecker-factored curvature visible and usable."""
 
-from fxkfac import errors, exact
+from fxkfac import errors, exact, optim
 from fxkfac.curvature.blocks import Block, Dense, Diagonal, Kronecker
 from fxkfac.curvature.check import check
 from fxkfac.curvature.factors import Factors
@@ -33,6 +33,7 @@ __all__ = [
     "exact",
     "kfac",
     "laplacian",
+    "optim",
     "rules",
     "step",
     "sum_of",

@@ -21,6 +21,7 @@ ALLOWED = {
     "graph": {"errors", "isolation", "functional"},
     "curvature": {"errors", "isolation", "functional", "graph", "linalg"},
     "exact": {"errors", "isolation", "functional", "linalg", "curvature"},
+    "optim": {"errors", "isolation", "functional", "linalg", "graph", "curvature", "exact"},
 }
 LEAVES = {"cli", "__main__", "examples"}  # nobody imports these
 

@@ -125,8 +125,8 @@ class Block:
     def _solve_factors(self, vector: Tensor, damping: float) -> Tensor:
         require_positive(damping)
         entries = self.terms[0].entries
-        laid_out = [_laid_out(term, entries, self.params) for term in self.terms]
-        pairs = [(damped(A, damping), damped(B, damping)) for A, B in laid_out]
+        factors = [laid_out(term, entries, self.params) for term in self.terms]
+        pairs = [(damped(A, damping), damped(B, damping)) for A, B in factors]
         G = vector[entries.to(vector.device)]
         if len(pairs) == 1:
             solution = kronecker_solve(*pairs[0], G, 0.0)
@@ -140,7 +140,7 @@ class Block:
         return torch.empty_like(vector).index_put((entries.to(vector.device),), solution)
 
 
-def _laid_out(term: Kronecker, entries: Tensor, params: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+def laid_out(term: Kronecker, entries: Tensor, params: tuple[str, ...]) -> tuple[Tensor, Tensor]:
     """A and B of a term, as factors of a matrix whose entries lie as in another term."""
     A, B = term.grouped()
     if term.entries.equal(entries):

@@ -4,6 +4,7 @@ from fxkfac.linalg.flatten import cvec, rvec
 from fxkfac.linalg.gram import Gram, add_gram
 from fxkfac.linalg.kronecker import (
     damped,
+    diagonalise,
     kronecker_dense,
     kronecker_solve,
     kronecker_sum_solve,
@@ -20,6 +21,7 @@ __all__ = [
     "add_patch_gram",
     "cvec",
     "damped",
+    "diagonalise",
     "kronecker_dense",
     "kronecker_solve",
     "kronecker_sum_solve",

@@ -76,12 +76,12 @@ def kronecker_sum_solve(
     Two pairs are diagonalised at once: UᵀA₁U = Λ, UᵀA₂U = I and VᵀB₁V = M, VᵀB₂V = I. In these
     coordinates the sum is the diagonal matrix with entries λ_i μ_j + 1.
     """
-    (λ, U), (μ, V) = (_diagonalise(a, b) for a, b in zip(first, second, strict=True))
+    (λ, U), (μ, V) = (diagonalise(a, b) for a, b in zip(first, second, strict=True))
     scaled = (U.mT @ G @ V) / (λ.unsqueeze(-1) * μ.unsqueeze(-2) + 1)
     return U @ scaled @ V.mT
 
 
-def _diagonalise(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def diagonalise(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """λ and U with Uᵀ a U = diag λ and Uᵀ b U = I, for symmetric a and positive definite b."""
     L, failed = torch.linalg.cholesky_ex(b)
     if bool(failed.any()):
