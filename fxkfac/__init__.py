@@ -6,6 +6,7 @@ from fxkfac.curvature.check import check
 from fxkfac.curvature.factors import Factors
 from fxkfac.curvature.kfac import kfac
 from fxkfac.curvature.likelihoods import Likelihood
+from fxkfac.curvature.running import RunningAverage
 from fxkfac.curvature.step import Step, step
 from fxkfac.curvature.total import Total, sum_of
 from fxkfac.errors import FxkfacError
@@ -25,6 +26,7 @@ __all__ = [
     "Kronecker",
     "Likelihood",
     "Program",
+    "RunningAverage",
     "Step",
     "Taylor",
     "Total",

@@ -154,12 +154,7 @@ class Factors(Curvature):
         Raises:
             MergeError: The two were not computed in the same way.
         """
-        if self.settings != other.settings:
-            raise MergeError(
-                f"these factors were computed with {self.settings}, the others with "
-                f"{other.settings}; only parts of one computation add up."
-            )
-        require_same_terms(self.plans.values(), other.plans.values())
+        require_same_computation(self, other)
         count = self.count + other.count
         R = scale_of(self.likelihood, count)
         mine, theirs = (R / scale_of(self.likelihood, c) for c in (self.count, other.count))
@@ -176,6 +171,16 @@ class Factors(Curvature):
             },
             exact={name: mine * e + theirs * other.exact[name] for name, e in self.exact.items()},
         )
+
+
+def require_same_computation(mine: Factors, others: Factors) -> None:
+    """Raise `MergeError` unless both were computed in the same way."""
+    if mine.settings != others.settings:
+        raise MergeError(
+            f"these factors were computed with {mine.settings}, the others with "
+            f"{others.settings}; only parts of one computation add up."
+        )
+    require_same_terms(mine.plans.values(), others.plans.values())
 
 
 def scale_of(likelihood: Likelihood, count: float) -> float:

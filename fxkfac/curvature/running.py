@@ -1,0 +1,174 @@
+"""Factors of one batch after the other -> their running averages, of A and of B by themselves.
+
+    m_t = β m_{t−1} + (1 − β) X_t,    mean_t = m_t / (1 − β^t)
+
+with m_0 = 0, as Adam averages gradients: the correction takes out that the sum began at zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxkfac.curvature.curvature import AnyBlock, Curvature
+from fxkfac.curvature.factors import Factors, Product, require_same_computation
+from fxkfac.curvature.sharing import accurate_dtype
+from fxkfac.errors import FxkfacError, OptionError
+from fxkfac.functional import unknown
+
+PARTS = ("AB", "A", "B")
+
+
+class RunningAverage(Curvature):
+    """Exponential moving averages of factors: a mapping from the name of a weight to its block.
+
+    Blocks hold the averages themselves, in float32 or better, with their bias corrected; `update`
+    changes these in place, so copy what should stay.
+
+        average = fxkfac.RunningAverage(0.95)
+        average.update(fxkfac.step(program, loss, batch).factors)
+        average.solve(gradients, damping=1e-3)
+
+    A group of a weight that no row of a batch has chosen says nothing of its B, which stays.
+
+    Args:
+        decay: β of A; and of B and of exact blocks, unless `decay_B` says another one.
+        decay_B: β of B and of exact blocks, which are made of gradients, too.
+
+    Raises:
+        OptionError: A decay is not in [0, 1).
+    """
+
+    def __init__(self, decay: float = 0.95, decay_B: float | None = None):
+        self.decay, self.decay_B = decay, decay if decay_B is None else decay_B
+        for name in ("decay", "decay_B"):
+            if not 0 <= (β := getattr(self, name)) < 1:
+                raise OptionError(f"{name}={β!r}; expected a number in [0, 1), such as 0.95.")
+        self._held: Factors | None = None
+        self._updates_A = self._updates_exact = 0
+        self._updates_B: list[int | Tensor] = []  # of every product; (group,) with `Product.rows`
+
+    @torch.no_grad()
+    def update(self, factors: Factors, parts: str = "AB") -> None:
+        """Take in the factors of one batch.
+
+        Args:
+            factors: As of `fxkfac.kfac`, or `fxkfac.step(..).factors`.
+            parts: `"AB"`, or `"A"` or `"B"` alone; exact blocks go with B. The first update needs
+                both.
+
+        Raises:
+            OptionError: There are no such parts, or the first update is not of both.
+            MergeError: The factors are of another program, or were computed with other settings.
+        """
+        if parts not in PARTS:
+            raise OptionError(f"parts={parts!r}; expected 'AB', 'A' or 'B'.")
+        if self._held is None:
+            if parts != "AB":
+                raise OptionError(f"parts={parts!r} in the first update; expected 'AB'.")
+            self._held = _zeros(factors)
+            self._updates_B = [0] * len(_products(factors))
+        require_same_computation(self._held, factors)
+        if "A" in parts:
+            self._update_A(factors)
+        if "B" in parts:
+            self._update_B(factors)
+
+    def _update_A(self, factors: Factors) -> None:
+        self._part_where_they_part(factors)
+        self._updates_A += 1
+        weight = _weight(self.decay, self._updates_A)
+        pairs = zip(_products(self._factors), _products(factors), strict=True)
+        for mine, theirs in {id(p.A): (p.A, q.A) for p, q in pairs}.values():
+            mine.lerp_(theirs.to(mine), weight)
+
+    def _part_where_they_part(self, factors: Factors) -> None:
+        """Equal inputs have one A, but not where the targets of a batch say what is padding."""
+        theirs: dict[int, set[int]] = {}
+        for p, q in zip(_products(self._factors), _products(factors), strict=True):
+            theirs.setdefault(id(p.A), set()).add(id(q.A))
+        if any(len(different) > 1 for different in theirs.values()):
+            self._held = _with(self._factors, lambda p: replace(p, A=p.A.clone()))
+
+    def _update_B(self, factors: Factors) -> None:
+        pairs = zip(_products(self._factors), _products(factors), strict=True)
+        for k, (mine, theirs) in enumerate(pairs):
+            seen = theirs.rows > 0
+            self._updates_B[k] = number = self._updates_B[k] + seen
+            if isinstance(number, Tensor):
+                weights = _weights(seen, self.decay_B, number)
+                mine.B.lerp_(theirs.B.to(mine.B), weights.to(mine.B))
+            elif seen:
+                mine.B.lerp_(theirs.B.to(mine.B), _weight(self.decay_B, number))
+        self._updates_exact += 1
+        for name, block in self._factors.exact.items():
+            weight = _weight(self.decay_B, self._updates_exact)
+            block.lerp_(factors.exact[name].to(block), weight)
+
+    # --- as a curvature ---
+
+    @property
+    def _factors(self) -> Factors:
+        if self._held is None:
+            raise FxkfacError("there is nothing to average yet; call `update(factors)` first.")
+        return self._held
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The parameters that have a block, and their shapes."""
+        return self._factors.shapes
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the dtype and device of all."""
+        return self._factors.like
+
+    def canonical(self, name: str) -> str:
+        """The name of a tied parameter that the blocks know it by."""
+        return self._factors.canonical(name)
+
+    def __getitem__(self, name: str) -> AnyBlock:
+        if self._held is None:
+            raise unknown(name, ())
+        return self._held[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(()) if self._held is None else iter(self._held)
+
+    def __len__(self) -> int:
+        return 0 if self._held is None else len(self._held)
+
+
+def _weight(decay: float, number: Any) -> Any:
+    """Of the last one of so many: mean_t = mean_{t−1} + weight · (X_t − mean_{t−1})."""
+    return (1 - decay) / (1 - decay**number)
+
+
+def _weights(seen: bool | Tensor, decay: float, number: Tensor) -> Tensor:
+    """The same for every group, (group, 1, 1); zero where none was seen."""
+    here = torch.as_tensor(seen, device=number.device)
+    return torch.where(here, _weight(decay, number.double()), 0.0).view(-1, 1, 1)
+
+
+def _products(factors: Factors) -> list[Product]:
+    return [product for products in factors.products.values() for product in products]
+
+
+def _with(factors: Factors, change: Callable[[Product], Product]) -> Factors:
+    products = {name: tuple(map(change, ps)) for name, ps in factors.products.items()}
+    return replace(factors, products=products)
+
+
+def _zeros(factors: Factors) -> Factors:
+    """Room for averages; what is one tensor there is one here."""
+    made: dict[int, Tensor] = {}
+
+    def zeros(t: Tensor) -> Tensor:
+        return made.setdefault(id(t), torch.zeros_like(t, dtype=accurate_dtype(t)))
+
+    held = _with(factors, lambda p: Product(zeros(p.A), zeros(p.B), p.rows))
+    return replace(held, exact={name: zeros(block) for name, block in factors.exact.items()})
