@@ -213,7 +213,7 @@ def test_averages_have_their_bias_corrected() -> None:
         for what in ("A", "B"):
             of_batch = [getattr(fxkfac.kfac(program, CE, d)[name], what) for d in data]
             expected = sum(w * m for w, m in zip(weights, of_batch, strict=True)) / weights.sum()
-            assert torch.allclose(getattr(p.factors[name], what), expected, rtol=1e-12)
+            assert torch.allclose(getattr(p.average[name], what), expected, rtol=1e-12)
 
 
 def test_the_eigenbasis_mode_divides_by_second_moments() -> None:
@@ -231,7 +231,7 @@ def test_the_eigenbasis_mode_divides_by_second_moments() -> None:
         W, b = found.gradients["3.weight"], found.gradients["3.bias"]
         g = torch.cat([W, b.unsqueeze(1)], 1).flatten()
         if k == 0:
-            A, B = p.factors["3.weight"].A, p.factors["3.weight"].B
+            A, B = p.average["3.weight"].A, p.average["3.weight"].B
             matrix = torch.kron(B, A)
         s = (Q.T @ matrix @ Q).diagonal()  # in a new basis: the diagonal of what it was
         s = 0.7 * s + 0.3 * (Q.T @ g).square() / (1 / len(x))
@@ -265,14 +265,13 @@ def test_factors_and_decompositions_come_at_their_intervals() -> None:
     model, (x, y) = mlp(), batch()
     program = fxkfac.trace(model, x)
     optimizer = KFAC(program, CE, lr=0.01, factor_interval=2, inverse_interval=3)
-    p, factors, bases = optimizer.preconditioner, [], []
+    p, updates, bases = optimizer.preconditioner, [], []
     for _ in range(7):
         optimizer.step(x, y)
-        factors.append(p.factors)
+        updates.append(p.average.updates["A"])
         bases.append(p.bases["0.weight"])
-    new_factors = [k for k in range(7) if k == 0 or factors[k] is not factors[k - 1]]
     new_bases = [k for k in range(7) if k == 0 or bases[k] is not bases[k - 1]]
-    assert new_factors == [0, 2, 4, 6]
+    assert updates == [1, 1, 2, 2, 3, 3, 4]  # at steps 0, 2, 4 and 6
     assert new_bases == [0, 3, 6]
 
 
@@ -631,7 +630,7 @@ def test_averages_of_batch_norm_follow_the_data() -> None:
         ({"damping": float("nan")}, r"damping=nan"),
         ({"damp": "both"}, r"damp='both'; expected 'split' or 'block'"),
         ({"ekfac": True}, r"ekfac=True .* damp='block'"),
-        ({"decay": 1.0}, r"decay=1\.0"),
+        ({"decay": 1.0}, r"decay=1\.0; expected a number in"),
         ({"factor_interval": 0}, r"factor_interval=0; expected a whole number"),
         ({"inverse_interval": 1.5}, r"inverse_interval=1\.5"),
         ({"lm_interval": 0}, r"lm_interval=0"),

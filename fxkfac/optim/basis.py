@@ -126,8 +126,8 @@ def basis_of(block: AnyBlock, kind: str, damping: float, split: bool, decompose:
         split: Whether both factors of a product are damped.
         decompose: What finds the eigenvalues of factors.
     """
-    if isinstance(block, Diagonal):
-        return _exact(None, block.diagonal.reshape(1, -1))
+    if isinstance(block, Diagonal):  # a copy, as of one-hot rows: averages change in place
+        return _exact(None, block.diagonal.reshape(1, -1).clone())
     if isinstance(block, Block) and kind == "product":
         return _of_product(block.terms[0], split, decompose)
     if isinstance(block, Block) and kind == "two":
@@ -140,7 +140,7 @@ def _of_product(term: Kronecker, split: bool, decompose: Eigh) -> Basis:
     A, B = term.A, term.B
     outputs, right = decompose(B if B.ndim == 3 else B.unsqueeze(0))
     if A.ndim == 1:  # one-hot rows: written out it would be vocabulary × vocabulary
-        return Basis(None, right, A.unsqueeze(0), outputs, split)
+        return Basis(None, right, A.unsqueeze(0).clone(), outputs, split)
     inputs, left = decompose(A if A.ndim == 3 else A.unsqueeze(0))
     return Basis(left, right, inputs, outputs, split)
 

@@ -16,14 +16,14 @@ from fxkfac.curvature.kfac import kfac
 from fxkfac.curvature.losses import likelihood_of
 from fxkfac.curvature.options import settings_of
 from fxkfac.curvature.padding import Mask
+from fxkfac.curvature.running import RunningAverage
 from fxkfac.errors import FxkfacError
 from fxkfac.graph.program import Program
 from fxkfac.isolation import full_precision
 from fxkfac.optim import saved
-from fxkfac.optim.average import next_average
 from fxkfac.optim.basis import Basis, basis_of, eigh_once
-from fxkfac.optim.checks import require, require_at_least_one, require_fraction, require_positive
-from fxkfac.optim.layout import held, layouts, plans_of
+from fxkfac.optim.checks import require, require_at_least_one, require_positive
+from fxkfac.optim.layout import held, layouts
 
 DAMP = ("split", "block")
 
@@ -84,7 +84,6 @@ class Preconditioner:
         require_positive("damping", damping)
         require(damp in DAMP, f"damp={damp!r}; expected 'split' or 'block'.")
         require(not ekfac or damp == "block", "ekfac=True has no two factors; pass damp='block'.")
-        require_fraction("decay", decay)
         require_at_least_one("factor_interval", factor_interval)
         require_at_least_one("inverse_interval", inverse_interval)
         self.program, self.loss, self.likelihood = program, loss, likelihood_of(loss)
@@ -104,8 +103,9 @@ class Preconditioner:
             "backend": backend,
             "memory": memory,
         }
-        self.steps = self.updates = 0
-        self.factors: Factors | None = None
+        self.steps = 0
+        self.average = RunningAverage(decay)
+        self._reduction = 1.0  # R of the last factors
         self.bases: dict[str, Basis] = {}
         self._layouts = layouts(program, self.settings, self.split)
 
@@ -117,7 +117,7 @@ class Preconditioner:
     @property
     def is_due(self) -> bool:
         """Whether the next update computes factors."""
-        return self.steps % self.factor_interval == 0
+        return bool(self._layouts) and self.steps % self.factor_interval == 0
 
     def update(self, inputs: Any, targets: Any = None) -> None:
         """Take in the curvature of one more batch, if factors are due.
@@ -137,29 +137,19 @@ class Preconditioner:
     def advance(self, factors: Factors | None) -> None:
         """Count one step, whose factors are these if they were due; decompose if that is due."""
         if factors is not None:
-            self.updates += 1
-            first = self.factors is None
-            self.factors = (
-                factors
-                if first or self.factors is None
-                else next_average(self.factors, factors, self.decay, self.updates)
-            )
+            self.average.update(factors)
+            self._reduction = factors.reduction
         if self.steps % self.inverse_interval == 0:
             self._decompose()
         self.steps += 1
 
     def _decompose(self) -> None:
-        factors, decompose = self._known(), eigh_once()
+        decompose = eigh_once()
         for name, layout in self._layouts.items():
-            basis = basis_of(factors[name], layout.kind, self.damping, self.split, decompose)
+            basis = basis_of(self.average[name], layout.kind, self.damping, self.split, decompose)
             if self.ekfac and layout.kind == "product" and name in self.bases:
                 basis = basis.carried(self.bases[name])
             self.bases[name] = basis
-
-    def _known(self) -> Factors:
-        if self.factors is None:
-            raise FxkfacError("there are no factors yet; call `update(inputs, targets)` first.")
-        return self.factors
 
     @full_precision()
     def solve(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -171,14 +161,16 @@ class Preconditioner:
             UnknownParameter: A parameter of one of the blocks has a gradient and another one none.
             FxkfacError: There was no update yet.
         """
-        factors, natural = self._known(), dict(gradients)
+        if self.steps == 0:
+            raise FxkfacError("there are no factors yet; call `update(inputs, targets)` first.")
+        natural = dict(gradients)
         for name, layout in self._layouts.items():
             if not set(layout.params) & set(gradients):
                 continue
             basis = self.bases[name]
             G = layout.matrix(gradients, basis.inputs.dtype)
             if self.ekfac and layout.kind == "product":
-                basis = self.bases[name] = basis.observe(G, factors.reduction, self.decay)
+                basis = self.bases[name] = basis.observe(G, self._reduction, self.decay)
             solved = layout.parameters(basis.solve(G, self.damping))
             natural |= {n: part.to(gradients[n].dtype) for n, part in solved.items()}
         return natural
@@ -200,10 +192,10 @@ class Preconditioner:
         """Everything that changes, as tensors and numbers: averages, bases, damping, generator."""
         return {
             "steps": self.steps,
-            "updates": self.updates,
             "damping": self.damping,
             "generator": self.generator.get_state(),
-            "factors": None if self.factors is None else saved.of_factors(self.factors),
+            "reduction": self._reduction,
+            "average": saved.of_average(self.average),
             "bases": {name: saved.of_basis(basis) for name, basis in self.bases.items()},
         }
 
@@ -213,18 +205,12 @@ class Preconditioner:
         Raises:
             OptionError: The state has other blocks, or tensors of other shapes.
         """
-        factors, bases = state["factors"], state["bases"]
-        saved.require_same_blocks(bases, self._layouts)
-        plans = plans_of(self.program, self.settings)
-        like = next(iter(held(self.program).values()))
-        self.steps, self.updates = state["steps"], state["updates"]
-        self.damping = state["damping"]
+        saved.require_same_blocks(state["bases"], self._layouts)
+        device = next(iter(held(self.program).values())).device
+        self.steps, self.damping = state["steps"], state["damping"]
         self.generator.set_state(state["generator"].cpu())
-        self.factors = (
-            None
-            if factors is None
-            else saved.to_factors(
-                factors, self.settings, self.program.model, self.likelihood, plans, like.device
-            )
+        self._reduction = state["reduction"]
+        self.average = saved.to_average(
+            state["average"], self.program, self.settings, self.likelihood, self.decay, device
         )
-        self.bases = {name: saved.to_basis(basis, like.device) for name, basis in bases.items()}
+        self.bases = {name: saved.to_basis(kept, device) for name, kept in state["bases"].items()}

@@ -1,4 +1,4 @@
-"""Factors and bases <-> plain dicts of tensors and numbers, which `torch.load` reads safely."""
+"""Averages and bases <-> plain dicts of tensors and numbers, which `torch.load` reads safely."""
 
 from __future__ import annotations
 
@@ -11,48 +11,56 @@ from torch import Tensor
 
 from fxkfac.curvature.factors import Factors, Product, Settings
 from fxkfac.curvature.likelihoods import Likelihood
-from fxkfac.curvature.plan import BlockPlan
+from fxkfac.curvature.running import RunningAverage
 from fxkfac.errors import OptionError
-from fxkfac.functional import FunctionalModel
+from fxkfac.graph.program import Program
 from fxkfac.optim.basis import Basis
+from fxkfac.optim.layout import plans_of
 
 
-def of_factors(factors: Factors) -> dict[str, Any]:
-    """A, B, exact blocks and counts."""
+def of_average(average: RunningAverage) -> dict[str, Any]:
+    """Averages of A, B and exact blocks, and how many updates there were."""
+    if (held := average.averages) is None:
+        return {}
     return {
-        "n": factors.n,
-        "count": factors.count,
+        "updates": average.updates,
+        "n": held.n,
+        "count": held.count,
         "products": {
             name: [{"A": p.A, "B": p.B, "rows": p.rows} for p in products]
-            for name, products in factors.products.items()
+            for name, products in held.products.items()
         },
-        "exact": dict(factors.exact),
+        "exact": dict(held.exact),
     }
 
 
-def to_factors(
+def to_average(
     state: Mapping[str, Any],
+    program: Program,
     settings: Settings,
-    model: FunctionalModel,
     likelihood: Likelihood,
-    plans: Mapping[str, BlockPlan],
+    decay: float,
     device: torch.device,
-) -> Factors:
-    """Inverse of `of_factors`, for a program of the same blocks."""
-    moved = _Once(device)
-    return Factors(
-        settings=settings,
-        n=state["n"],
-        count=state["count"],
-        model=model,
-        likelihood=likelihood,
-        plans=plans,
-        products={
-            name: tuple(Product(**{key: moved(value) for key, value in p.items()}) for p in kept)
+) -> RunningAverage:
+    """Inverse of `of_average`, for a program of the same blocks."""
+    average, copied = RunningAverage(decay), _Once(device)
+    if state:
+        products = {
+            name: tuple(Product(**{key: copied(value) for key, value in p.items()}) for p in kept)
             for name, kept in state["products"].items()
-        },
-        exact={name: moved(block) for name, block in state["exact"].items()},
-    )
+        }
+        averages = Factors(
+            settings=settings,
+            n=state["n"],
+            count=state["count"],
+            model=program.model,
+            likelihood=likelihood,
+            plans=plans_of(program, settings),
+            products=products,
+            exact={name: copied(block) for name, block in state["exact"].items()},
+        )
+        average.restore(averages, state["updates"])
+    return average
 
 
 def of_basis(basis: Basis) -> dict[str, Any]:
@@ -62,8 +70,8 @@ def of_basis(basis: Basis) -> dict[str, Any]:
 
 def to_basis(state: Mapping[str, Any], device: torch.device) -> Basis:
     """Inverse of `of_basis`."""
-    moved = _Once(device)
-    return Basis(**{name: moved(value) for name, value in state.items()})
+    copied = _Once(device)
+    return Basis(**{name: copied(value) for name, value in state.items()})
 
 
 def require_same_blocks(found: Collection[str], expected: Collection[str]) -> None:
@@ -76,7 +84,7 @@ def require_same_blocks(found: Collection[str], expected: Collection[str]) -> No
 
 
 class _Once:
-    """Tensors on another device; what was one tensor is one there."""
+    """Copies of tensors on a device; what was one tensor is one there, too."""
 
     def __init__(self, device: torch.device):
         self.device, self.made = device, dict[int, Tensor]()
@@ -84,4 +92,4 @@ class _Once:
     def __call__(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        return self.made.setdefault(id(value), value.to(self.device))
+        return self.made.setdefault(id(value), value.to(self.device, copy=True))
