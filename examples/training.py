@@ -25,12 +25,12 @@ import fxkfac
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-TRIALS, EPOCHS, BATCH = 12, 15, 128
+TRIALS, EPOCHS, BATCH = 8, 10, 128
 TRAINING = 1437  # images; the other 360 are for the accuracy
 COLOURS = {"KFAC": "#0b5fa5", "Adam": "#c2410c"}
 # Of each hyperparameter the range, in which its logarithm is drawn uniformly.
 RANGES = {
-    "KFAC": {"lr": (1e-2, 1.0), "damping": (1e-4, 1e-1)},
+    "KFAC": {"lr": (1e-2, 1.0), "damping": (1e-3, 1e-1)},
     "Adam": {"lr": (1e-4, 1e-1), "eps": (1e-10, 1e-4)},
 }
 
@@ -84,7 +84,7 @@ def by_kfac(model: nn.Module, example: Tensor, steps: int, chosen: Chosen) -> St
         program,
         nn.CrossEntropyLoss(),
         **chosen,
-        kl_clip=1e-2,
+        kl_clip=1e-3,
         factor_interval=5,
         inverse_interval=20,
     )
