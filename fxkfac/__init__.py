@@ -1,6 +1,7 @@
 """fxkfac: a torch.fx compiler that makes Kronecker-factored curvature visible and usable."""
 
 from fxkfac import errors, exact, optim
+from fxkfac.curvature.accumulation import Accumulation
 from fxkfac.curvature.blocks import Block, Dense, Diagonal, Kronecker
 from fxkfac.curvature.check import check
 from fxkfac.curvature.factors import Factors
@@ -14,9 +15,11 @@ from fxkfac.graph import rules
 from fxkfac.graph.coverage import Coverage
 from fxkfac.graph.program import Program
 from fxkfac.graph.trace import trace
+from fxkfac.persistence import load, resume, save
 from fxkfac.taylor import Taylor, laplacian
 
 __all__ = [
+    "Accumulation",
     "Block",
     "Coverage",
     "Dense",
@@ -35,8 +38,11 @@ __all__ = [
     "exact",
     "kfac",
     "laplacian",
+    "load",
     "optim",
+    "resume",
     "rules",
+    "save",
     "step",
     "sum_of",
     "trace",

@@ -49,3 +49,7 @@ class TapMismatch(FxkfacError):
 
 class MergeError(FxkfacError, ValueError):
     """Two partial results do not belong to the same computation."""
+
+
+class FileError(FxkfacError):
+    """A file cannot be written, or is not whole, or does not hold what is expected."""

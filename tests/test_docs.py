@@ -60,3 +60,12 @@ def test_links_lead_somewhere() -> None:
     for page in pages:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize("page", ["persistence.md"])
+def test_a_page_runs_from_top_to_bottom(page: str) -> None:
+    blocks = code_blocks(ROOT / "docs" / page)
+    assert blocks
+    namespace: dict[str, object] = {}
+    for number, block in enumerate(blocks):
+        exec(compile(block, f"{page}, block {number}", "exec"), namespace)

@@ -22,6 +22,7 @@ ALLOWED = {
     "curvature": {"errors", "isolation", "functional", "graph", "linalg"},
     "exact": {"errors", "isolation", "functional", "linalg", "curvature"},
     "optim": {"errors", "isolation", "functional", "linalg", "graph", "curvature", "exact"},
+    "persistence": {"errors", "functional", "graph", "curvature"},
 }
 LEAVES = {"cli", "__main__", "examples"}  # nobody imports these
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,18 +37,23 @@ class Accumulated:
     outputs: list[Moment]
     exact: dict[str, Tensor]
 
-    def merge(self, other: Accumulated) -> None:
-        """Add the sums of further data, which are used up.
+    def copy(self) -> Accumulated:
+        """The same sums, of which one may be used up."""
+        memo: dict[int, Any] = {}  # one object for terms with the same A, there as here
+        inputs, outputs = copy.deepcopy(self.inputs, memo), copy.deepcopy(self.outputs, memo)
+        return replace(self, inputs=inputs, outputs=outputs, exact=dict(self.exact))
 
-        Raises:
-            MergeError: They are those of other terms.
-        """
+    def require_same_terms(self, other: Accumulated) -> None:
+        """Raise `MergeError` unless both are sums of the same terms."""
         require_same_terms(self.schedule.blocks, other.schedule.blocks)
+
+    def merge(self, other: Accumulated) -> None:
+        """Add the sums of further data, of the same terms, which are used up."""
         self.n += other.n
         self.count += other.count
-        if _same_objects(self.inputs) != _same_objects(other.inputs):
+        if same_objects(self.inputs) != same_objects(other.inputs):
             self.inputs, other.inputs = _each_its_own(self.inputs), _each_its_own(other.inputs)
-        for k, first in enumerate(_same_objects(self.inputs)):
+        for k, first in enumerate(same_objects(self.inputs)):
             if k == first:
                 self.inputs[k].merge(other.inputs[k])
         for mine, more in zip(self.outputs, other.outputs, strict=True):
@@ -77,7 +83,7 @@ class Accumulated:
         """The factors of these data, whose sums are used up."""
         R = scale_of(likelihood, self.count)
         a: list[Tensor] = []
-        for k, first in enumerate(_same_objects(self.inputs)):
+        for k, first in enumerate(same_objects(self.inputs)):
             a.append(a[first] if first < k else self.inputs[k].matrix().mul_(R))
         products = {
             term: Product.of_sums(a[k], self._output(k, term, a[k]), self.inputs[k].rows)
@@ -105,7 +111,7 @@ class Accumulated:
         return like.new_zeros(groups, out, out)
 
 
-def _same_objects(inputs: list[InputSums]) -> list[int]:
+def same_objects(inputs: list[InputSums]) -> list[int]:
     """For each one, where the same object is found first."""
     first: dict[int, int] = {}
     return [first.setdefault(id(sums), k) for k, sums in enumerate(inputs)]

@@ -22,9 +22,9 @@ from fxkfac.curvature.padding import Mask, Padding, ignored_positions, read_mask
 from fxkfac.curvature.perdatum import zero_moment
 from fxkfac.curvature.schedule import Schedule, schedule_of
 from fxkfac.curvature.together import MEMORY, require_memory
-from fxkfac.errors import DataError, NonFiniteError
+from fxkfac.errors import DataError, FxkfacError, NonFiniteError
 from fxkfac.functional import Params
-from fxkfac.graph.program import Program, Run
+from fxkfac.graph.program import Program, Run, Tapped
 from fxkfac.graph.structure import EXACT
 from fxkfac.isolation import is_finite, own_randomness
 
@@ -38,7 +38,8 @@ class Pass:
         memory: Bytes for the gradients of vectors that go back together.
         state: Parameters and buffers.
         wanted: Names of the parameters that ask for gradients.
-        total: The sums of all batches so far; a batch that fails adds nothing.
+        total: The sums of all batches so far.
+        batches: How many there were.
     """
 
     program: Program
@@ -50,9 +51,11 @@ class Pass:
     backend: str = "eager"
     memory: int | None = None
     total: Accumulated | None = None
+    batches: int = 0
     state: Mapping[str, Tensor] = field(init=False)
     wanted: tuple[str, ...] = field(init=False, default=())
     _forward: Backend = field(init=False)
+    _whole: bool = field(init=False, default=True)
 
     def __post_init__(self) -> None:
         self._forward = backend_of(self.backend)
@@ -62,10 +65,10 @@ class Pass:
     def run(self, data: Iterable[tuple[Any, Any]]) -> Factors:
         """Add all batches. What stops that carries the factors of those before."""
         try:
-            for number, (inputs, targets) in enumerate(data):
-                self.add(inputs, targets, number)
+            for inputs, targets in data:
+                self.add(inputs, targets)
         except BaseException as error:
-            if self.total is not None:
+            if self.total is not None and self._whole:
                 error.factors = self.factors()  # type: ignore[attr-defined]
                 n = self.total.n
                 error.add_note(f"The factors of the first {n} data are in this error's .factors.")
@@ -74,9 +77,54 @@ class Pass:
         self.likelihood.reduction_factor(factors.count)  # refuses data without any target
         return factors
 
-    def add(self, inputs: Any, targets: Any, number: int) -> None:
-        """Add one batch."""
-        generator = self.generator
+    def add(self, inputs: Any, targets: Any) -> None:
+        """Add one batch; one that fails adds nothing, and has drawn nothing."""
+        self.require_whole()
+        before = self.generator.get_state()
+        self._whole = False
+        try:
+            part = self._finite_sums(inputs, targets)
+        except BaseException:
+            self.generator.set_state(before)
+            self._whole = True
+            raise
+        if self.total is None:
+            self.total = part
+        else:
+            self.total.merge(part)
+        self.batches += 1
+        self._whole = True
+
+    def require_whole(self) -> None:
+        """Raise `FxkfacError` where the last batch was added in part: sums change in place."""
+        if not self._whole:
+            raise FxkfacError(
+                f"the accumulation was interrupted while batch {self.batches} was being added to "
+                "the sums, which hold a part of it; expected whole batches. Go on from where it "
+                "was saved last, by fxkfac.resume."
+            )
+
+    @property
+    def schedule(self) -> Schedule:
+        """That of the sums; of the example, as long as there are none."""
+        if self.total is not None:
+            return self.total.schedule
+        return self._schedule(self.program.tapped)
+
+    def _schedule(self, tapped: Tapped) -> Schedule:
+        settings = self.settings
+        return schedule_of(
+            self.program, tapped, settings.structures, settings.separate_weight_and_bias
+        )
+
+    def factors(self) -> Factors:
+        """What was added so far, whose sums are used up."""
+        assert self.total is not None
+        return self.total.factors(self.settings, self.program.model, self.likelihood)
+
+    def _finite_sums(self, inputs: Any, targets: Any) -> Accumulated:
+        """The sums of one batch, which fit to those so far."""
+        generator, number = self.generator, self.batches
         seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
         with own_randomness(seed):  # dropout draws from the global state, which is the caller's
             part = self._sums(inputs, targets, number)
@@ -85,23 +133,15 @@ class Pass:
                 f"{found} holds NaN or Inf after batch {number}; expected finite numbers. "
                 "Compute in a wider dtype, or look at this layer."
             )
-        if self.total is None:
-            self.total = part
-        else:
-            self.total.merge(part)
-
-    def factors(self) -> Factors:
-        """What was added so far."""
-        assert self.total is not None
-        return self.total.factors(self.settings, self.program.model, self.likelihood)
+        if self.total is not None:
+            self.total.require_same_terms(part)
+        return part
 
     def _sums(self, inputs: Any, targets: Any, number: int) -> Accumulated:
         likelihood, settings = self.likelihood, self.settings
         with _named(number):
             tapped, tensors = self.program.at(inputs)
-        schedule = schedule_of(
-            self.program, tapped, settings.structures, settings.separate_weight_and_bias
-        )
+        schedule = self._schedule(tapped)
         n = self.program.signature.batch_size(tensors)
         given = None if self.mask is None else read_mask(self.mask, inputs, targets, n)
         padding = Padding(given)

@@ -26,15 +26,21 @@ def batches(data: Data, progress: bool = False) -> Iterator[tuple[Any, Tensor]]:
         )
     empty = True
     for batch in _with_progress(source) if progress else source:
-        if not _is_pair(batch):
-            raise DataError(
-                f"a batch is a {type(batch).__name__}; expected a pair (inputs, targets) whose "
-                "targets are a tensor."
-            )
+        found = pair(batch)
         empty = False
-        yield batch[0], batch[1]
+        yield found
     if empty:
         raise DataError("the data hold no batch; expected at least one. An iterator used up?")
+
+
+def pair(batch: Any) -> tuple[Any, Tensor]:
+    """Inputs and targets. Raises `DataError` where a batch is something else."""
+    if not _is_pair(batch):
+        raise DataError(
+            f"a batch is a {type(batch).__name__}; expected a pair (inputs, targets) whose "
+            "targets are a tensor."
+        )
+    return batch[0], batch[1]
 
 
 def _is_pair(data: Any) -> bool:

@@ -12,11 +12,9 @@ from typing import Any
 
 from torch import Generator
 
-from fxkfac.curvature.batch import Pass
+from fxkfac.curvature.accumulation import Accumulation
 from fxkfac.curvature.data import Data, batches
 from fxkfac.curvature.factors import Factors
-from fxkfac.curvature.losses import likelihood_of
-from fxkfac.curvature.options import settings_of
 from fxkfac.curvature.padding import Mask
 from fxkfac.functional import Params
 from fxkfac.graph.program import Program
@@ -83,12 +81,20 @@ def kfac(
         NonFiniteError: NaN or Inf in a prediction or factor, with the batch and the layer.
 
         Whatever stops the iteration over the data (Ctrl-C, too) carries what was accumulated
-        until then as its attribute `factors`.
+        until then as its attribute `factors`. To save on the way and to go on in another process,
+        see `fxkfac.Accumulation`.
     """
-    likelihood = likelihood_of(loss)
-    settings = settings_of(
-        program, loss, fisher, sharing, mc_samples, separate_weight_and_bias, mask is not None
+    accumulation = Accumulation(
+        program,
+        loss,
+        params,
+        fisher,
+        mc_samples,
+        sharing,
+        separate_weight_and_bias,
+        mask,
+        generator,
+        backend,
+        memory,
     )
-    source = generator or program.generator
-    over = Pass(program, likelihood, settings, params, mask, source, backend, memory)
-    return over.run(batches(data, progress))
+    return accumulation.over.run(batches(data, progress))

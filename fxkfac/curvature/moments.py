@@ -34,6 +34,7 @@ class Moment:
         gram: The part of it that is Σ x xᵀ.
         sums: Σ_rows x of the same rows, (group, d), if there is a rest.
         count: Number of all rows; (group,) where groups have rows of their own.
+        waiting: Rows, (group, rows, d), that are not in the sum yet.
     """
 
     scales: Scales = ()
@@ -41,7 +42,7 @@ class Moment:
     gram: Gram | None = None
     sums: Tensor | None = None
     count: int | Tensor = 0
-    _waiting: list[Tensor] = field(default_factory=list)
+    waiting: list[Tensor] = field(default_factory=list)
 
     def add(self, x: Float[Tensor, "group *rows d"], count: int | Tensor = 0) -> None:
         """Add rows; `count` says how many of them count."""
@@ -50,8 +51,8 @@ class Moment:
             self._multiply(x)
             return
         # A copy: a larger tensor would stay alive, and the user's own may change.
-        self._waiting.append(x.flatten(1, -2).clone())
-        if sum(w.shape[1] for w in self._waiting) >= ENOUGH:
+        self.waiting.append(x.flatten(1, -2).clone())
+        if sum(w.shape[1] for w in self.waiting) >= ENOUGH:
             self._flush()
 
     def add_image(self, of: Image, count: int | Tensor = 0) -> None:
@@ -59,7 +60,7 @@ class Moment:
         self.count = self.count + count
         groups = of.windows.groups
         size = of.image.shape[1] // groups * math.prod(of.windows.kernel)
-        add_patch_gram(self._room(groups, size, of.image), of.image, of.windows)
+        add_patch_gram(self.room(groups, size, of.image), of.image, of.windows)
         if self.scales:
             total = of.image.sum(0, keepdim=True)
             self.sums = _plus(self.sums, patch_sums(total, of.windows)[0])
@@ -72,8 +73,8 @@ class Moment:
         elif other.gram is not None:
             self.gram.merge(other.gram)
         self.sums = _plus(self.sums, other.sums)
-        self._waiting += other._waiting
-        if sum(w.shape[1] for w in self._waiting) >= ENOUGH:
+        self.waiting += other.waiting
+        if sum(w.shape[1] for w in self.waiting) >= ENOUGH:
             self._flush()
 
     def matrix(self) -> Float[Tensor, "group d d"] | None:
@@ -92,13 +93,25 @@ class Moment:
             self.total[:, d:, d:] = count.view(-1, 1, 1) * c.outer(c)
         return self.total
 
+    def cleared(self) -> Float[Tensor, "group d d"]:
+        """The memory of the sum, with zeros in the place of what was never written there."""
+        assert self.total is not None
+        assert self.gram is not None
+        d = self.gram.total.shape[-1]
+        self.total[:, d:] = self.total[:, :, d:] = 0.0  # the border comes last
+        if self.gram.is_empty:
+            self.total.zero_()
+        elif not self.gram.is_whole:
+            self.gram.total.tril_()
+        return self.total
+
     def numbers(self) -> list[Tensor]:
         """Tensors whose norm is NaN or Inf if the sum holds one."""
-        return [*self._waiting, *self._diagonal()]
+        return [*self.waiting, *self._diagonal()]
 
     def is_finite(self) -> bool:
         """Whether the sum holds neither NaN nor Inf."""
-        squares = [rows.square().sum() for rows in self._waiting]
+        squares = [rows.square().sum() for rows in self.waiting]
         return all(bool(t.isfinite().all()) for t in (*squares, *self._diagonal()))
 
     def _diagonal(self) -> list[Tensor]:
@@ -107,18 +120,19 @@ class Moment:
         return [] if gram is None or gram.is_empty else [gram.total.diagonal(dim1=1, dim2=2)]
 
     def _flush(self) -> None:
-        if self._waiting:
-            rows = self._waiting
-            self._waiting = []
+        if self.waiting:
+            rows = self.waiting
+            self.waiting = []
             self._multiply(rows[0] if len(rows) == 1 else torch.cat(rows, dim=1))
 
     def _multiply(self, x: Tensor) -> None:
-        gram = self._room(len(x), x.shape[-1], x)
+        gram = self.room(len(x), x.shape[-1], x)
         add_gram(gram, x.flatten(2, -2) if x.ndim > 4 else x)
         if self.scales:
             self.sums = _plus(self.sums, x.sum(tuple(range(1, x.ndim - 1))))
 
-    def _room(self, groups: int, d: int, like: Tensor) -> Gram:
+    def room(self, groups: int, d: int, like: Tensor) -> Gram:
+        """The sum, made where there was none: of no rows yet."""
         if self.gram is None:
             size = d + len(self.scales)
             self.total = like.new_empty(groups, size, size, dtype=accurate_dtype(like))

@@ -74,11 +74,11 @@ class RunningAverage(Curvature):
             self._updates_B = [0] * len(_products(factors))
         require_same_computation(self._held, factors)
         if "A" in parts:
-            self._update_A(factors)
+            self._update_inputs(factors)
         if "B" in parts:
-            self._update_B(factors)
+            self._update_gradients(factors)
 
-    def _update_A(self, factors: Factors) -> None:
+    def _update_inputs(self, factors: Factors) -> None:
         self._part_where_they_part(factors)
         self._updates_A += 1
         weight = _weight(self.decay, self._updates_A)
@@ -94,7 +94,7 @@ class RunningAverage(Curvature):
         if any(len(different) > 1 for different in theirs.values()):
             self._held = _with(self._factors, lambda p: replace(p, A=p.A.clone()))
 
-    def _update_B(self, factors: Factors) -> None:
+    def _update_gradients(self, factors: Factors) -> None:
         pairs = zip(_products(self._factors), _products(factors), strict=True)
         for k, (mine, theirs) in enumerate(pairs):
             seen = theirs.rows > 0

@@ -108,6 +108,16 @@ class Program:
         return next(iter(self._cache.values()))
 
     @property
+    def graphs(self) -> tuple[Tapped, ...]:
+        """All tapped graphs so far, that of the example first: of other shapes there are others."""
+        return tuple(self._cache.values())
+
+    @property
+    def like(self) -> Tensor:
+        """A parameter whose curvature is asked for, for the dtype and device of all."""
+        return self.model.tensors[self.model.selected[0]]
+
+    @property
     def uses(self) -> tuple[Use, ...]:
         """Every use of every covered parameter, in graph order."""
         return self.tapped.uses

@@ -86,10 +86,10 @@ def test_the_first_update_is_what_it_was_given(program):
     average, first = fxkfac.RunningAverage(0.95), factors_of(program, BATCHES[0])
     average.update(first)
     assert torch.equal(average.dense(), first.dense())
-    assert not average["q.weight"].A.data_ptr() == first["q.weight"].A.data_ptr()
+    assert average["q.weight"].A.data_ptr() != first["q.weight"].A.data_ptr()
 
 
-def test_A_and_B_at_intervals_of_their_own(program):
+def test_the_two_at_intervals_of_their_own(program):
     average, seen, seen_A = fxkfac.RunningAverage(0.7, 0.9), [], []
     for number, batch in enumerate(BATCHES * 2):
         found = factors_of(program, batch)
@@ -104,7 +104,7 @@ def test_A_and_B_at_intervals_of_their_own(program):
     near(average, seen, seen_A + before, 0.7, 0.9)
 
 
-def test_in_place_and_one_A_for_equal_inputs(program):
+def test_in_place_and_one_factor_for_equal_inputs(program):
     average = fxkfac.RunningAverage(0.9)
     average.update(factors_of(program, BATCHES[0]))
     places = [average[n].A.data_ptr() for n in ("q.weight", "k.weight", "v.weight")]
@@ -130,7 +130,7 @@ def routed(params, x, choice):
     return torch.einsum("nio,ni->no", params["W"][choice], x)
 
 
-def test_a_group_that_no_row_has_chosen_keeps_its_B():
+def test_a_group_that_no_row_has_chosen_keeps_its_output_factor():
     params, x, y = {"W": rand(3, 4, 2)}, rand(5, 4), rand(5, 2)
     choices = [[0, 0, 1, 1, 0], [0, 0, 0, 0, 0], [0, 1, 0, 2, 2], [1, 1, 1, 1, 1]]
     program = fxkfac.trace(routed, (x, torch.tensor(choices[0])), params)
@@ -193,7 +193,7 @@ def test_what_is_refused(program):
     found = factors_of(program, BATCHES[0])
     with pytest.raises(OptionError, match=r"decay=1.0; expected a number in \[0, 1\)"):
         fxkfac.RunningAverage(1.0)
-    with pytest.raises(OptionError, match="decay_B=-0.1"):
+    with pytest.raises(OptionError, match=r"decay_B=-0.1"):
         fxkfac.RunningAverage(0.9, -0.1)
     average = fxkfac.RunningAverage()
     assert len(average) == 0
@@ -208,6 +208,6 @@ def test_what_is_refused(program):
         average.update(found, "BA")
     average.update(found)
     before = average.dense()
-    with pytest.raises(MergeError, match="sharing='reduce'"):
+    with pytest.raises(MergeError, match=r"sharing='reduce'"):
         average.update(factors_of(program, BATCHES[0], sharing="reduce"))
     assert torch.equal(average.dense(), before)
