@@ -1,4 +1,4 @@
-"""A convolutional net on scikit-learn's handwritten digits, trained by KFAC and by Adam.
+"""A convolutional net on scikit-learn's handwritten digits: Adam, and KFAC with half of the steps.
 
 Both are tuned in the same way: so many trials of random hyperparameters, from the same start, over
 the same batches in the same order, with learning rates that fall linearly to zero; what counts is
@@ -25,13 +25,13 @@ import fxkfac
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-TRIALS, EPOCHS, BATCH = 8, 10, 128
+TRIALS, EPOCHS, BATCH = 6, 30, 128
 TRAINING = 1437  # images; the other 360 are for the accuracy
 COLOURS = {"KFAC": "#0b5fa5", "Adam": "#c2410c"}
 # Of each hyperparameter the range, in which its logarithm is drawn uniformly.
 RANGES = {
     "KFAC": {"lr": (1e-2, 1.0), "damping": (1e-3, 1e-1)},
-    "Adam": {"lr": (1e-4, 1e-1), "eps": (1e-10, 1e-4)},
+    "Adam": {"lr": (1e-3, 1e-1), "eps": (1e-10, 1e-4)},
 }
 
 Data = tuple[Tensor, Tensor]
@@ -199,19 +199,18 @@ def main(out: Path, trials: int, epochs: int) -> None:
     """Tune both, run the best of each, say when KFAC is where Adam ends, and draw the curves."""
     out.mkdir(parents=True, exist_ok=True)
     data, test = digits()
-    steps = len(list(batches(data, epochs)))
-    print(f"{trials} trials each, {steps} steps of {BATCH} images; loss at the end")
+    print(f"{trials} trials each, in steps of {BATCH} images; loss at the end")
     runs = {}
-    for name in METHODS:
-        chosen = tune(name, data, test, trials, epochs)
-        runs[name] = run = train(name, chosen, data, test, epochs)
+    for name, passes in (("KFAC", max(epochs // 2, 1)), ("Adam", epochs)):
+        chosen = tune(name, data, test, trials, passes)
+        runs[name] = run = train(name, chosen, data, test, passes)
         said = ", ".join(f"{key} {value:g}" for key, value in chosen.items())
         print(
-            f"{name} with {said}: loss {run.losses[-1]:.2e} after {run.seconds[-1]:.1f} s, "
-            f"{100 * run.accuracy:.1f} % of the other images are right"
+            f"{name} with {said}: loss {run.losses[-1]:.2e} after {len(run.losses) - 1} steps and "
+            f"{run.seconds[-1]:.1f} s; {100 * run.accuracy:.1f} % of the other images are right"
         )
     adam, kfac = runs["Adam"], runs["KFAC"]
-    reached = kfac.reaches(adam.losses[-1])
+    steps, reached = len(adam.losses) - 1, kfac.reaches(adam.losses[-1])
     if reached is None:
         print(f"KFAC does not reach the loss that Adam has after {steps} steps")
     else:
@@ -228,6 +227,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out"), help="where the picture goes")
     parser.add_argument("--trials", type=int, default=TRIALS, help="of each optimizer")
-    parser.add_argument("--epochs", type=int, default=EPOCHS, help="of each trial")
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help="of Adam; KFAC has half")
     arguments = parser.parse_args()
     main(arguments.out, arguments.trials, arguments.epochs)
