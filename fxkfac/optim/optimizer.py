@@ -219,7 +219,10 @@ class KFAC(Optimizer):
         gradients: Mapping[str, Tensor],
         before: Mapping[str, Tensor],
     ) -> None:
-        """Compare the loss with what was foretold, on the same data under the same dropout."""
+        """Compare the loss with what was foretold, on the same data.
+
+        Of one batch, both losses are under the same dropout; what was foretold is under another.
+        """
         p, model = self.preconditioner, self.program.model
         again = torch.Generator(p.generator.device)
         again.set_state(drawn)
