@@ -4,6 +4,17 @@ Both are tuned in the same way: so many trials of random hyperparameters, from t
 the same batches in the same order, with learning rates that fall linearly to zero; what counts is
 the loss over all training images at the end. The two best trials then run once more, on the clock.
 
+A run on two busy cores found, of six trials each, lr 0.19 and damping 0.0089 for KFAC, and lr 0.017
+and eps 1.9e-8 for Adam. The best of each, once more:
+
+    optimizer   steps     loss  seconds  of these tracing  accuracy on the other images
+    KFAC          180  4.6e-05     18.4               6.2                        97.5 %
+    Adam          360  2.0e-04     11.4                 –                        99.7 %
+
+So KFAC was where Adam ended after 173 steps, less than half of Adam's 360, but not sooner: 17.9 s,
+of which 6.2 s for tracing. A step cost about twice one of Adam. On images that were not trained
+on, Adam's net was the better one.
+
 Run it with `python examples/training.py [--out DIRECTORY] [--trials NUMBER] [--epochs NUMBER]`.
 """
 
