@@ -1,11 +1,16 @@
 """fxkfac: a torch.fx compiler that makes Kronecker-factored curvature visible and usable."""
 
-from fxkfac import errors, exact, optim
+from fxkfac import errors, exact, laplace, optim
+from fxkfac.attribution import influence
 from fxkfac.curvature.accumulation import Accumulation
 from fxkfac.curvature.blocks import Block, Dense, Diagonal, Kronecker
 from fxkfac.curvature.check import check
+from fxkfac.curvature.corrected import Corrected
+from fxkfac.curvature.eigen import EigenBlock
+from fxkfac.curvature.ekfac import ekfac
 from fxkfac.curvature.factors import Factors
 from fxkfac.curvature.kfac import kfac
+from fxkfac.curvature.kfoc import kfoc
 from fxkfac.curvature.likelihoods import Likelihood
 from fxkfac.curvature.running import RunningAverage
 from fxkfac.curvature.step import Step, step
@@ -15,15 +20,18 @@ from fxkfac.graph import rules
 from fxkfac.graph.coverage import Coverage
 from fxkfac.graph.program import Program
 from fxkfac.graph.trace import trace
+from fxkfac.linalg import operators
 from fxkfac.persistence import load, resume, save
 from fxkfac.taylor import Taylor, laplacian
 
 __all__ = [
     "Accumulation",
     "Block",
+    "Corrected",
     "Coverage",
     "Dense",
     "Diagonal",
+    "EigenBlock",
     "Factors",
     "FxkfacError",
     "Kronecker",
@@ -34,11 +42,16 @@ __all__ = [
     "Taylor",
     "Total",
     "check",
+    "ekfac",
     "errors",
     "exact",
+    "influence",
     "kfac",
+    "kfoc",
+    "laplace",
     "laplacian",
     "load",
+    "operators",
     "optim",
     "resume",
     "rules",

@@ -27,6 +27,17 @@ class DataError(FxkfacError, ValueError):
     """Inputs or targets are empty, of different length, out of range, or not finite."""
 
 
+class NoDataError(DataError):
+    """There is no batch, or no target that counts.
+
+    Attributes:
+        part: What was computed of these data all the same, as one part of larger data; it has no
+            blocks where there was no batch.
+    """
+
+    part: object = None
+
+
 class NonFiniteError(FxkfacError, ValueError):
     """A prediction, a gradient or a factor holds NaN or Inf."""
 
@@ -53,3 +64,7 @@ class MergeError(FxkfacError, ValueError):
 
 class FileError(FxkfacError):
     """A file cannot be written, or is not whole, or does not hold what is expected."""
+
+
+class RankError(FxkfacError):
+    """Another process of a distributed computation has failed, or there are no other processes."""

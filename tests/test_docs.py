@@ -26,15 +26,34 @@ def test_readme_code_runs_by_itself(number: int) -> None:
     assert "factors" in namespace or "ggn" in namespace
 
 
-def test_the_tour_runs_from_top_to_bottom() -> None:
-    blocks = code_blocks(ROOT / "docs" / "tour.md")
-    assert len(blocks) >= 9
+@pytest.mark.parametrize(
+    ("page", "least"), [("tour.md", 9), ("corrections.md", 4), ("influence.md", 2)]
+)
+def test_pages_run_from_top_to_bottom(page: str, least: int) -> None:
+    blocks = code_blocks(ROOT / "docs" / page)
+    assert len(blocks) >= least
     namespace: dict[str, object] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for number, block in enumerate(blocks):
-            exec(compile(block, f"tour.md, block {number}", "exec"), namespace)
-    assert "blocks" in namespace
+            exec(compile(block, f"{page}, block {number}", "exec"), namespace)
+    assert "program" in namespace
+
+
+def test_the_page_of_operators_runs_from_top_to_bottom() -> None:
+    blocks = code_blocks(ROOT / "docs" / "operators.md")
+    assert len(blocks) >= 6
+    namespace: dict[str, object] = {}
+    for number, block in enumerate(blocks):
+        exec(compile(block, f"operators.md, block {number}", "exec"), namespace)
+
+
+def test_the_page_of_laplaces_approximation_runs_from_top_to_bottom() -> None:
+    blocks = code_blocks(ROOT / "docs" / "laplace.md")
+    assert len(blocks) >= 3
+    namespace: dict[str, object] = {}
+    for number, block in enumerate(blocks):
+        exec(compile(block, f"laplace.md, block {number}", "exec"), namespace)
 
 
 def test_the_page_on_training_runs_from_top_to_bottom(

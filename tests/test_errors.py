@@ -18,6 +18,7 @@ from fxkfac.errors import (
     FxkfacError,
     LossError,
     MergeError,
+    NoDataError,
     NonFiniteError,
     OptionError,
     ParameterError,
@@ -298,13 +299,15 @@ class TestParameters:
 
 class TestData:
     def test_no_batches(self, program):
-        with refuses(DataError, "no batch", "at least one"):
+        with refuses(NoDataError, "no batch", "at least one") as info:
             fxkfac.kfac(program, CE(), [])
+        assert issubclass(NoDataError, DataError)
+        assert (info.value.part.n, len(info.value.part.products)) == (0, 0)
 
     def test_an_iterator_used_up(self, program):
         pairs = iter([(X, Y)])
         assert fxkfac.kfac(program, CE(), pairs).n == 5
-        with refuses(DataError, "no batch", "iterator used up"):
+        with refuses(NoDataError, "no batch", "iterator used up"):
             fxkfac.kfac(program, CE(), pairs)
 
     def test_an_empty_batch(self, program):
@@ -352,8 +355,23 @@ class TestData:
             fxkfac.kfac(program, MSE(), (X, targets))
 
     def test_every_target_ignored(self, program):
-        with refuses(DataError, "divide by 0", "ignored"):
+        with refuses(NoDataError, "divide by 0", "ignored"):
             fxkfac.kfac(program, CE(), (X, torch.full((5,), -100)))
+
+    @pytest.mark.parametrize("run", [fxkfac.kfac, fxkfac.step])
+    def test_without_a_target_that_counts_they_are_a_part_of_more(self, program, run):
+        """Their inputs are among all inputs, although no target of theirs has a weight."""
+        loss, y = CE(weight=torch.tensor([1.0, 2.0, 0.0], dtype=F64)), torch.tensor([0, 1, 1, 2, 2])
+        with refuses(NoDataError, "divide by 0") as info:
+            run(program, loss, (X[3:], y[3:]))
+        part = info.value.part
+        if run is fxkfac.step:
+            assert not any(g.any() for g in part.gradients.values())
+            assert part.loss == 0
+            part = part.factors
+        whole = part + fxkfac.kfac(program, loss, (X[:3], y[:3]), fisher=part.settings.fisher)
+        expected = fxkfac.kfac(program, loss, (X, y), fisher="type-2")
+        torch.testing.assert_close(whole["0.weight"].A, expected["0.weight"].A)
 
     def test_one_batch_whose_targets_are_all_ignored(self, program):
         """Nothing is wrong with the data set: the mean is over both batches."""

@@ -6,9 +6,11 @@ import re
 import runpy
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
@@ -60,3 +62,45 @@ def test_training(tmp_path: Path) -> None:
         assert float(final) < 2.3  # that of guessing
     assert "of which" in done.stdout or "does not reach" in done.stdout
     assert "loss over all training images" in (tmp_path / "training.svg").read_text()
+
+
+def test_influence(tmp_path: Path) -> None:
+    """Without a digit, losses change as its influence says: a correlation of 0.8 at least."""
+    example = runpy.run_path(str(ROOT / "examples" / "influence.py"))
+    for result in example["run"](300, 20, 15).values():
+        assert result.scores.shape == (300, 20)
+        pairs, _ = example["correlations"](result.predicted, result.actual)
+        assert pairs > 0.8
+    example["draw"](result, tmp_path / "influence.png")
+    assert (tmp_path / "influence.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_laplace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    example = runpy.run_path(str(ROOT / "examples" / "laplace.py"))
+    (data, (x, y)), model = example["digits"](), example["network"]()
+    everything, last = example["train"](model, data, rounds=3, steps=100)
+    τ = everything.prior_precision
+    grid = [replace(everything, prior_precision=τ * 2.0**k) for k in range(-5, 6)]
+    loss = torch.nn.functional.cross_entropy(model(data[0]), data[1]).detach()
+    evidence = [example["laplace"].log_evidence(p, loss).item() for p in grid]
+    assert evidence == [*sorted(evidence[:6]), *sorted(evidence[6:], reverse=True)]
+    assert evidence.index(max(evidence)) == 5
+
+    found = example["evaluate"](model, {"last layer": last, "all layers": everything}, x)
+    names = ["MAP", "last layer", "all layers"]
+    assert (found[0]["MAP"].argmax(-1) == y).float().mean() > 0.94
+    assert (found[0]["all layers"].argmax(-1) == y).float().mean() > 0.94
+    for angle in (45, 60, 90):
+        for score in (example["nll"], example["ece"]):
+            scores = [score(found[angle][n], y) for n in names]
+            assert scores == sorted(scores, reverse=True)
+            assert scores[2] < 0.85 * scores[0]
+    known = [example["auroc"](found[0][n], found[90][n]) for n in names]
+    assert known == sorted(known)
+    assert known[2] > known[0] + 0.15
+
+    example["report"](found, y)
+    said = capsys.readouterr().out
+    assert re.search(rf"^  all layers +{known[2]:.3f}$", said, re.M)
+    example["draw"](found, y, tmp_path / "laplace.svg")
+    assert "Entropy of upright and turned digits" in (tmp_path / "laplace.svg").read_text()

@@ -23,8 +23,10 @@ ALLOWED = {
     "exact": {"errors", "isolation", "functional", "linalg", "curvature"},
     "optim": {"errors", "isolation", "functional", "linalg", "graph", "curvature", "exact"},
     "persistence": {"errors", "functional", "graph", "curvature"},
+    "attribution": {"errors", "isolation", "functional", "graph", "linalg", "curvature"},
+    "laplace": {"errors", "isolation", "functional", "linalg", "curvature"},
 }
-LEAVES = {"cli", "__main__", "examples"}  # nobody imports these
+LEAVES = {"cli", "__main__", "distributed", "examples"}  # nobody imports these
 
 
 def module_name(file):

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Generator, Tensor
 
-from fxkfac.curvature.batch import Pass
 from fxkfac.curvature.data import pair
+from fxkfac.curvature.factor_pass import FactorPass
 from fxkfac.curvature.factors import Factors
 from fxkfac.curvature.losses import likelihood_of
 from fxkfac.curvature.options import settings_of
@@ -57,7 +57,7 @@ class Accumulation:
             program, loss, fisher, sharing, mc_samples, separate_weight_and_bias, mask is not None
         )
         source = generator or program.generator
-        self.over = Pass(program, likelihood, settings, params, mask, source, backend, memory)
+        self.over = FactorPass(program, likelihood, settings, params, mask, source, backend, memory)
 
     @property
     def n(self) -> int:

@@ -1,4 +1,4 @@
-"""One batch forwards and backwards, into a collector: by autograd as it goes, or compiled."""
+"""One batch forwards and backwards, into a sink: by autograd as it goes, or compiled."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fxkfac.curvature.collect import Collector
 from fxkfac.curvature.compiled import Compiled, Kind, compiled
 from fxkfac.curvature.parts import Values
+from fxkfac.curvature.receive import Receiver
 from fxkfac.errors import OptionError
 from fxkfac.graph.program import Program, Run, Tapped
 
@@ -25,7 +25,7 @@ class Differentiable(Protocol):
         ...
 
     def send_back(self, vectors: Iterable[Tensor]) -> None:
-        """Backpropagate vectors into the collector, one after the other."""
+        """Backpropagate vectors into the sink, one after the other."""
         ...
 
     def gradients(self, cotangent: Tensor) -> Sequence[Tensor | None]:
@@ -41,7 +41,7 @@ class Forward:
         state: Parameters and buffers.
         tensors: The data.
         wanted: Names of the parameters that ask for gradients.
-        collector: What receives the taps.
+        receiver: What receives the taps.
     """
 
     program: Program
@@ -49,17 +49,17 @@ class Forward:
     state: Mapping[str, Tensor]
     tensors: list[Tensor]
     wanted: Sequence[str]
-    collector: Collector
+    receiver: Receiver
 
 
 @dataclass(frozen=True)
 class _Eager:
     run: Run
-    collector: Collector
+    receiver: Receiver
     leaves: Mapping[str, Tensor]
 
     def send_back(self, vectors: Iterable[Tensor]) -> None:
-        self.collector.send_back(self.run.prediction, vectors)
+        self.receiver.send_back(self.run.prediction, vectors)
 
     def gradients(self, cotangent: Tensor) -> Sequence[Tensor | None]:
         f, leaves = self.run.prediction, list(self.leaves.values())
@@ -71,22 +71,22 @@ class _Eager:
 def _eager(batch: Forward) -> Differentiable:
     leaves = {name: batch.state[name].detach().requires_grad_() for name in batch.wanted}
     state = {**batch.state, **leaves}
-    run = batch.program.run_graph(batch.tapped, batch.tensors, state, batch.collector)
-    return _Eager(run, batch.collector, leaves)
+    run = batch.program.run_graph(batch.tapped, batch.tensors, state, batch.receiver)
+    return _Eager(run, batch.receiver, leaves)
 
 
 @dataclass(frozen=True)
 class _Compiled:
     run: Run
-    collector: Collector
+    receiver: Receiver
     code: Compiled
     values: Values
 
     def send_back(self, vectors: Iterable[Tensor]) -> None:
         if self.code.taps:
             for vector in vectors:
-                self.collector.gradients(self.code.send_back(self.values, vector))
-        self.collector.finish()
+                self.receiver.gradients(self.code.send_back(self.values, vector))
+        self.receiver.finish()
 
     def gradients(self, cotangent: Tensor) -> Sequence[Tensor | None]:
         return self.code.gradients(self.values, cotangent)
@@ -98,10 +98,10 @@ def _inductor(batch: Forward) -> Differentiable:
     code = compiled(batch.tapped, tuple(map(Kind.of, arguments)), places)
     values = code.run(arguments)
     for use, output in enumerate(code.outputs):
-        batch.collector.input(use, code.input(values, use), output)
+        batch.receiver.input(use, code.input(values, use), output)
     n = batch.program.signature.batch_size(batch.tensors)
     run = Run(batch.tapped, values[code.prediction], n)
-    return _Compiled(run, batch.collector, code, code.read_later(values))
+    return _Compiled(run, batch.receiver, code, code.read_later(values))
 
 
 Backend = Callable[[Forward], Differentiable]

@@ -1,36 +1,75 @@
-"""One batch after the other -> sums: run the tapped graph into a collector, send vectors back."""
+"""One batch after the other -> sums: run the tapped graph into a sink, send vectors back."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Generator, Tensor
 
-from fxkfac.curvature.accumulated import Accumulated
 from fxkfac.curvature.backends import Backend, Differentiable, Forward, backend_of
 from fxkfac.curvature.backpropagation import BY_POSITION, backpropagated_vectors
-from fxkfac.curvature.collect import Collector
-from fxkfac.curvature.diagonal import gradient_moments, positions_in_datum
-from fxkfac.curvature.factors import Factors, Settings
+from fxkfac.curvature.diagonal import positions_in_datum
+from fxkfac.curvature.factors import Settings
 from fxkfac.curvature.likelihoods import Likelihood
 from fxkfac.curvature.padding import Mask, Padding, ignored_positions, read_mask
-from fxkfac.curvature.perdatum import zero_moment
+from fxkfac.curvature.receive import Receiver
 from fxkfac.curvature.schedule import Schedule, schedule_of
 from fxkfac.curvature.together import MEMORY, require_memory
 from fxkfac.errors import DataError, FxkfacError, NonFiniteError
 from fxkfac.functional import Params
 from fxkfac.graph.program import Program, Run, Tapped
-from fxkfac.graph.structure import EXACT
 from fxkfac.isolation import is_finite, own_randomness
 
 
+class Sums(Protocol):
+    """What a pass adds up."""
+
+    n: int
+
+    def merge(self, other: Self) -> None:
+        """Add the sums of further data, which are used up."""
+        ...
+
+    def require_same_terms(self, other: Self) -> None:
+        """Raise `MergeError` unless further data are of the same terms."""
+        ...
+
+    def not_finite(self) -> str | None:
+        """What holds NaN or Inf, if anything does."""
+        ...
+
+
+Sink = TypeVar("Sink", bound=Receiver)
+Total = TypeVar("Total", bound=Sums)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch that has run.
+
+    Attributes:
+        inputs: The data.
+        schedule: What happens with the taps.
+        run: The graph and its prediction.
+        count: What `reduction="mean"` divides by.
+        vectors: The backpropagated vectors ▲, anew at every call.
+    """
+
+    inputs: Any
+    schedule: Schedule
+    run: Run
+    count: float
+    vectors: Callable[[], Iterator[Tensor]]
+
+
 @dataclass
-class Pass:
+class Pass(ABC, Generic[Sink, Total]):
     """One pass over the data.
 
     Attributes:
@@ -50,7 +89,7 @@ class Pass:
     generator: Generator
     backend: str = "eager"
     memory: int | None = None
-    total: Accumulated | None = None
+    total: Total | None = None
     batches: int = 0
     state: Mapping[str, Tensor] = field(init=False)
     wanted: tuple[str, ...] = field(init=False, default=())
@@ -62,20 +101,18 @@ class Pass:
         require_memory(self.memory)
         self.state = self.program.state(self.params)
 
-    def run(self, data: Iterable[tuple[Any, Any]]) -> Factors:
-        """Add all batches. What stops that carries the factors of those before."""
-        try:
-            for inputs, targets in data:
-                self.add(inputs, targets)
-        except BaseException as error:
-            if self.total is not None and self._whole:
-                error.factors = self.factors()  # type: ignore[attr-defined]
-                n = self.total.n
-                error.add_note(f"The factors of the first {n} data are in this error's .factors.")
-            raise
-        factors = self.factors()
-        self.likelihood.reduction_factor(factors.count)  # refuses data without any target
-        return factors
+    @abstractmethod
+    def sink(self, schedule: Schedule, padding: Padding, memory: int, targets: Any) -> Sink:
+        """What the taps of one batch go into."""
+
+    @abstractmethod
+    def sums(self, sink: Sink, batch: Batch) -> Total:
+        """What the sink has of a batch."""
+
+    def add_all(self, data: Iterable[tuple[Any, Any]]) -> None:
+        """Add all batches."""
+        for inputs, targets in data:
+            self.add(inputs, targets)
 
     def add(self, inputs: Any, targets: Any) -> None:
         """Add one batch; one that fails adds nothing, and has drawn nothing."""
@@ -104,25 +141,13 @@ class Pass:
                 "was saved last, by fxkfac.resume."
             )
 
-    @property
-    def schedule(self) -> Schedule:
-        """That of the sums; of the example, as long as there are none."""
-        if self.total is not None:
-            return self.total.schedule
-        return self._schedule(self.program.tapped)
-
     def _schedule(self, tapped: Tapped) -> Schedule:
         settings = self.settings
         return schedule_of(
             self.program, tapped, settings.structures, settings.separate_weight_and_bias
         )
 
-    def factors(self) -> Factors:
-        """What was added so far, whose sums are used up."""
-        assert self.total is not None
-        return self.total.factors(self.settings, self.program.model, self.likelihood)
-
-    def _finite_sums(self, inputs: Any, targets: Any) -> Accumulated:
+    def _finite_sums(self, inputs: Any, targets: Any) -> Total:
         """The sums of one batch, which fit to those so far."""
         generator, number = self.generator, self.batches
         seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
@@ -137,34 +162,29 @@ class Pass:
             self.total.require_same_terms(part)
         return part
 
-    def _sums(self, inputs: Any, targets: Any, number: int) -> Accumulated:
-        likelihood, settings = self.likelihood, self.settings
+    def _sums(self, inputs: Any, targets: Any, number: int) -> Total:
+        likelihood = self.likelihood
         with _named(number):
             tapped, tensors = self.program.at(inputs)
         schedule = self._schedule(tapped)
         n = self.program.signature.batch_size(tensors)
         given = None if self.mask is None else read_mask(self.mask, inputs, targets, n)
         padding = Padding(given)
-        hold = self.mask is None and likelihood.ignores(targets)
         memory = MEMORY if self.memory is None else self.memory
-        collector = Collector(schedule, settings, padding, hold, bool(self.wanted), memory)
+        sink = self.sink(schedule, padding, memory, targets)
         with _named(number):
             ran = self._forward(
-                Forward(self.program, tapped, self.state, tensors, self.wanted, collector)
+                Forward(self.program, tapped, self.state, tensors, self.wanted, sink)
             )
         run, prediction = ran.run, ran.run.prediction.detach()
         require_finite_prediction(prediction, number)
         likelihood.validate(prediction, targets)
-        if collector.hold:
+        if sink.hold:
             padding.ignored = ignored_positions(likelihood, run, targets)
         vectors = partial(self._vectors, run, targets)
         self._send_back(ran, targets, vectors())
-        exact = collector.exact | self._without_taps(schedule, run, inputs, vectors)
-        for name, kind in settings.structures.items():
-            if kind in EXACT and name not in exact:  # nothing uses it, or nothing comes back to it
-                exact[name] = zero_moment(settings.parameters[name], kind, prediction)
         count = float(likelihood.count(prediction, targets))
-        return Accumulated(schedule, run.n, count, collector.inputs, collector.outputs, exact)
+        return self.sums(sink, Batch(inputs, schedule, run, count, vectors))
 
     def _send_back(self, ran: Differentiable, targets: Any, vectors: Iterable[Tensor]) -> None:
         ran.send_back(vectors)
@@ -181,19 +201,6 @@ class Pass:
             self.settings.mc_samples,
             self.generator,
         )
-
-    def _without_taps(
-        self,
-        schedule: Schedule,
-        run: Run,
-        inputs: Any,
-        vectors: Callable[[], Iterable[Tensor]],
-    ) -> dict[str, Tensor]:
-        """Exact blocks of parameters that have no normal form."""
-        if not schedule.from_graph:
-            return {}
-        kinds = {name: self.settings.structures[name] for name in schedule.from_graph}
-        return gradient_moments(self.program, run, self.state, inputs, kinds, vectors())
 
 
 @contextmanager

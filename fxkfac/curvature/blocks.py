@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from fxkfac.curvature.laid_out import laid_out
 from fxkfac.curvature.plan import TermPlan
 from fxkfac.errors import FxkfacError
-from fxkfac.linalg import (
-    damped,
-    kronecker_dense,
-    kronecker_solve,
-    kronecker_sum_solve,
-    require_positive,
-    require_regular,
-)
+from fxkfac.linalg import operators
+from fxkfac.linalg.operators import BlockDiagonal, Damping, Operator
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -46,27 +42,66 @@ class Kronecker:
         """Numbers of the entries in the block's concatenated rvec, (group, in, out)."""
         return self.plan.entries(self.offsets)
 
-    def grouped(self) -> tuple[Float[Tensor, "g i i"], Float[Tensor, "g o o"]]:
-        """A and B with their group axis, A written out."""
-        A = torch.diag_embed(self.A) if self.A.ndim == 1 else self.A
-        A = A if A.ndim == 3 else A.unsqueeze(0)
-        B = self.B if self.B.ndim == 3 else self.B.unsqueeze(0)
-        return A.expand(len(B), -1, -1), B  # parts that were taken apart share their input
+    @property
+    def operator(self) -> operators.Kronecker:
+        """A ⊗ B on arrays (group, in, out)."""
+        A = self.A if self.A.ndim == 3 else self.A.unsqueeze(0)
+        return operators.Kronecker(A, self.B if self.B.ndim == 3 else self.B.unsqueeze(0))
 
 
 @dataclass(frozen=True)
-class Block:
-    """The curvature of the parameters `params`: a sum of Kronecker products.
+class OfParameters(ABC):
+    """What every block has: the parameters that it is of, and their curvature as an operator.
 
     Attributes:
         params: Names of the parameters, in the order of `dense`.
         shapes: Their shapes.
-        terms: The Kronecker products; one, unless a weight is used in different orientations or
-            parts.
     """
 
     params: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
+
+    @property
+    @abstractmethod
+    def operator(self) -> Operator:
+        """The block on vectors (numel,), the parameters' concatenated rvec as stored."""
+
+    @property
+    def numel(self) -> int:
+        """Number of entries of all parameters."""
+        return sum(torch.Size(s).numel() for s in self.shapes)
+
+    def dense(self) -> Float[Tensor, "numel numel"]:
+        """The block as a matrix over the parameters' concatenated rvec, as stored."""
+        return operators.to_dense(self.operator)
+
+    def solve(
+        self, vector: Float[Tensor, " numel"], damping: float, damp: str = "block"
+    ) -> Float[Tensor, " numel"]:
+        """(block + damping · I)⁻¹ vector, by eigenvalues; `damp` says what is damped instead.
+
+        Args:
+            vector: A vector, or a batch of them.
+            damping: How much; see `fxkfac.operators.Damping`.
+            damp: Of what; see there.
+
+        Raises:
+            OptionError: The damping is negative, or zero where the block is singular.
+        """
+        # The name comes with the error.
+        named = BlockDiagonal((self.operator,), (", ".join(self.params),))
+        return operators.solve(operators.damped(named, Damping(damping, damp)), vector)
+
+
+@dataclass(frozen=True)
+class Block(OfParameters):
+    """The curvature of the parameters `params`: a sum of Kronecker products.
+
+    Attributes:
+        terms: The Kronecker products; one, unless a weight is used in different orientations or
+            parts.
+    """
+
     terms: tuple[Kronecker, ...]
 
     @property
@@ -89,129 +124,39 @@ class Block:
         )
 
     @property
-    def numel(self) -> int:
-        """Number of entries of all parameters."""
-        return sum(torch.Size(s).numel() for s in self.shapes)
-
-    def dense(self) -> Float[Tensor, "numel numel"]:
-        """The block as a matrix over the parameters' concatenated rvec, as stored."""
-        total = self.terms[0].B.new_zeros(self.numel, self.numel)
-        for term in self.terms:
-            for entries, product in zip(
-                term.entries.to(total.device), kronecker_dense(*term.grouped()), strict=True
-            ):
-                e = entries.flatten()
-                total.index_put_((e[:, None], e[None, :]), product, accumulate=True)
-        return total
-
-    def solve(
-        self, vector: Float[Tensor, " numel"], damping: float, damp: str = "block"
-    ) -> Float[Tensor, " numel"]:
-        """(block + damping · I)⁻¹ vector; exact, by eigenvalues for a single product.
-
-        With `damp="factors"` √damping · I is added to both factors of every term instead; one
-        product, or a sum of two, is then inverted exactly without being written out.
-        """
-        if damp == "factors":
-            return self._solve_factors(vector, damping)
-        if len(self.terms) > 1:
-            eigenvalues, Q = torch.linalg.eigh(self.dense())
-            require_regular(eigenvalues, damping)
-            return Q @ ((Q.mT @ vector) / (eigenvalues.clamp_min(0) + damping))
-        entries = self.terms[0].entries.to(vector.device)
-        solution = kronecker_solve(*self.terms[0].grouped(), vector[entries], damping)
-        return torch.empty_like(vector).index_put((entries,), solution)
-
-    def _solve_factors(self, vector: Tensor, damping: float) -> Tensor:
-        require_positive(damping)
-        entries = self.terms[0].entries
-        factors = [laid_out(term, entries, self.params) for term in self.terms]
-        pairs = [(damped(A, damping), damped(B, damping)) for A, B in factors]
-        G = vector[entries.to(vector.device)]
-        if len(pairs) == 1:
-            solution = kronecker_solve(*pairs[0], G, 0.0)
-        elif len(pairs) == 2:
-            solution = kronecker_sum_solve(pairs[0], pairs[1], G)
-        else:
-            raise FxkfacError(
-                f"the block of {', '.join(self.params)} is a sum of {len(pairs)} Kronecker "
-                "products; expected at most two for damp='factors'. Use damp='block'."
-            )
-        return torch.empty_like(vector).index_put((entries.to(vector.device),), solution)
-
-
-def laid_out(term: Kronecker, entries: Tensor, params: tuple[str, ...]) -> tuple[Tensor, Tensor]:
-    """A and B of a term, as factors of a matrix whose entries lie as in another term."""
-    A, B = term.grouped()
-    if term.entries.equal(entries):
-        return A, B
-    if term.entries.mT.equal(entries):  # the weight is used the other way round, too
-        return B, A
-    raise FxkfacError(
-        f"the Kronecker products of the block of {', '.join(params)} are of different parts of "
-        "the parameter, so that their factors do not add up; use damp='block', or compute all "
-        "of them with separate_weight_and_bias=True."
-    )
+    def operator(self) -> Operator:
+        """The sum on vectors (numel,), the parameters' concatenated rvec as stored."""
+        placed = [(term.operator, term.entries.to(term.B.device)) for term in self.terms]
+        return laid_out(placed, self.numel)
 
 
 @dataclass(frozen=True)
-class Diagonal:
+class Diagonal(OfParameters):
     """The exact diagonal of a block; or the identity, where that was asked for.
 
     Attributes:
-        params: The one parameter's name.
-        shapes: Its shape.
         diagonal: R Σ_n Σ_c (∂ ⟨▲_{n,c}, f_n⟩ / ∂θ)², of the parameter's shape; or ones.
     """
 
-    params: tuple[str, ...]
-    shapes: tuple[tuple[int, ...], ...]
     diagonal: Tensor
 
     @property
-    def numel(self) -> int:
-        """Number of entries."""
-        return self.diagonal.numel()
-
-    def dense(self) -> Float[Tensor, "numel numel"]:
-        """The diagonal as a matrix."""
-        return torch.diag(self.diagonal.flatten())
-
-    def solve(
-        self, vector: Float[Tensor, " numel"], damping: float, damp: str = "block"
-    ) -> Float[Tensor, " numel"]:
-        """(block + damping · I)⁻¹ vector; there are no factors that could be damped instead."""
-        require_regular(self.diagonal.flatten(), damping)
-        return vector / (self.diagonal.flatten() + damping)
+    def operator(self) -> operators.Diagonal:
+        """The diagonal on vectors (numel,), the parameter's rvec as stored."""
+        return operators.Diagonal(self.diagonal.flatten())
 
 
 @dataclass(frozen=True)
-class Dense:
+class Dense(OfParameters):
     """One parameter's exact block.
 
     Attributes:
-        params: The one parameter's name.
-        shapes: Its shape.
         matrix: R Σ_n Σ_c vec(G_{n,c}) vec(G_{n,c})ᵀ over the parameter's rvec, as stored.
     """
 
-    params: tuple[str, ...]
-    shapes: tuple[tuple[int, ...], ...]
     matrix: Tensor
 
     @property
-    def numel(self) -> int:
-        """Number of entries of the parameter."""
-        return len(self.matrix)
-
-    def dense(self) -> Float[Tensor, "numel numel"]:
-        """The matrix."""
-        return self.matrix
-
-    def solve(
-        self, vector: Float[Tensor, " numel"], damping: float, damp: str = "block"
-    ) -> Float[Tensor, " numel"]:
-        """(block + damping · I)⁻¹ vector; there are no factors that could be damped instead."""
-        eigenvalues, Q = torch.linalg.eigh(self.matrix)
-        require_regular(eigenvalues, damping)
-        return Q @ ((Q.mT @ vector) / (eigenvalues.clamp_min(0) + damping))
+    def operator(self) -> operators.Dense:
+        """The matrix on vectors (numel,), the parameter's rvec as stored."""
+        return operators.Dense(self.matrix)

@@ -18,7 +18,7 @@ from fxkfac.errors import TapMismatch
 from fxkfac.functional import Params
 from fxkfac.graph.program import Program
 from fxkfac.graph.tap import Taps
-from fxkfac.graph.verify import FlatModel, gradient_errors, tap_gradients, tolerance
+from fxkfac.graph.verify import FlatModel, gradient_errors, gradient_tolerance, tap_gradients
 from fxkfac.isolation import full_precision, own_randomness
 
 
@@ -54,9 +54,9 @@ def check(
         at_taps = taps.gradients(run.prediction, cotangent)
         found = tap_gradients(run.tapped, taps.inputs, at_taps, names, state, tensors)
         expected = model.gradients(state, tensors, cotangent, names)
-    precision = run.tapped.captured.precision
-    errors = gradient_errors(found, expected, precision)
-    wrong = {n: e for n, e in errors.items() if not e <= tolerance(expected[n], precision)}
+    captured = run.tapped.captured
+    errors = gradient_errors(found, expected, captured.precision)
+    wrong = {n: e for n, e in errors.items() if not e <= gradient_tolerance(expected[n], captured)}
     if wrong:
         listed = ", ".join(f"{name} ({error:.1e})" for name, error in wrong.items())
         raise TapMismatch(

@@ -6,92 +6,49 @@ of exact blocks until their gradients are there, and all inputs where gradients 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from fxkfac.curvature.backpropagation import has_several
-from fxkfac.curvature.factors import Settings
 from fxkfac.curvature.images import image_sums, input_image, output_image
 from fxkfac.curvature.moments import InputSums, Moment
-from fxkfac.curvature.padding import Padding
 from fxkfac.curvature.perdatum import exact_moment
 from fxkfac.curvature.plan import Scales
-from fxkfac.curvature.schedule import Schedule, counts_only
+from fxkfac.curvature.receive import Awaited, Receiver
+from fxkfac.curvature.schedule import counts_only
 from fxkfac.curvature.sharing import (
     Kept,
     accurate_dtype,
     bias_output,
-    chosen_groups,
     counted_input,
     expanded_input,
     expanded_output,
     known,
     reduced_input,
     reduced_output,
-    rows_kept,
 )
-from fxkfac.curvature.together import Listen, Unpack, chunks, goes_together, of_each, send_back
+from fxkfac.curvature.together import of_each
 from fxkfac.graph.ir import Use
-from fxkfac.graph.normal import Input, Routed, detached, normal_y
-
-Key = TypeVar("Key")
-Part = TypeVar("Part")
+from fxkfac.graph.normal import Input, normal_y
 
 
-class Awaited(Generic[Key, Part]):
-    """What several uses give together: complete when each has given its part."""
-
-    def __init__(self) -> None:
-        self._parts: dict[Key, list[Part]] = {}
-
-    def add(self, key: Key, part: Part, expected: int) -> list[Part]:
-        """Add one part; all of them when it is the last one, else none."""
-        parts = self._parts.setdefault(key, [])
-        parts.append(part)
-        return self._parts.pop(key) if len(parts) == expected else []
-
-    def rest(self) -> Iterator[tuple[Key, list[Part]]]:
-        """What stays incomplete, since no gradient arrives at some uses."""
-        while self._parts:
-            yield self._parts.popitem()
-
-
-@dataclass
-class Collector:
-    """The sums of one batch.
+@dataclass(kw_only=True)
+class Collector(Receiver):
+    """The sums of one batch; with `hold`, A waits for the gradients.
 
     Attributes:
-        hold: Whether A waits for the gradients.
-        keep_graph: Whether the graph is needed when all vectors have been sent back, for gradients
-            of parameters.
-        memory: Bytes that the gradients of vectors which go back together may take at all taps.
         inputs: For every term, what its A is made of; one object for terms with the same.
         outputs: For every term, Σ g gᵀ.
         exact: Exact blocks from the taps.
     """
 
-    schedule: Schedule
-    settings: Settings
-    padding: Padding
-    hold: bool
-    keep_graph: bool
-    memory: int
     inputs: list[InputSums] = field(init=False)
     outputs: list[Moment] = field(init=False)
     exact: dict[str, Tensor] = field(default_factory=dict)
-    _root: Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))
-    _listens: bool = True
-    _vectors: int = 1  # that are going back
-    _bytes: int = 0  # of one vector's gradients
     _held: dict[Use, Input] = field(default_factory=dict)
     _waiting: list[tuple[Use, Input, Tensor]] = field(default_factory=list)
-    _kept: dict[Use, Kept] = field(default_factory=dict)
-    _groups: dict[Use, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.inputs = [InputSums() for _ in self.schedule.terms]
@@ -102,60 +59,23 @@ class Collector:
         self._sums: Awaited[int, Tensor] = Awaited()
         self._gradients: Awaited[str, tuple[Use, Tensor]] = Awaited()
 
-    # --- what the tapped graph hands over ---
-
-    def output(self, place: int, y: Tensor) -> Tensor:
-        """Make it a tap, and listen for its gradient."""
-        self._bytes += y.nbytes
-        tapped: Tensor = Listen.apply(self._root, y, partial(self._hear, place))
-        return tapped
-
-    def input(self, use: int, x: Input, y: Tensor) -> None:
-        """Sum A, or keep the input for later."""
-        with torch.no_grad():
-            self._take_input(self.schedule.tapped.uses[use], detached(x), y.detach())
-
-    # --- what the batch does with it ---
-
-    def send_back(self, prediction: Tensor, vectors: Iterable[Tensor]) -> None:
-        """Backpropagate vectors, some at a time, through the graph of the one forward pass."""
-        if prediction.requires_grad:
-            for part, is_last in chunks(vectors, self._at_once(prediction)):
-                self._vectors = len(part)
-                together = torch.stack(part) if len(part) > 1 else part[0].unsqueeze(0)
-                send_back(prediction, self._root, together, self.keep_graph or not is_last)
-                self._finish_vectors()
-        self._listens = False
-        self.finish()
-
-    def gradients(self, arrived: dict[int, Tensor]) -> None:
-        """In the place of backpropagation: what one vector's gradients are, at every tap."""
-        with torch.no_grad():
-            while arrived:  # each one is let go once B has it
-                place, g = arrived.popitem()
-                self._take_gradients(place, g.unsqueeze(0))
-            self._finish_vectors()
-
     def finish(self) -> None:
         """Sum what has waited until all vectors were sent back."""
         for use, x, y in self._waiting:
-            self._add_input(use, x, y, rows_kept(self.padding.real(use, y), self._groups.get(use)))
+            self._add_input(use, x, y, self.rows_that_count(use, y))
         self._waiting.clear()
-        self.padding.require_fit()
+        super().finish()
 
     # --- A ---
 
-    def _take_input(self, use: Use, x: Input, y: Tensor) -> None:
+    def take_input(self, use: Use, x: Input, y: Tensor) -> None:
+        """Sum A, or keep the input for later."""
         if use in self.schedule.exact_of:
             self._held[use] = x
-        if isinstance(x, Routed):
-            self._groups[use] = chosen_groups(use, x, y)
-        if self.hold:  # rows of padding have no gradient, and add nothing to B in any case
-            self._kept[use] = self._groups.get(use)
+        if self.hold:
             self._waiting.append((use, x, y))
-            return
-        self._kept[use] = rows_kept(self.padding.real(use, y), self._groups.get(use))
-        self._add_input(use, x, y, self._kept[use])
+        else:
+            self._add_input(use, x, y, self._kept[use])
 
     def _add_input(self, use: Use, x: Input, y: Tensor, kept: Kept) -> None:
         for k, place in self.schedule.places.get(use, ()):
@@ -205,36 +125,15 @@ class Collector:
 
     # --- B and exact blocks ---
 
-    def _at_once(self, prediction: Tensor) -> int:
-        """How many vectors go back together."""
-        size = self.memory // max(self._bytes, 1)
-        if size < 2 or not has_several(self.settings.fisher, self.settings.mc_samples):
-            return 1
-        memo = self.schedule.tapped.memo
-        if "together" not in memo:
-            self._listens, self._vectors = False, 2
-            memo["together"] = goes_together(prediction, self._root)
-            self._listens = True
-        return size if memo["together"] else 1
-
-    def _hear(self, place: int, g: Tensor) -> None:
-        if self._vectors > 1:
-            Unpack.apply(g, partial(self._take_gradients, place), self._vectors)
-        else:
-            self._take_gradients(place, g.unsqueeze(0))
-
-    def _take_gradients(self, place: int, g: Tensor) -> None:
-        """Of all vectors that go back together, in the first axis."""
-        if not self._listens:
-            return
-        for use in self.schedule.at_tap[place]:
-            if self.hold:
-                self.padding.look(use, (g != 0).any(0))
-            for k, _ in self.schedule.places.get(use, ()):
-                self._add_output(k, use, g)
-            for name in self.schedule.exact_of.get(use, ()):
-                uses = self.schedule.exact[name]
-                self._add_exact(name, self._gradients.add(name, (use, g), len(uses)))
+    def take_gradient(self, use: Use, g: Tensor) -> None:
+        """Sum B, and exact blocks."""
+        if self.hold:
+            self.padding.look(use, (g != 0).any(0))
+        for k, _ in self.schedule.places.get(use, ()):
+            self._add_output(k, use, g)
+        for name in self.schedule.exact_of.get(use, ()):
+            uses = self.schedule.exact[name]
+            self._add_exact(name, self._gradients.add(name, (use, g), len(uses)))
 
     def _add_output(self, k: int, use: Use, g: Tensor) -> None:
         term, kept = self.schedule.terms[k], self._kept[use]
@@ -270,7 +169,8 @@ class Collector:
             )
             self.exact[name] = self.exact[name] + moment if name in self.exact else moment
 
-    def _finish_vectors(self) -> None:
+    def finish_vectors(self) -> None:
+        """Sum what is incomplete."""
         for k, sums in self._sums.rest():
             self._add_sums(k, sums)
         for name, gradients in self._gradients.rest():

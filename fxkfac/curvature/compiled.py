@@ -6,7 +6,7 @@ Autograd is run while tracing, so that forward and backward pass become one join
 
 It is cut at the prediction: what no vector reaches is the forward part, and hands over what the
 others read. So vectors are made of the prediction, and labels drawn, by the same code as ever, and
-one compiled backward pass serves all vectors. Products of rows stay with the collector: they are
+one compiled backward pass serves all vectors. Products of rows stay with the sink: they are
 library calls in any case, and it adds them up in place, one triangle of each.
 """
 

@@ -11,16 +11,18 @@ import torch
 from torch import Tensor
 
 from fxkfac.curvature.blocks import Block, Dense, Diagonal
+from fxkfac.curvature.eigen import EigenBlock
 from fxkfac.curvature.sharing import accurate_dtype
-from fxkfac.errors import OptionError, UnknownParameter
+from fxkfac.errors import UnknownParameter
 from fxkfac.functional import unknown
 from fxkfac.isolation import full_precision
+from fxkfac.linalg import operators
+from fxkfac.linalg.operators import BlockDiagonal, Damping, Named
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-AnyBlock = Block | Diagonal | Dense
-DAMP = ("block", "factors")
+AnyBlock = Block | Diagonal | Dense | EigenBlock
 
 
 class Curvature(Mapping[str, AnyBlock]):
@@ -76,34 +78,41 @@ class Curvature(Mapping[str, AnyBlock]):
 
         Args:
             gradients: The gradient of every parameter of every block that is to be solved.
-            damping: Added to every eigenvalue.
-            damp: `"block"`, or `"factors"`: then √damping is added to the eigenvalues of both
-                factors of every Kronecker product; a sum of two is inverted without being formed.
+            damping: How much; see `fxkfac.operators.Damping`.
+            damp: Of what: the `"block"`, or its `"factors"`, by which a sum of two products
+                is inverted without being written out; see there for others.
 
         Raises:
             UnknownParameter: A block's other parameter has no gradient here.
             OptionError: The damping is negative, or zero where a block is singular.
         """
-        if damp not in DAMP:
-            raise OptionError(f"damp={damp!r}; expected 'block' or 'factors'.")
-        if not any(name in gradients for block in self.values() for name in block.params):
-            raise unknown(next(iter(gradients), ""), self.shapes)
-        solved: dict[str, Tensor] = {}
-        for block in self.values():
-            if not set(block.params) & set(gradients):
-                continue
-            missing = [name for name in block.params if name not in gradients]
+        names = [name for name in gradients if name in self.shapes]
+        operator = operators.damped(self.operator(*(names or gradients)), Damping(damping, damp))
+        return operators.solve(operator, {name: gradients[name].detach() for name in names})
+
+    @full_precision()
+    def operator(self, *names: str) -> Named:
+        """The curvature of the named parameters (all, without names) as an operator.
+
+        It acts on tensors by name, and everything in `fxkfac.linalg.operators` works with it. The
+        names must be all of their blocks; what it holds is in the order of the blocks.
+
+        Raises:
+            UnknownParameter: A name is not among the parameters covered, or another parameter of
+                its block is missing.
+        """
+        chosen = {self._known(name) for name in names or self.shapes}
+        blocks = [block for block in self.values() if chosen & set(block.params)]
+        for block in blocks:
+            missing = [name for name in block.params if name not in chosen]
             if missing:
                 raise UnknownParameter(
-                    f"gradients hold {sorted(set(gradients) & set(block.params))} but not "
-                    f"{missing}, which are in the same block; pass them all."
+                    f"found {sorted(chosen & set(block.params))} but not {missing}, which are in "
+                    "the same block; pass them all."
                 )
-            flat = torch.cat([gradients[name].detach().flatten() for name in block.params])
-            found = block.solve(flat.to(accurate_dtype(flat)), damping, damp)
-            parts = found.split([torch.Size(s).numel() for s in block.shapes])
-            for name, shape, part in zip(block.params, block.shapes, parts, strict=True):
-                solved[name] = part.view(shape).to(gradients[name].dtype)
-        return {name: solved[name] for name in gradients if name in solved}
+        shapes = {n: s for b in blocks for n, s in zip(b.params, b.shapes, strict=True)}
+        labels = tuple(", ".join(block.params) for block in blocks)
+        return Named(BlockDiagonal(tuple(b.operator for b in blocks), labels), shapes)
 
 
 def _fill(total: Tensor, block: AnyBlock, inside: list[str], spans: Mapping[str, slice]) -> None:

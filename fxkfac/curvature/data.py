@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fxkfac.errors import DataError, FxkfacError
+from fxkfac.errors import DataError, FxkfacError, NoDataError
 
 Data = Any  # one (inputs, targets) pair, or an iterable of such pairs
 
@@ -16,7 +16,8 @@ def batches(data: Data, progress: bool = False) -> Iterator[tuple[Any, Tensor]]:
     """Iterate over (inputs, targets), from one pair or from an iterable of pairs.
 
     Raises:
-        DataError: There is no batch, or a batch is not a pair whose second part is a tensor.
+        DataError: A batch is not a pair whose second part is a tensor.
+        NoDataError: There is no batch.
     """
     source: Iterable[Any] = [data] if _is_pair(data) else data
     if not isinstance(source, Iterable):
@@ -30,7 +31,7 @@ def batches(data: Data, progress: bool = False) -> Iterator[tuple[Any, Tensor]]:
         empty = False
         yield found
     if empty:
-        raise DataError("the data hold no batch; expected at least one. An iterator used up?")
+        raise NoDataError("the data hold no batch; expected at least one. An iterator used up?")
 
 
 def pair(batch: Any) -> tuple[Any, Tensor]:

@@ -39,6 +39,11 @@ class Product:
         """From R Σ x̃ x̃ᵀ and Σ g gᵀ, which is used up."""
         return Product(a, b.div_(_rows(rows)), rows)
 
+    @property
+    def divisor(self) -> int | Tensor:
+        """What Σ g gᵀ was divided by."""
+        return _rows(self.rows)
+
     def plus(self, other: Product, weights: tuple[float, float]) -> Product:
         """The two together, their A by weights, their B by their numbers of rows."""
         rows = self.rows + other.rows

@@ -77,7 +77,7 @@ def kfac(
             together with the structure of a block; or `backend="inductor"` cannot trace the graph.
         FxkfacError: `backend="inductor"` finds no C++ compiler, or fails to compile.
         LossError: The loss has no likelihood here, or is not convex where that is needed.
-        DataError: No data, or inputs and targets that do not fit.
+        DataError: Inputs and targets that do not fit; `NoDataError` where there are none.
         NonFiniteError: NaN or Inf in a prediction or factor, with the batch and the layer.
 
         Whatever stops the iteration over the data (Ctrl-C, too) carries what was accumulated

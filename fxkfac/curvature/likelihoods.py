@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from fxkfac.errors import DataError, FxkfacError, LossError, NonFiniteError
+from fxkfac.errors import DataError, FxkfacError, LossError, NoDataError, NonFiniteError
 from fxkfac.isolation import own_randomness
 
 Target = Any  # a tensor for the torch losses; whatever `nll` takes for a user's own
@@ -90,13 +90,13 @@ class Likelihood:
         return False
 
     def reduction_factor(self, count: float) -> float:
-        """R, given the count of the whole data set. Raises `DataError` if there is none."""
+        """R, given the count of the whole data set. Raises `NoDataError` if there is none."""
         if self.reduction == "sum":
             return self.scale
         if self.reduction != "mean":
             raise LossError(f"reduction is {self.reduction!r}; expected 'mean' or 'sum'.")
         if not 0 < count < math.inf:
-            raise DataError(
+            raise NoDataError(
                 f"the mean of the loss would divide by {count}; expected a positive number. There "
                 "are no data, or every target is ignored or has weight zero."
             )

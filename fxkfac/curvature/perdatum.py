@@ -32,7 +32,7 @@ def exact_moment(
 ) -> Tensor:
     """Σ_n G_n² in the parameter's shape, or Σ_n vec(G_n) vec(G_n)ᵀ, for one vector."""
     total: Tensor | None = None
-    for G in _gradients(name, uses, inputs, gradients):
+    for G in datum_gradients(name, uses, inputs, gradients):
         part = G.mT @ G if structure == "dense" else G.square().sum(0)
         total = part if total is None else total + part
     assert total is not None
@@ -66,7 +66,7 @@ def zero_moment(shape: tuple[int, ...], structure: str, like: Tensor) -> Tensor:
     return like.new_zeros(shape, dtype=accurate_dtype(like))
 
 
-def _gradients(
+def datum_gradients(
     name: str,
     uses: Sequence[Use],
     inputs: Callable[[Use], Input],

@@ -183,11 +183,15 @@ def _with(factors: Factors, change: Callable[[Product], Product]) -> Factors:
 
 
 def _zeros(factors: Factors) -> Factors:
-    """Room for averages; what is one tensor there is one here."""
+    """Room for averages, with one A for equal inputs."""
     made: dict[int, Tensor] = {}
 
-    def zeros(t: Tensor) -> Tensor:
-        return made.setdefault(id(t), torch.zeros_like(t, dtype=accurate_dtype(t)))
+    def room(p: Product) -> Product:
+        return Product(made.setdefault(id(p.A), _zeros_like(p.A)), _zeros_like(p.B), p.rows)
 
-    held = _with(factors, lambda p: Product(zeros(p.A), zeros(p.B), p.rows))
-    return replace(held, exact={name: zeros(block) for name, block in factors.exact.items()})
+    held = _with(factors, room)
+    return replace(held, exact={name: _zeros_like(e) for name, e in factors.exact.items()})
+
+
+def _zeros_like(t: Tensor) -> Tensor:
+    return torch.zeros_like(t, dtype=accurate_dtype(t))

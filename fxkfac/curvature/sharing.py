@@ -79,7 +79,7 @@ def expanded_input(
     """
     batch = None if kept is None else use.batch
     like = normal_y(use, y, batch)
-    rows = _accurate(_dense(normal_x(use, x, batch), like))
+    rows = _accurate(written_out(normal_x(use, x, batch), like))
     return _masked(rows, kept), _number_of_rows(like, kept)
 
 
@@ -92,7 +92,7 @@ def reduced_input(
     """
     like = normal_y(use, y, known(use))
     if x_sum is None:
-        rows = _accurate(_dense(normal_x(use, x, known(use)), like))
+        rows = _accurate(written_out(normal_x(use, x, known(use)), like))
         x_sum = _masked(_by_datum(rows), kept).sum(2)
     places = _places(like, kept)
     ones = places.expand(len(x_sum), -1).unsqueeze(-1)
@@ -179,7 +179,8 @@ def known(use: Use) -> BatchAxis:
         raise BatchAxisError(
             f"{', '.join(use.parameters)} enters {use.op}{at}, and no one axis of its output "
             f"{use.y_shape} holds the data in their order; expected (outer · N · inner) on one "
-            "axis. Use sharing='expand', which needs no batch axis, or select other parameters."
+            "axis. Use fxkfac.kfac with sharing='expand', which needs none, or select other "
+            "parameters."
         )
     return use.batch
 
@@ -194,7 +195,7 @@ def accurate_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _dense(rows: Rows, y: Tensor) -> Tensor:
+def written_out(rows: Rows, y: Tensor) -> Tensor:
     """Rows with every row axis of the output, one-hot vectors written out."""
     assert rows is not None
     if isinstance(rows, OneHotRows):

@@ -10,9 +10,9 @@ import torch
 from torch import Generator, Tensor
 
 from fxkfac.curvature.backends import Differentiable
-from fxkfac.curvature.batch import Pass
 from fxkfac.curvature.data import Data, batches
-from fxkfac.curvature.factors import Factors
+from fxkfac.curvature.factor_pass import FactorPass
+from fxkfac.curvature.factors import Factors, scale_of
 from fxkfac.curvature.losses import likelihood_of
 from fxkfac.curvature.options import settings_of
 from fxkfac.curvature.padding import Mask
@@ -72,14 +72,11 @@ def step(
     likelihood = likelihood_of(loss)
     source = generator or program.generator
     over = _Steps(program, likelihood, settings, params, mask, source, backend, memory)
-    factors = over.run(batches(data))
-    R = factors.reduction
-    gradients = {name: R * g for name, g in over.gradients.items()}
-    return Step(R * over.criterion, gradients, factors)
+    return over.part(over.run(batches(data)))
 
 
 @dataclass
-class _Steps(Pass):
+class _Steps(FactorPass):
     """A pass that also sums criterion and gradients, both without R."""
 
     criterion: Tensor = field(init=False)
@@ -90,6 +87,12 @@ class _Steps(Pass):
         self.wanted = tuple(self.program.asked.selected)
         self.gradients = {n: torch.zeros_like(self.state[n].detach()) for n in self.wanted}
         self.criterion = next(iter(self.state.values())).new_zeros(())
+
+    def part(self, factors: Factors) -> Step:
+        """Loss and gradients, too."""
+        R = scale_of(self.likelihood, factors.count)
+        gradients = {name: R * g for name, g in self.gradients.items()}
+        return Step(R * self.criterion, gradients, factors)
 
     def _send_back(self, ran: Differentiable, targets: Any, vectors: Iterable[Tensor]) -> None:
         super()._send_back(ran, targets, vectors)

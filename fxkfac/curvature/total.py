@@ -90,6 +90,8 @@ def _connected(blocks: Sequence[AnyBlock]) -> list[list[int]]:
 
 def _sum(blocks: Sequence[AnyBlock], shapes: Mapping[str, tuple[int, ...]]) -> AnyBlock:
     first = blocks[0]
+    if len(blocks) == 1:
+        return first
     if isinstance(first, Diagonal) and all(isinstance(b, Diagonal) for b in blocks):
         parts = [b.diagonal for b in blocks if isinstance(b, Diagonal)]
         return replace(first, diagonal=torch.stack(parts).sum(0))
@@ -98,8 +100,9 @@ def _sum(blocks: Sequence[AnyBlock], shapes: Mapping[str, tuple[int, ...]]) -> A
     params = tuple(dict.fromkeys(name for b in blocks for name in b.params))
     if not all(isinstance(b, Block) for b in blocks):
         raise MergeError(
-            f"{', '.join(params)} have Kronecker factors in one of the parts and an exact block in "
-            "another; expected one structure. Name it in `structure` when tracing."
+            f"{', '.join(params)} have Kronecker factors in one of the parts and an exact or "
+            "corrected block in another; expected one structure. Name it in `structure` when "
+            "tracing, or sum the factors of fxkfac.kfac."
         )
     offsets, start = {}, 0
     for name in params:

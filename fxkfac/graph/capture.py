@@ -68,7 +68,16 @@ class Captured:
 
     @cached_property
     def precision(self) -> torch.dtype:
-        """Float32 where anything is computed of the parameters in less than float64."""
+        """Float32 where anything is computed of the parameters in less than float64.
+
+        That is the lowest: half of the digits of half precision are one, by which two data may
+        differ.
+        """
+        return torch.float64 if self.lowest == torch.float64 else torch.float32
+
+    @cached_property
+    def lowest(self) -> torch.dtype:
+        """The dtype with the fewest digits in which anything is computed of the parameters."""
         return precision(self.module.graph, self._nodes()[: len(self.parameters)])
 
     def _nodes(self) -> list[Node]:

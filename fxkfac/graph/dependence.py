@@ -53,11 +53,10 @@ def depend_on(graph: Graph, inputs: Sequence[Node]) -> set[Node]:
 
 
 def precision(graph: Graph, inputs: Sequence[Node]) -> torch.dtype:
-    """Float32 where something that depends on the inputs has fewer digits than float64.
+    """The dtype with the fewest digits of all that depends on the inputs; float64 without any.
 
-    A norm or a state-space scan may compute in float32 inside, whatever the model's dtype. That is
-    the lowest: half of the digits of half precision are one, by which two data may differ.
+    A norm or a state-space scan may compute in float32 inside, whatever the model's dtype.
     """
     values = (node.meta.get("val") for node in depend_on(graph, inputs))
     dtypes = {v.dtype for v in values if isinstance(v, Tensor) and v.dtype.is_floating_point}
-    return torch.float64 if dtypes <= {torch.float64} else torch.float32
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float64)

@@ -79,6 +79,11 @@ def tolerance(t: Tensor, precision: torch.dtype = torch.float64) -> float:
     return rounding(t, precision) ** 0.5
 
 
+def gradient_tolerance(t: Tensor, captured: Captured) -> float:
+    """The same for a gradient, which an op in half precision rounds to that as a whole."""
+    return max(tolerance(t, captured.precision), torch.finfo(captured.lowest).eps)
+
+
 def rounding(t: Tensor, precision: torch.dtype) -> float:
     """The relative rounding error of one op, in the lower one of two dtypes."""
     return max(torch.finfo(t.dtype).eps, torch.finfo(precision).eps)
@@ -156,7 +161,7 @@ def require_gradients(
     at_taps = taps.gradients(prediction, cotangent)
     found = tap_gradients(tapped, taps.inputs, at_taps, names, state, data)
     expected = model.gradients(state, data, cotangent, names)
-    _require_equal(found, expected, tapped.captured.precision, "from its taps")
+    _require_equal(found, expected, tapped.captured, "from its taps")
 
 
 def require_graph_gradients(
@@ -179,9 +184,7 @@ def require_graph_gradients(
             prediction, wanted, cotangent, allow_unused=True, materialize_grads=True
         )
     expected = model.gradients(state, data, cotangent, names)
-    _require_equal(
-        dict(zip(names, found, strict=True)), expected, captured.precision, "by autograd"
-    )
+    _require_equal(dict(zip(names, found, strict=True)), expected, captured, "by autograd")
 
 
 def _cotangent(prediction: Tensor) -> Tensor:
@@ -189,10 +192,10 @@ def _cotangent(prediction: Tensor) -> Tensor:
 
 
 def _require_equal(
-    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], precision: torch.dtype, how: str
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], captured: Captured, how: str
 ) -> None:
-    errors = gradient_errors(found, expected, precision)
-    limits = {n: tolerance(t, precision) for n, t in expected.items()}
+    errors = gradient_errors(found, expected, captured.precision)
+    limits = {n: gradient_tolerance(t, captured) for n, t in expected.items()}
     wrong = [f"{n} ({e:.1e})" for n, e in errors.items() if not e <= limits[n]]
     if wrong:
         raise Refusal(

@@ -15,14 +15,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fxkfac.curvature.blocks import Block, Diagonal, Kronecker, laid_out
+from fxkfac.curvature.blocks import Block, Diagonal
 from fxkfac.curvature.curvature import AnyBlock
-from fxkfac.linalg import damped, diagonalise
+from fxkfac.curvature.laid_out import turned
+from fxkfac.errors import OptionError
+from fxkfac.linalg.operators import Damping, Kronecker, KroneckerSum, damped
+from fxkfac.linalg.operators.pencil import pencil
+from fxkfac.linalg.operators.symmetric import factor_eigh, symmetric_eigh
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-Eigh = Callable[[Tensor], tuple[Tensor, Tensor]]
+Eigh = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -36,9 +40,9 @@ class Basis:
         outputs: The eigenvalues of B, (group, out).
         split: Whether both factors are damped, (A + π√λ I) ⊗ (B + √λ/π I), rather than their
             product, A ⊗ B + λ I.
-        damping: λ, where it cannot be any other one any more.
-        moments: Second moments of the gradient in this basis, (group, in, out), in the place of
-            the products of eigenvalues.
+        damping: What is added in the place of λ; zero where λ is in the values already.
+        values: In the place of the products of eigenvalues, (group, in, out): second moments of
+            the gradient in this basis, or a damped sum of two products.
     """
 
     left: Tensor | None
@@ -47,7 +51,7 @@ class Basis:
     outputs: Tensor
     split: bool = False
     damping: float | None = None
-    moments: Tensor | None = None
+    values: Tensor | None = None
 
     def rotated(self, G: Float[Tensor, "group d_in d_out"]) -> Float[Tensor, "group d_in d_out"]:
         """Q_Aᵀ G Q_B."""
@@ -55,9 +59,9 @@ class Basis:
         return G if self.right is None else G @ self.right
 
     def eigenvalues(self) -> Float[Tensor, "group d_in d_out"]:
-        """Λ_A Λ_B, or the second moments."""
-        if self.moments is not None:
-            return self.moments
+        """Λ_A Λ_B, or what is in their place."""
+        if self.values is not None:
+            return self.values
         return self.inputs.unsqueeze(-1) * self.outputs.unsqueeze(-2)
 
     def solve(
@@ -84,7 +88,7 @@ class Basis:
         that is in expectation R Σ_n (Q_Aᵀ G_n Q_B)², the diagonal of the empirical Fisher.
         """
         squares = self.rotated(G).square() / R
-        return replace(self, moments=torch.lerp(self.eigenvalues(), squares, 1 - decay))
+        return replace(self, values=torch.lerp(self.eigenvalues(), squares, 1 - decay))
 
     def carried(self, before: Basis) -> Basis:
         """This basis with those of another one: the diagonal, here, of what they are there."""
@@ -93,23 +97,17 @@ class Basis:
             s = (self.left.mT @ before.left).square() @ s
         if self.right is not None and before.right is not None:
             s = s @ (before.right.mT @ self.right).square()
-        return replace(self, moments=s)
-
-
-def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and eigenvectors of what is positive semi-definite up to rounding."""
-    eigenvalues, Q = torch.linalg.eigh(matrix)
-    return eigenvalues.clamp_min(0), Q
+        return replace(self, values=s)
 
 
 def eigh_once() -> Eigh:
-    """The same for factors that live on; equal inputs have one A, which is decomposed once."""
-    known: dict[tuple[int, torch.Size], tuple[Tensor, Tensor]] = {}
+    """`factor_eigh` for factors that live on; equal inputs have one A, decomposed once."""
+    known: dict[tuple[int, torch.Size], tuple[Tensor, Tensor | None]] = {}
 
-    def decompose(matrix: Tensor) -> tuple[Tensor, Tensor]:
-        key = matrix.data_ptr(), matrix.shape
+    def decompose(factor: Tensor) -> tuple[Tensor, Tensor | None]:
+        key = factor.data_ptr(), factor.shape
         if key not in known:
-            known[key] = eigh(matrix)
+            known[key] = factor_eigh(factor)
         return known[key]
 
     return decompose
@@ -125,34 +123,44 @@ def basis_of(block: AnyBlock, kind: str, damping: float, split: bool, decompose:
             four factors, and the two of each side are diagonalised at once.
         split: Whether both factors of a product are damped.
         decompose: What finds the eigenvalues of factors.
+
+    Raises:
+        NonFiniteError: A factor holds NaN or Inf.
+        OptionError: A factor has a negative eigenvalue; or the damping is too small for a sum of
+            two products.
     """
     if isinstance(block, Diagonal):  # a copy, as of one-hot rows: averages change in place
         return _exact(None, block.diagonal.reshape(1, -1).clone())
     if isinstance(block, Block) and kind == "product":
-        return _of_product(block.terms[0], split, decompose)
+        return _of_product(block.terms[0].operator, split, decompose)
     if isinstance(block, Block) and kind == "two":
         return _of_two(block, damping)
-    eigenvalues, Q = eigh(block.dense())
+    eigenvalues, Q = symmetric_eigh(block.dense())
     return _exact(Q.unsqueeze(0), eigenvalues.unsqueeze(0))
 
 
-def _of_product(term: Kronecker, split: bool, decompose: Eigh) -> Basis:
-    A, B = term.A, term.B
-    outputs, right = decompose(B if B.ndim == 3 else B.unsqueeze(0))
-    if A.ndim == 1:  # one-hot rows: written out it would be vocabulary × vocabulary
-        return Basis(None, right, A.unsqueeze(0).clone(), outputs, split)
-    inputs, left = decompose(A if A.ndim == 3 else A.unsqueeze(0))
+def _of_product(product: Kronecker, split: bool, decompose: Eigh) -> Basis:
+    (inputs, left), (outputs, right) = decompose(product.A), decompose(product.B)
+    if left is None:  # the diagonal itself: averages change in place
+        inputs = inputs.clone()
     return Basis(left, right, inputs, outputs, split)
 
 
 def _of_two(block: Block, damping: float) -> Basis:
-    entries = block.terms[0].entries
-    first, second = (laid_out(term, entries, block.params) for term in block.terms)
-    (λ, U), (μ, V) = (
-        diagonalise(damped(a, damping), damped(b, damping))
-        for a, b in zip(first, second, strict=True)
-    )
-    return Basis(U, V, λ, μ, damping=1.0)  # UᵀA₂U = I and VᵀB₂V = I
+    first, second = block.terms
+    alike = turned(second.operator, second.entries, first.entries)
+    assert alike is not None  # `Layout.kind` says so
+    both = damped(KroneckerSum(first.operator, alike), Damping(damping, "factors"))
+    assert isinstance(both, KroneckerSum)
+    found = pencil(both)
+    if found is None:
+        raise OptionError(
+            f"the block of {', '.join(block.params)} is a sum of two products, both singular up "
+            f"to rounding with damping={damping}; expected a regular one. Pass a larger damping."
+        )
+    one = found.values.new_ones(1, 1)
+    values = found.values / found.scale.square()
+    return Basis(found.U, found.V, one, one, damping=0.0, values=values)
 
 
 def _exact(Q: Tensor | None, eigenvalues: Tensor) -> Basis:

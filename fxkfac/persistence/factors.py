@@ -78,6 +78,7 @@ def load(path: StrPath, program: Program, loss: Any) -> Factors:
         MergeError: It is of another program or loss; the message says what differs.
     """
     header, tensors = read(path, KIND, program.like.device)
+    _share_inputs_only(tensors)
     settings, schedule = matching(program, loss, header["of"], header["of"]["settings"]["masked"])
     return Factors(
         settings=settings,
@@ -92,6 +93,15 @@ def load(path: StrPath, program: Program, loss: Any) -> Factors:
         },
         exact={name: tensors[f"{name}/exact"] for name in header["exact"]},
     )
+
+
+def _share_inputs_only(tensors: dict[str, Tensor]) -> None:
+    """Equal inputs have one A; what else is equal is so by chance, and has memory of its own."""
+    taken = {id(t) for name, t in tensors.items() if name.endswith("/A")}
+    for name, t in tensors.items():
+        if not name.endswith("/A"):
+            tensors[name] = t.clone() if id(t) in taken else t
+            taken.add(id(t))
 
 
 def _unpacked(packed: dict[str, Any], tensors: dict[str, Tensor]) -> Product:

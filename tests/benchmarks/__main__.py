@@ -12,7 +12,7 @@ import torch
 from benchmarks.peers import PEERS
 from benchmarks.problems import ALL, PROBLEMS
 from benchmarks.report import save
-from benchmarks.suite import Settings, run
+from benchmarks.suite import Row, Settings, run
 
 DOCS = Path(__file__).parents[2] / "docs" / "benchmarks"
 
@@ -54,7 +54,12 @@ def main(words: list[str] | None = None) -> None:
     def say(line: str) -> None:
         print(f"[{time.perf_counter() - start:6.1f} s] {line}", file=sys.stderr, flush=True)
 
-    print(save(run(settings, say), settings, a.out))
+    rows: list[Row] = []
+    text = "nothing to measure"
+    for part in run(settings, say):  # what is there is written, whatever stops the rest
+        rows += part
+        text = save(rows, settings, a.out)
+    print(text)
     say(f"wrote {a.out}")
 
 

@@ -42,7 +42,7 @@ def _fxkfac(problem: Problem, flavour: str, options: dict[str, Any]) -> Prepared
     function = _function(flavour)
     if "backend" in options and not _has_backend(function):
         raise Refused("not there: no argument backend")
-    program = fxkfac.trace(problem.model, problem.batches[0][0])
+    program = fxkfac.trace(problem.model, problem.batches[0][0], _asked(problem, flavour))
     data: Any = problem.batches[0] if len(problem.batches) == 1 else problem.batches
     options = options | {"fisher": "mc" if flavour == STEP else flavour}
     if not problem.joint:
@@ -57,6 +57,16 @@ def _fxkfac(problem: Problem, flavour: str, options: dict[str, Any]) -> Prepared
         return {name: result[1][f"{name}.weight"] for name in problem.layers}
 
     return Prepared(call, read, lambda result: Slope(result[0].loss, dict(result[0].gradients)))
+
+
+def _asked(problem: Problem, flavour: str) -> list[str] | None:
+    """Parameters whose factors all libraries give: without joint blocks the weights alone.
+
+    A step gives the gradients of all.
+    """
+    if problem.joint or flavour == STEP:
+        return None
+    return [f"{name}.weight" for name in problem.layers]
 
 
 def _function(flavour: str) -> Callable[..., Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -88,16 +88,13 @@ class Row:
         return self.first.seconds / self.time.gradient_seconds
 
 
-def run(settings: Settings, say: Callable[[str], None]) -> list[Row]:
-    """All rows, problem by problem, of what the installed fxkfac has."""
+def run(settings: Settings, say: Callable[[str], None]) -> Iterator[list[Row]]:
+    """The rows of one problem and flavour after the other, of what the installed fxkfac has."""
     settings = _there(settings, say)
-    return [
-        row
-        for problem in settings.problems
-        for flavour in settings.flavours
-        if flavour in PROBLEMS[problem].flavours and settings.libraries
-        for row in _measured(problem, flavour, settings, say)
-    ]
+    for problem in settings.problems:
+        for flavour in settings.flavours:
+            if flavour in PROBLEMS[problem].flavours and settings.libraries:
+                yield _measured(problem, flavour, settings, say)
 
 
 def _there(settings: Settings, say: Callable[[str], None]) -> Settings:

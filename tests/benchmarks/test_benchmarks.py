@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fxkfac
-from benchmarks import profile
+from benchmarks import profile, suite
 from benchmarks.__main__ import main
 from benchmarks.compare import distance, distance_of_slopes, slope_of
 from benchmarks.interface import Slope
@@ -94,8 +94,8 @@ def _step_with(error):
 
 def _status(*, problem="mlp", flavour, library):
     words = (problem,), (flavour,), (library,)
-    rows = run(Settings(*words, repeats=1, tiny=True, memory=False, threads=1), print)
-    return [row.status for row in rows]
+    parts = run(Settings(*words, repeats=1, tiny=True, memory=False, threads=1), print)
+    return [row.status for part in parts for row in part]
 
 
 def test_what_fxkfac_does_not_have_is_left_out(monkeypatch, capsys):
@@ -144,6 +144,22 @@ def test_the_profile_shows_products_and_the_outside(capsys):
     printed = capsys.readouterr().out
     assert "outside" in printed
     assert "aten::mm" in printed or "aten::addmm" in printed
+
+
+def test_what_was_measured_before_a_stop_is_kept(tmp_path: Path, monkeypatch):
+    measured = suite._measured
+
+    def stops(problem, flavour, *rest):
+        if flavour == "empirical":
+            raise KeyboardInterrupt
+        return measured(problem, flavour, *rest)
+
+    monkeypatch.setattr(suite, "_measured", stops)
+    words = ["--quick", "--no-memory", "--problems", "mlp", "--flavours", "type-2", "empirical"]
+    with pytest.raises(KeyboardInterrupt):
+        main([*words, "--libraries", "fxkfac", "--out", str(tmp_path)])
+    saved = json.loads((tmp_path / "benchmarks.json").read_text())
+    assert [row["flavour"] for row in saved["results"]] == ["type-2"]
 
 
 def test_table_json_and_picture_come_out(tmp_path: Path, capsys: pytest.CaptureFixture):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import fxkfac
-from fxkfac.curvature import collect, together
+from fxkfac.curvature import receive, together
 from fxkfac.errors import OptionError
 
 F64 = torch.float64
@@ -75,7 +75,7 @@ def sizes_seen(monkeypatch):
     """How many vectors went back together, each time."""
     seen, send = [], together.send_back
     monkeypatch.setattr(
-        collect,
+        receive,
         "send_back",
         lambda f, root, v, retain: (seen.append(len(v)), send(f, root, v, retain)),
     )

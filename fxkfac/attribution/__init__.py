@@ -1,0 +1,5 @@
+"""Training-data attribution: what every datum of one set does to the loss of every other one."""
+
+from fxkfac.attribution.influence import influence
+
+__all__ = ["influence"]

@@ -1,0 +1,206 @@
+"""Program, loss, factors, two sets of data -> the influence of every datum on every other one.
+
+    score(i, j) = −g_iᵀ (C + λ I)⁻¹ g_j
+
+with g the gradient of one datum's own loss and C its curvature (Koh and Liang 2017; with Kronecker
+factors, Grosse et al. 2023). Gradients stay in the factored form in which the taps give them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import RandomSampler
+
+from fxkfac.attribution.rows import Formed, Rows, TokenRows, chunks
+from fxkfac.attribution.solve import Exact, Solved, Solver, solvers_of
+from fxkfac.attribution.taps import Batch, Reader
+from fxkfac.curvature.corrected import Corrected
+from fxkfac.curvature.data import Data, batches
+from fxkfac.curvature.factors import Factors, Settings
+from fxkfac.curvature.losses import likelihood_of
+from fxkfac.curvature.options import settings_of
+from fxkfac.curvature.plan import require_same_terms
+from fxkfac.errors import DataError, MergeError, OptionError
+from fxkfac.functional import Params
+from fxkfac.graph.program import Program
+from fxkfac.isolation import full_precision
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+MEMORY = 2**30
+
+
+@full_precision()
+def influence(
+    program: Program,
+    loss: Any,
+    factors: Factors | Corrected,
+    train: Data,
+    test: Data,
+    damping: float,
+    params: Params | None = None,
+    memory: int = MEMORY,
+) -> Float[Tensor, "n_train n_test"]:
+    """score(i, j) = −g_iᵀ (C + λ I)⁻¹ g_j for all pairs of a training and a test datum.
+
+    It is how fast the loss of test datum j changes as the weight of training datum i grows: below
+    zero where i helps j. To leave i out of a mean over N data changes the loss of j by about
+    −score / N. A datum is what the batch axis counts: a sequence with all of its tokens.
+
+    Args:
+        program: What `fxkfac.trace` returned.
+        loss: As of `fxkfac.kfac`. A datum's own loss is that with `reduction="sum"` for this datum
+            alone, whatever the reduction.
+        factors: C, as `fxkfac.kfac` returned it for the same program; or, with eigenvalues that are
+            right, `fxkfac.ekfac`. What has no block there has no part in the scores.
+        train, test: One (inputs, targets) pair, or an iterable of them, in an order that stays.
+        damping: λ, added to every eigenvalue of C. A weight decay of ½ λ ‖θ‖² is one, too.
+        params: Tensors in the place of the model's own parameters.
+        memory: Bytes that what is made of the test data may take at once. Training data are gone
+            through once for each part of the test data that fits, and are then to be iterated anew.
+
+    Returns:
+        The scores, of shape (n_train, n_test), in the order of the data.
+
+    Raises:
+        OptionError: The damping is negative, or zero where a block is singular; `factors` are none.
+        MergeError: The factors are of other parameters, or of other blocks.
+        DataError: No data, inputs and targets that do not fit, or a shuffled DataLoader.
+        NonFiniteError: NaN or Inf in a gradient.
+        BatchAxisError: Data are coupled, or it is not known which datum a row belongs to.
+        UnsupportedUse: A block is of a parameter that has no normal form.
+    """
+    base = _factors(factors)
+    reader = Reader(program, likelihood_of(loss), base.settings, program.state(params))
+    _require_same(program, loss, base.settings)
+    for name, data in {"train": train, "test": test}.items():
+        _require_order(name, data)
+    if not memory > 0:
+        raise OptionError(f"memory={memory}; expected a positive number of bytes.")
+    scores = _Scores(reader, base, solvers_of(factors, damping), memory)
+    return -torch.cat([scores.of(train, group) for group in scores.groups(test)], 1)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some test data, solved: for every block, what each of its terms has become."""
+
+    n: int
+    blocks: Mapping[str, tuple[Solved, ...]]
+
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors."""
+        return sum(s.P.nbytes for solved in self.blocks.values() for s in solved)
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """One call of `influence`."""
+
+    reader: Reader
+    factors: Factors
+    solvers: Mapping[str, Solver]
+    memory: int
+
+    def groups(self, test: Data) -> Iterator[list[Part]]:
+        """Test data, as many at a time as memory has room for."""
+        group: list[Part] = []
+        for part in self._parts(test):
+            if group and sum(p.nbytes for p in [*group, part]) > self.memory:
+                yield group
+                group = []
+            group.append(part)
+        yield group
+
+    def of(self, train: Data, group: list[Part]) -> Float[Tensor, "n_train m"]:
+        """gᵀ P of all training data and some test data."""
+        return torch.cat([self._products(batch, group) for batch in self._read("train", train)])
+
+    def _parts(self, test: Data) -> Iterator[Part]:
+        numel = sum(solver.numel for solver in self.solvers.values())
+        largest = self.memory // self.factors.like.element_size()
+        for batch in self._read("test", test):
+            rows = {name: self._rows(batch, name) for name in self.solvers}
+            for start, size in chunks(batch.n, numel, largest):
+                solved = {
+                    name: self._solved(name, [r.some(start, size) for r in of_block])
+                    for name, of_block in rows.items()
+                    if of_block
+                }
+                yield Part(size, solved)
+
+    def _read(self, name: str, data: Data) -> Iterator[Batch]:
+        for number, (inputs, targets) in enumerate(batches(data)):
+            batch = self.reader.read(inputs, targets, f"batch {number} of {name}")
+            require_same_terms(batch.schedule.blocks, self.factors.plans.values())
+            yield batch
+
+    def _rows(self, batch: Batch, name: str) -> list[Rows | TokenRows | Formed]:
+        """Of every term of a block; none for a parameter that nothing uses."""
+        if name in batch.blocks:
+            return [batch.term(term) for term in batch.blocks[name]]
+        formed = batch.exact(name)
+        return [] if formed is None else [formed]
+
+    def _solved(self, name: str, rows: list[Any]) -> tuple[Solved, ...]:
+        solver = self.solvers[name]
+        if isinstance(solver, Exact):
+            return (solver.solve(rows[0]),)
+        return tuple(solver.solve(rows))
+
+    def _products(self, batch: Batch, group: list[Part]) -> Float[Tensor, "n m"]:
+        like = self.factors.like
+        total = [like.new_zeros(batch.n, part.n) for part in group]
+        for name in group[0].blocks:
+            for k, rows in enumerate(self._rows(batch, name)):
+                for j, part in enumerate(group):
+                    total[j] = total[j] + part.blocks[name][k].products(rows)
+        return torch.cat(total, 1)
+
+
+def _factors(factors: Any) -> Factors:
+    """What says how the curvature was computed."""
+    if isinstance(factors, Corrected):
+        return factors.factors
+    if not isinstance(factors, Factors):
+        raise OptionError(
+            f"factors is a {type(factors).__name__}; expected what fxkfac.kfac or fxkfac.ekfac "
+            "returns."
+        )
+    return factors
+
+
+def _require_same(program: Program, loss: Any, had: Settings) -> None:
+    """Raise `MergeError` unless the factors are of this program."""
+    now = settings_of(
+        program,
+        loss,
+        had.fisher,
+        had.sharing,
+        had.mc_samples,
+        had.separate_weight_and_bias,
+        had.masked,
+    )
+    for what in ("parameters", "structures"):
+        mine, theirs = dict(getattr(now, what)), dict(getattr(had, what))
+        names = [n for n in {**mine, **theirs} if mine.get(n) != theirs.get(n)]
+        if names:
+            raise MergeError(
+                f"the factors and the program differ in the {what} {names[:4]}; expected factors "
+                "of this program. Compute them anew."
+            )
+
+
+def _require_order(name: str, data: Iterable[Any]) -> None:
+    if isinstance(getattr(data, "sampler", None), RandomSampler):
+        raise DataError(
+            f"{name} is a DataLoader that shuffles, so that nobody knows which datum a score is "
+            "of; expected data in an order that stays. Pass shuffle=False."
+        )

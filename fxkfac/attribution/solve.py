@@ -1,0 +1,183 @@
+"""Factors and damping -> (C + λ I)⁻¹ for many gradients at once, block by block.
+
+The eigenvalues of a block are found once; what is solved keeps the form of the gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fxkfac.attribution.rows import Formed, Rows, TokenRows
+from fxkfac.curvature.blocks import Block, Kronecker
+from fxkfac.curvature.curvature import AnyBlock, Curvature
+from fxkfac.curvature.eigen import EigenBlock, EigenTerm
+from fxkfac.errors import UnsupportedUse
+from fxkfac.linalg import operators
+from fxkfac.linalg.operators import Damping, Eigenbasis, Operator
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+LARGEST_BLOCK = 2**28  # numbers in a matrix that is written out: 1 GiB in float32
+
+
+@dataclass(frozen=True)
+class Solved:
+    """(C + λ I)⁻¹ G_m of some data, in the form of one term's gradients.
+
+    Attributes:
+        P: (m, group, in, out); (m, chosen, out) for tokens; (m, numel) for an exact block.
+        chosen: The tokens whose rows P holds.
+    """
+
+    P: Tensor
+    chosen: Int[Tensor, " chosen"] | None = None
+
+    def products(self, rows: Rows | TokenRows | Formed) -> Float[Tensor, "n m"]:
+        """⟨G_n, P_m⟩ for all pairs."""
+        if isinstance(rows, Formed):
+            return rows.G @ self.P.mT
+        if isinstance(rows, Rows):
+            return rows.products(self.P)
+        assert self.chosen is not None
+        return rows.products(self.P, self.chosen)
+
+
+@dataclass(frozen=True)
+class Term:
+    """The inverse of one term by itself, Q diag(1 / (Λ + λ)) Qᵀ with Q = Q_A ⊗ Q_B."""
+
+    inverse: Eigenbasis
+
+    @staticmethod
+    def of(term: Kronecker | EigenTerm, damping: float) -> Term:
+        """Λ as corrected, or Λ_A Λ_B. Raises `OptionError` if it is singular without damping."""
+        inverse = _inverse(term.operator, damping)
+        assert isinstance(inverse, Eigenbasis)
+        return Term(inverse)
+
+    def solve(self, rows: Rows | TokenRows) -> Solved:
+        """For the gradients of some data; those of one-hot rows for their own tokens alone."""
+        if isinstance(rows, Rows):
+            return Solved(self._solve(rows.formed()))
+        basis = self.inverse
+        if basis.Q_A is not None:  # rows were summed before A was, which is then no diagonal
+            chosen = torch.arange(basis.shape[1], device=basis.like.device)
+            return Solved(self._solve(rows.formed(chosen).unsqueeze(1))[:, 0], chosen)
+        assert basis.Q_B is not None
+        chosen, Q_B = rows.tokens.unique(), basis.Q_B[0]
+        return Solved((rows.formed(chosen) @ Q_B * basis.eigenvalues[0, chosen]) @ Q_B.mT, chosen)
+
+    def _solve(self, G: Float[Tensor, "m group d_in d_out"]) -> Tensor:
+        return operators.product(self.inverse, G)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The inverse of a block whose terms have no entry in common."""
+
+    bases: tuple[Term, ...]
+
+    @property
+    def numel(self) -> int:
+        """Numbers in one datum's gradient."""
+        return sum(basis.inverse.numel for basis in self.bases)
+
+    def solve(self, rows: list[Rows | TokenRows]) -> list[Solved]:
+        """For each term by itself."""
+        return [basis.solve(r) for basis, r in zip(self.bases, rows, strict=True)]
+
+
+@dataclass(frozen=True)
+class Whole:
+    """The inverse of a block whose terms overlap.
+
+    Attributes:
+        inverse: On vectors (numel,).
+        entries: For every term, where its entries are, (group, in, out).
+    """
+
+    inverse: Operator
+    entries: tuple[Tensor, ...]
+
+    @property
+    def numel(self) -> int:
+        """Numbers in one datum's gradient, and in what its terms have of it."""
+        return self.inverse.numel + sum(entries.numel() for entries in self.entries)
+
+    def solve(self, rows: list[Rows | TokenRows]) -> list[Solved]:
+        """For the gradients of all terms together."""
+        G = self.inverse.like.new_zeros(len(rows[0]), self.inverse.numel)
+        for r, entries in zip(rows, self.entries, strict=True):
+            tokens = torch.arange(entries.shape[1], device=entries.device)
+            part = r.formed(tokens) if isinstance(r, TokenRows) else r.formed()
+            G = G.index_add(1, entries.flatten(), part.flatten(1).to(G.dtype))
+        P = operators.product(self.inverse, G)
+        found = []
+        for r, entries in zip(rows, self.entries, strict=True):
+            if isinstance(r, TokenRows):
+                tokens = torch.arange(entries.shape[1], device=entries.device)
+                found.append(Solved(P[:, entries[0]], tokens))
+            else:
+                found.append(Solved(P[:, entries]))
+        return found
+
+
+@dataclass(frozen=True)
+class Exact:
+    """The inverse of an exact block, on vectors (numel,)."""
+
+    inverse: Operator
+
+    @property
+    def numel(self) -> int:
+        """Numbers in one datum's gradient."""
+        return self.inverse.numel
+
+    def solve(self, rows: Formed) -> Solved:
+        """For the gradients of some data."""
+        return Solved(operators.product(self.inverse, rows.G.to(self.inverse.like.dtype)))
+
+
+Solver = Terms | Whole | Exact
+
+
+def solvers_of(factors: Curvature, damping: float) -> Mapping[str, Solver]:
+    """The inverse of every block.
+
+    Raises:
+        OptionError: The damping is negative, or zero where a block is singular.
+        UnsupportedUse: The terms of a block overlap, and it is too large to be written out.
+    """
+    return {name: _solver(block, damping) for name, block in factors.items()}
+
+
+def _solver(block: AnyBlock, damping: float) -> Solver:
+    if isinstance(block, EigenBlock):
+        return Terms(tuple(Term.of(term, damping) for term in block.terms))
+    if isinstance(block, Block):
+        numbers = torch.cat([term.entries.flatten() for term in block.terms])
+        if len(numbers.unique()) == len(numbers):
+            return Terms(tuple(Term.of(term, damping) for term in block.terms))
+        return _whole(block, damping)
+    return Exact(_inverse(block.operator, damping))
+
+
+def _whole(block: Block, damping: float) -> Whole:
+    if block.numel**2 > LARGEST_BLOCK:
+        raise UnsupportedUse(
+            f"{', '.join(block.params)}: the same entries are used in different orientations or "
+            f"parts, and the block as one matrix would hold {block.numel**2:,} numbers; expected "
+            f"at most {LARGEST_BLOCK:,}. Trace with structure={{{block.params[0]!r}: 'diagonal'}}."
+        )
+    entries = tuple(term.entries.to(term.B.device) for term in block.terms)
+    return Whole(_inverse(block.operator, damping), entries)
+
+
+def _inverse(operator: Operator, damping: float) -> Operator:
+    return operators.power(operators.damped(operator, Damping(damping)), -1)

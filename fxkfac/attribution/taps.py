@@ -1,0 +1,180 @@
+"""One batch of data -> the rows of every datum's own gradient, term by term.
+
+One backward pass of the summed loss gives the gradients at all taps. As data do not depend on each
+other, what arrives at a datum's rows is of its own loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxkfac.attribution.rows import Formed, Rows, TokenRows
+from fxkfac.curvature.factors import Settings
+from fxkfac.curvature.likelihoods import Likelihood
+from fxkfac.curvature.perdatum import datum_gradients
+from fxkfac.curvature.plan import TermPlan
+from fxkfac.curvature.schedule import Schedule, counts_only, schedule_of
+from fxkfac.curvature.sharing import accurate_dtype, bias_output, known, written_out
+from fxkfac.errors import BatchAxisError, DataError, NonFiniteError, UnsupportedUse
+from fxkfac.graph.ir import Use
+from fxkfac.graph.normal import Input, OneHotRows, detached, normal_weight, normal_x, normal_y
+from fxkfac.graph.program import Program, Tapped
+from fxkfac.graph.tap import Taps
+from fxkfac.isolation import is_finite, own_randomness
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What makes rows of a batch: always the same for one call."""
+
+    program: Program
+    likelihood: Likelihood
+    settings: Settings
+    state: Mapping[str, Tensor]
+
+    def read(self, inputs: Any, targets: Any, where: str) -> Batch:
+        """Run one batch forward and back.
+
+        Raises:
+            DataError: Inputs and targets do not fit.
+            NonFiniteError: NaN or Inf in the gradients.
+            BatchAxisError: It is not known whose row a row is, or data are coupled.
+            UnsupportedUse: A block is of a parameter that has no taps.
+        """
+        try:
+            tapped, tensors = self.program.at(inputs)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from None
+        schedule = schedule_of(
+            self.program, tapped, self.settings.structures, self.settings.separate_weight_and_bias
+        )
+        _require_apart(tapped)
+        _require_tapped(schedule, self.settings)
+        taps = Taps()
+        with own_randomness(0):  # so that dropout drops the same at every reading
+            run = self.program.run_graph(tapped, tensors, self.state, taps)
+        prediction = run.prediction.detach()
+        self.likelihood.validate(prediction, targets)
+        vector = self.likelihood.scale * self.likelihood.gradient(prediction, targets)
+        if not is_finite(vector):
+            raise NonFiniteError(
+                f"{where}: the loss's gradient in the prediction holds NaN or Inf; expected finite "
+                "numbers. Look at the parameters, or at the data of this batch."
+            )
+        inputs_of = {tapped.uses[k]: detached(x) for k, x in taps.inputs.items()}
+        return Batch(schedule, run.n, inputs_of, taps.gradients(run.prediction, vector))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The taps of one batch.
+
+    Attributes:
+        n: Number of data.
+        inputs: The input of every use.
+        gradients: The gradient of the summed loss at every tap.
+    """
+
+    schedule: Schedule
+    n: int
+    inputs: Mapping[Use, Input]
+    gradients: Mapping[int, Tensor]
+
+    @cached_property
+    def blocks(self) -> dict[str, tuple[TermPlan, ...]]:
+        """The terms of every block that has any."""
+        return {block.name: block.terms for block in self.schedule.blocks}
+
+    def term(self, term: TermPlan) -> Rows | TokenRows:
+        """The rows of one term."""
+        if term.is_bias:
+            return self._bias(term)
+        if counts_only(term):
+            return self._tokens(term)
+        uses = [self._use(use, term.scales(k)) for k, use in enumerate(term.uses)]
+        if len(uses) == 1:
+            return uses[0]
+        return Rows(torch.cat([u.x for u in uses], 2), torch.cat([u.g for u in uses], 2))
+
+    def exact(self, name: str) -> Formed | None:
+        """The gradients of a parameter with an exact block; `None` where nothing uses it."""
+        if name not in self.schedule.exact:
+            return None
+        uses = self.schedule.exact[name]
+        parts = datum_gradients(name, uses, self.inputs.__getitem__, self._gradient)
+        return Formed(torch.cat(list(parts)))
+
+    def _gradient(self, use: Use) -> Tensor:
+        return self.gradients[use.tap]
+
+    def _bias(self, term: TermPlan) -> Rows:
+        """A bias by itself: its input is one, its gradient Σ_s g over all uses."""
+        parts = [bias_output(term, use, self._gradient(use)) for use in term.uses]
+        g = torch.stack(parts).sum(0).unsqueeze(2)  # (1, n, 1, numel)
+        return Rows(g.new_ones(1, g.shape[1], 1, 1), g)
+
+    def _tokens(self, term: TermPlan) -> TokenRows:
+        tokens, gradients = [], []
+        for use in term.uses:
+            x = normal_x(use, self.inputs[use], known(use))
+            assert isinstance(x, OneHotRows)
+            g = x.scale * _accurate(normal_y(use, self._gradient(use), known(use))[0])
+            at = x.indices.expand(g.shape[:2])
+            if x.ignored is not None:
+                g = g * (at != x.ignored).unsqueeze(-1)
+            tokens.append(at)
+            gradients.append(g)
+        return TokenRows(torch.cat(tokens, 1), torch.cat(gradients, 1))
+
+    def _use(self, use: Use, scales: tuple[float, ...]) -> Rows:
+        """The rows of one use; where its input is the same at all places, one for each datum."""
+        groups = len(normal_weight(use))
+        g = _accurate(normal_y(use, self._gradient(use), known(use)))
+        x = normal_x(use, self.inputs[use], known(use))
+        if isinstance(x, Tensor) and x.shape[2] == 1 < g.shape[2]:
+            g = g.sum(2, keepdim=True)
+        x = written_out(x, g).to(g.dtype).expand(groups, -1, -1, -1)
+        ones = x.new_ones(*x.shape[:-1], 1)
+        return Rows(
+            torch.cat([x, *(scale * ones for scale in scales)], -1), g.expand(groups, -1, -1, -1)
+        )
+
+
+def _accurate(g: Tensor) -> Tensor:
+    return g.to(accurate_dtype(g))
+
+
+def _require_apart(tapped: Tapped) -> None:
+    """Raise `BatchAxisError` unless every row is known to be one datum's."""
+    if tapped.coupled:
+        raise BatchAxisError(
+            "one datum's prediction depends on the others', as by batch norm in train mode, so "
+            "that no gradient is one datum's own; expected independent data. Call model.eval() "
+            "before tracing."
+        )
+    for use in tapped.uses:
+        if use.batch is None:
+            at = f" ({use.source})" if use.source else ""
+            raise BatchAxisError(
+                f"{', '.join(use.parameters)} enters {use.op}{at}, and no one axis of its output "
+                f"{use.y_shape} holds the data in their order, so that it is not known whose "
+                "gradient a row is of; expected (outer · N · inner) on one axis. Leave it out: "
+                "trace with structure='skip' for it."
+            )
+
+
+def _require_tapped(schedule: Schedule, settings: Settings) -> None:
+    """Raise `UnsupportedUse` for blocks whose gradients do not come from taps."""
+    same = [name for name, kind in settings.structures.items() if kind == "identity"]
+    if lost := [*schedule.from_graph, *same]:
+        raise UnsupportedUse(
+            f"{', '.join(lost[:4])}: no tap holds the gradients of these parameters, which have "
+            "no normal form or the identity as their block; expected Kronecker factors or an exact "
+            "block from taps. Leave them out: trace with structure='skip' for them."
+        )

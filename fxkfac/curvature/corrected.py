@@ -1,0 +1,96 @@
+"""Blocks that further passes over the data have corrected: a curvature like the factors'."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fxkfac.curvature.curvature import AnyBlock, Curvature
+from fxkfac.curvature.factors import Factors
+from fxkfac.curvature.plan import BlockPlan
+from fxkfac.errors import UnsupportedUse
+from fxkfac.functional import unknown
+from fxkfac.linalg.orders import Order
+
+# Layout ops by which an entry of a parameter may come to stand in two places of one operand.
+REPEATING = {"expand", "repeat", "cat", "stack", "as_strided"}
+
+
+@dataclass(frozen=True)
+class Corrected(Curvature):
+    """A mapping from the name of a weight to its block. `print` shows how each was computed.
+
+    Attributes:
+        factors: What was corrected.
+        blocks: The blocks; exact ones are those of the factors.
+        n: Number of data in each pass.
+        count: What `reduction="mean"` divides by.
+        orders: For every block, in which order the products of each of its terms were taken.
+    """
+
+    factors: Factors = field(repr=False)
+    blocks: Mapping[str, AnyBlock] = field(repr=False)
+    n: int
+    count: float
+    orders: Mapping[str, tuple[Order, ...]] = field(repr=False)
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The parameters that have a block, and their shapes."""
+        return self.factors.shapes
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the dtype and device of all."""
+        return self.factors.like
+
+    def canonical(self, name: str) -> str:
+        """The name of a tied parameter that the blocks know it by."""
+        return self.factors.canonical(name)
+
+    def __getitem__(self, name: str) -> AnyBlock:
+        name = self.canonical(name)
+        if name not in self.blocks:
+            raise unknown(name, self.blocks)
+        return self.blocks[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.blocks)
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __str__(self) -> str:
+        width = max((len(name) for name in self.blocks), default=0)
+        rows = [
+            f"{name:<{width}}  {order}"
+            for name in self.blocks
+            for order in self.orders.get(name, ("as it was",))
+        ]
+        title = "block" if not rows else f"{'block':<{width}}  order: multiply-adds for one datum"
+        return "\n".join([title, *rows])
+
+
+def require_apart(plan: BlockPlan) -> None:
+    """Raise `UnsupportedUse` if terms of a block, or places of one, have an entry in common.
+
+    Then their sum is no diagonal in any of their bases, and no Kronecker product.
+    """
+    steps = {step for term in plan.terms for use in term.uses for step in use.view.steps}
+    if len(plan.terms) == 1 and not steps & REPEATING:
+        return
+    numbers = torch.cat([term.entries(plan.offsets).flatten() for term in plan.terms])
+    if len(numbers.unique()) == len(numbers):
+        return
+    uses = [use for term in plan.terms for use in term.uses]
+    listed = "; ".join(f"{u.op} ({u.source})" if u.source else u.op for u in uses)
+    names = ", ".join(plan.parameters)
+    raise UnsupportedUse(
+        f"{names}: the same entries are used in different orientations or parts, by {listed}. So "
+        f"the block is a sum of {len(plan.terms)} overlapping Kronecker products; expected one, or "
+        "several without an entry in common. Trace with "
+        f"structure={{{plan.name!r}: 'diagonal'}}, which is exact, or keep the sum that kfac gives."
+    )

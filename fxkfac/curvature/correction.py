@@ -1,0 +1,145 @@
+"""What passes that correct factors have in common: what they refuse, run and return."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch import Generator, Tensor
+
+from fxkfac.curvature.correct import Asked, CorrectionPass, Place, TermSums, places
+from fxkfac.curvature.corrected import Corrected, require_apart
+from fxkfac.curvature.curvature import AnyBlock
+from fxkfac.curvature.data import Data, batches
+from fxkfac.curvature.factors import Factors, Product, Settings
+from fxkfac.curvature.likelihoods import Likelihood
+from fxkfac.curvature.losses import likelihood_of
+from fxkfac.curvature.options import settings_of
+from fxkfac.curvature.padding import Mask
+from fxkfac.errors import MergeError, OptionError
+from fxkfac.functional import Params
+from fxkfac.graph.program import Program
+
+
+@dataclass(frozen=True)
+class Correction:
+    """Factors, and how passes over data that correct them are run."""
+
+    program: Program
+    likelihood: Likelihood
+    factors: Factors
+    params: Params | None
+    mask: Mask | None
+    backend: str
+    memory: int | None
+
+    @staticmethod
+    def of(
+        program: Program,
+        loss: Any,
+        factors: Factors,
+        params: Params | None,
+        mask: Mask | None,
+        backend: str,
+        memory: int | None,
+    ) -> Correction:
+        """Refuse what does not go together; see `fxkfac.ekfac`."""
+        likelihood = likelihood_of(loss)
+        _require_factors(factors)
+        _require_same(factors.settings, _settings(program, loss, factors, mask))
+        for plan in factors.plans.values():
+            require_apart(plan)
+        return Correction(program, likelihood, factors, params, mask, backend, memory)
+
+    def run(
+        self, asked: Mapping[Place, Asked], data: Data, generator: Generator, progress: bool
+    ) -> TermSums:
+        """One pass over the data."""
+        over = CorrectionPass(
+            self.program,
+            self.likelihood,
+            self.factors.settings,
+            self.params,
+            self.mask,
+            generator,
+            self.backend,
+            self.memory,
+            blocks=self.factors.plans,
+            asked=asked,
+        )
+        over.add_all(batches(data, progress))
+        assert over.total is not None
+        return over.total
+
+    def scale(self, sums: TermSums) -> float:
+        """R for these data. Raises `DataError` where no target counts."""
+        return self.likelihood.reduction_factor(sums.count)
+
+    def result(self, blocks: Mapping[str, AnyBlock], sums: TermSums) -> Corrected:
+        """These blocks, and the others of the factors."""
+        every = {
+            name: blocks[name] if name in blocks else self.factors[name] for name in self.factors
+        }
+        orders: dict[str, tuple[Any, ...]] = {}
+        for (name, _), order in sums.orders.items():
+            orders[name] = (*orders.get(name, ()), order)
+        return Corrected(self.factors, every, sums.n, sums.count, orders)
+
+
+def products_of(factors: Factors) -> dict[Place, Product]:
+    """A and B of every term."""
+    return {(name, k): factors.products[name][k] for name, k in places(factors.plans)}
+
+
+def shape_of(A: Tensor, B: Tensor) -> tuple[int, int, int]:
+    """(group, in, out) of the gradients whose factors these are."""
+    return (len(B) if A.ndim == 1 else max(len(A), len(B)), A.shape[-1], B.shape[-1])
+
+
+def alone(t: Tensor) -> Tensor:
+    """Without the group axis where there is but one."""
+    return t[0] if t.ndim == 3 and len(t) == 1 else t
+
+
+def _require_factors(factors: Any) -> None:
+    if not isinstance(factors, Factors):
+        raise OptionError(
+            f"factors is a {type(factors).__name__}; expected the Factors that fxkfac.kfac returns."
+        )
+    if factors.settings.fisher == "forward-only":
+        raise OptionError(
+            "these factors have fisher='forward-only', which sends nothing back, but corrections "
+            "are made of gradients; expected factors of another fisher."
+        )
+
+
+def _settings(program: Program, loss: Any, factors: Factors, mask: Mask | None) -> Settings:
+    s = factors.settings
+    return settings_of(
+        program,
+        loss,
+        s.fisher,
+        s.sharing,
+        s.mc_samples,
+        s.separate_weight_and_bias,
+        mask is not None,
+    )
+
+
+def _require_same(mine: Settings, theirs: Settings) -> None:
+    """Raise `MergeError` unless the factors were computed as they would be now."""
+    if mine == theirs:
+        return
+    for one in fields(Settings):
+        had, has = getattr(mine, one.name), getattr(theirs, one.name)
+        if had == has:
+            continue
+        if isinstance(had, Mapping):
+            names = [n for n in {**had, **has} if had.get(n) != has.get(n)]
+            had, has = ({n: m[n] for n in names[:3] if n in m} for m in (had, has))
+        raise MergeError(
+            f"these factors were computed with {one.name}={had!r}, but program and arguments say "
+            f"{has!r}; expected the same. Pass the program, loss and mask of fxkfac.kfac, or "
+            "compute the factors anew."
+        )

@@ -1,0 +1,87 @@
+"""Blocks in an eigenbasis: C ≈ (Q_A ⊗ Q_B) diag(Λ) (Q_A ⊗ Q_B)ᵀ, with Λ of its own (EKFAC)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from fxkfac.curvature.blocks import OfParameters
+from fxkfac.curvature.laid_out import side_by_side
+from fxkfac.curvature.plan import TermPlan
+from fxkfac.errors import FxkfacError
+from fxkfac.linalg import operators
+from fxkfac.linalg.operators import Operator
+
+
+@dataclass(frozen=True)
+class EigenTerm:
+    """One part of a block in its own eigenbasis, and where its entries are.
+
+    Attributes:
+        Q_A: Eigenvectors of A, in columns, (in, in); (group, in, in) for several groups; `None`,
+            the identity, for an embedding.
+        Q_B: Eigenvectors of B, (out, out) or (group, out, out).
+        eigenvalues: Λ, (in, out) or (group, in, out).
+    """
+
+    Q_A: Tensor | None
+    Q_B: Tensor
+    eigenvalues: Tensor
+    plan: TermPlan = field(repr=False)
+    offsets: dict[str, int] = field(repr=False)
+
+    @property
+    def entries(self) -> Tensor:
+        """Numbers of the entries in the block's concatenated rvec, (group, in, out)."""
+        return self.plan.entries(self.offsets)
+
+    @property
+    def operator(self) -> operators.Eigenbasis:
+        """Q diag(Λ) Qᵀ on arrays (group, in, out)."""
+        Q_A = None if self.Q_A is None else _grouped(self.Q_A)
+        return operators.Eigenbasis(Q_A, _grouped(self.Q_B), _grouped(self.eigenvalues))
+
+
+def _grouped(t: Tensor) -> Tensor:
+    return t if t.ndim == 3 else t.unsqueeze(0)
+
+
+@dataclass(frozen=True)
+class EigenBlock(OfParameters):
+    """The curvature of the parameters `params`: a diagonal in an orthonormal basis.
+
+    Attributes:
+        terms: One for each part of the parameters; no two have an entry in common.
+    """
+
+    terms: tuple[EigenTerm, ...]
+
+    @property
+    def Q_A(self) -> Tensor | None:  # noqa: N802 - the field's name
+        """Eigenvectors of A; see `EigenTerm.Q_A`."""
+        return self._single().Q_A
+
+    @property
+    def Q_B(self) -> Tensor:  # noqa: N802 - the field's name
+        """Eigenvectors of B; see `EigenTerm.Q_B`."""
+        return self._single().Q_B
+
+    @property
+    def eigenvalues(self) -> Tensor:
+        """Λ, with all scaling done; see `EigenTerm.eigenvalues`."""
+        return self._single().eigenvalues
+
+    def _single(self) -> EigenTerm:
+        if len(self.terms) == 1:
+            return self.terms[0]
+        raise FxkfacError(
+            f"the block of {', '.join(self.params)} has {len(self.terms)} parts, each with a basis "
+            "of its own; read that of each one in `block.terms`."
+        )
+
+    @property
+    def operator(self) -> Operator:
+        """The block on vectors (numel,), the parameters' concatenated rvec as stored."""
+        parts = [(t.operator, t.entries.to(t.Q_B.device)) for t in self.terms]
+        return side_by_side(parts, self.numel)

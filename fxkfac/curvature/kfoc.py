@@ -1,0 +1,207 @@
+"""Factors, data -> the Kronecker products that are nearest to the exact blocks.
+
+    C = R Σ_n Σ_c vec(G) vec(G)ᵀ ≈ A ⊗ B        G_{n,c} = Σ_s x̃ gᵀ
+
+    A = R Σ_n Σ_c G B Gᵀ / ⟨B, B⟩        B = R Σ_n Σ_c Gᵀ A G / ⟨A, A⟩
+
+Rearranged (Van Loan and Pitsianis 1993), C is a matrix whose rows are the entries of A and whose
+columns those of B, and A ⊗ B is vec(A) vec(B)ᵀ. So the nearest product is its first singular pair,
+and what the two lines do in turn is power iteration: each gives the best A for B, or B for A.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from fxkfac.curvature.blocks import Block, Kronecker
+from fxkfac.curvature.correct import Asked, Place
+from fxkfac.curvature.corrected import Corrected
+from fxkfac.curvature.correction import Correction, alone, products_of, shape_of
+from fxkfac.curvature.data import Data
+from fxkfac.curvature.factors import Factors
+from fxkfac.curvature.padding import Mask
+from fxkfac.errors import DataError, OptionError
+from fxkfac.functional import Params
+from fxkfac.graph.program import Program
+from fxkfac.isolation import full_precision
+from fxkfac.linalg.contraction import Left, Right
+
+Pair = tuple[Tensor, Tensor]  # A and B of one term, with their group axis
+
+
+@full_precision()
+def kfoc(
+    program: Program,
+    loss: Any,
+    data: Data,
+    factors: Factors,
+    steps: int = 10,
+    tolerance: float = 1e-4,
+    params: Params | None = None,
+    mask: Mask | None = None,
+    generator: Generator | None = None,
+    progress: bool = False,
+    backend: str = "eager",
+    memory: int | None = None,
+) -> Corrected:
+    """The Kronecker products nearest to the exact blocks, by power iteration from KFAC's.
+
+    No step leads away from the exact block of these data in the Frobenius norm, so that the result
+    is never farther from it than KFAC. Every group has a product of its own, and so does every
+    part of a block. An embedding's A stays diagonal: the product is the nearest among such. As a
+    product tells nothing of the scale of each factor, A keeps the trace that KFAC's has.
+
+    Args:
+        program, loss, factors, params, mask, progress, backend, memory: As of `fxkfac.ekfac`.
+        data: As of `fxkfac.ekfac`, but to be iterated over again: each step takes two passes.
+            Where labels or dropout are drawn, the batches must come in the same order each time.
+        steps: Most steps.
+        tolerance: Stop once the second half of a step makes no ‖A ⊗ B‖ grow by more than this
+            part of it.
+        generator: As of `fxkfac.ekfac`; all passes draw the same labels and signs.
+
+    Returns:
+        For every block with Kronecker factors a `Block` with others, exact blocks as they were.
+
+    Raises:
+        OptionError: `steps` or `tolerance` is out of range; and as of `fxkfac.ekfac`.
+        DataError: The data can be iterated over only once; and as of `fxkfac.ekfac`.
+        MergeError, UnsupportedUse, BatchAxisError, NonFiniteError: As of `fxkfac.ekfac`.
+    """
+    _require_steps(steps, tolerance)
+    _require_again(data)
+    correction = Correction.of(program, loss, factors, params, mask, backend, memory)
+    source = generator or program.generator
+    state = source.get_state()
+    pairs = _of_factors(factors)
+    for _ in range(steps):
+        source.set_state(state)
+        sums = correction.run(_left(pairs), data, source, progress)
+        pairs = _with_left(pairs, sums.totals, correction.scale(sums))
+        norms = _norms(pairs)
+        source.set_state(state)
+        sums = correction.run(_right(pairs), data, source, progress)
+        pairs = _with_right(pairs, sums.totals, correction.scale(sums))
+        if _grown(norms, _norms(pairs)) <= tolerance:
+            break
+    return correction.result(_blocks(factors, pairs), sums)
+
+
+def _require_steps(steps: int, tolerance: float) -> None:
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        raise OptionError(f"steps={steps!r}; expected a whole number, at least 1.")
+    if not tolerance >= 0:
+        raise OptionError(f"tolerance={tolerance!r}; expected zero or a positive number.")
+
+
+def _require_again(data: Data) -> None:
+    if hasattr(data, "__next__"):
+        raise DataError(
+            f"data is a {type(data).__name__}, which one pass uses up; expected a pair, a list or "
+            "a DataLoader, since every step takes two passes."
+        )
+
+
+def _of_factors(factors: Factors) -> dict[Place, Pair]:
+    """Where the iteration begins."""
+    pairs = {}
+    for place, p in products_of(factors).items():
+        dtype = torch.promote_types(p.A.dtype, p.B.dtype)
+        pairs[place] = (p.A.to(dtype), p.B.to(dtype))
+    return pairs
+
+
+def _left(pairs: Mapping[Place, Pair]) -> dict[Place, Asked]:
+    """Σ G B Gᵀ for every term."""
+    asked = {}
+    for place, (A, B) in pairs.items():
+        group, d_in, d_out = shape_of(A, B)
+        tokens = A.ndim == 1
+        start = B.new_zeros((d_in,) if tokens else (group, d_in, d_in))
+        asked[place] = Asked(Left(B, tokens), (group, d_in, d_out), start)
+    return asked
+
+
+def _right(pairs: Mapping[Place, Pair]) -> dict[Place, Asked]:
+    """Σ Gᵀ A G for every term."""
+    asked = {}
+    for place, (A, B) in pairs.items():
+        group, d_in, d_out = shape_of(A, B)
+        asked[place] = Asked(Right(A), (group, d_in, d_out), A.new_zeros(group, d_out, d_out))
+    return asked
+
+
+def _with_left(
+    pairs: Mapping[Place, Pair], totals: Mapping[Place, Tensor], R: float
+) -> dict[Place, Pair]:
+    """The best A for every B."""
+    found = {}
+    for place, (_, B) in pairs.items():
+        total = totals[place]
+        squared = _inner(B)
+        found[place] = (_divided(R * total, squared[0] if total.ndim == 1 else squared), B)
+    return found
+
+
+def _with_right(
+    pairs: Mapping[Place, Pair], totals: Mapping[Place, Tensor], R: float
+) -> dict[Place, Pair]:
+    """The best B for every A."""
+    return {place: (A, _divided(R * totals[place], _inner(A))) for place, (A, _) in pairs.items()}
+
+
+def _inner(factor: Tensor) -> Tensor:
+    """⟨F, F⟩ of every group; of a diagonal, (1,)."""
+    return factor.square().flatten(-1 if factor.ndim == 1 else 1).sum(-1).view(-1)
+
+
+def _divided(total: Tensor, squared: Tensor) -> Tensor:
+    """The sum over ⟨F, F⟩, symmetric to the last digit; zero where the other factor is zero."""
+    if total.ndim == 3:
+        total, squared = (total + total.mT) / 2, squared.view(-1, 1, 1)
+    return torch.where(squared > 0, total / squared, torch.zeros_like(total))
+
+
+def _norms(pairs: Mapping[Place, Pair]) -> dict[Place, Tensor]:
+    """‖A ⊗ B‖ of every group."""
+    return {place: (_inner(A) * _inner(B)).sqrt() for place, (A, B) in pairs.items()}
+
+
+def _grown(before: Mapping[Place, Tensor], after: Mapping[Place, Tensor]) -> float:
+    """The largest relative growth."""
+    tiny = torch.finfo(torch.float32).tiny
+    return max(
+        (float(((b - before[p]) / b.clamp_min(tiny)).max()) for p, b in after.items()),
+        default=0.0,
+    )
+
+
+def _blocks(factors: Factors, pairs: Mapping[Place, Pair]) -> dict[str, Block]:
+    blocks = {}
+    for name, plan in factors.plans.items():
+        terms = []
+        for k, term in enumerate(plan.terms):
+            A, B = _scaled(pairs[name, k], factors.products[name][k].A)
+            terms.append(Kronecker(alone(A), alone(B), term, plan.offsets))
+        blocks[name] = Block(plan.parameters, plan.shapes, tuple(terms))
+    return blocks
+
+
+def _scaled(pair: Pair, like: Tensor) -> Pair:
+    """The same product, with an A that has the trace of another one."""
+    A, B = pair
+    wanted, has = _trace(like), _trace(A)
+    factor = torch.where((wanted > 0) & (has > 0), wanted / has, torch.ones_like(has))
+    if A.ndim == 1:
+        return A * factor, B / factor
+    factor = factor.view(-1, 1, 1)
+    return A * factor, B / factor
+
+
+def _trace(A: Tensor) -> Tensor:
+    """That of every group; of a diagonal, (1,)."""
+    return A.sum().view(1) if A.ndim == 1 else A.diagonal(dim1=1, dim2=2).sum(-1)

@@ -1,0 +1,194 @@
+"""Factors -> a Gaussian posterior over parameters, what it predicts, and how likely the data are.
+
+With the prior N(0, I/τ) and the curvature H = Σ_n J_nᵀ [∇²c_n] J_n of all data, C = R H, Laplace's
+approximation at the trained parameters θ* (MacKay 1992; with Kronecker factors Ritter et al. 2018;
+linearised predictions Immer et al. 2021) is
+
+    p(θ | D) ≈ N(θ*, (H + τ I)⁻¹)
+    log p(D | τ) ≈ −Σ_n c_n − ½ τ‖θ*‖² + ½ P log τ − ½ log det(H + τ I)
+
+Whatever the reduction of the loss, H and Σ_n c_n are those of its sum: R is taken out. Both are
+exact where predictions are linear in the parameters, c is square, and C is exact.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import final
+
+import torch
+from torch import Generator, Tensor
+
+from fxkfac.curvature.factors import Factors
+from fxkfac.errors import OptionError, ParameterError
+from fxkfac.functional import FunctionalModel, Inputs, Params, prediction_of
+from fxkfac.isolation import full_precision
+from fxkfac.linalg import operators
+from fxkfac.linalg.operators import Damping, Named
+
+HALVINGS = 60  # of an interval of log τ: to the last digit
+
+
+@final
+@dataclass(frozen=True)
+class Posterior:
+    """N(θ*, (H + τ I)⁻¹) over some parameters; the others are what they are.
+
+    Attributes:
+        curvature: H, with its eigenvalues at hand.
+        prior_precision: τ.
+        reduction: R, by which a loss is Σ_n c_n.
+        parameters: θ*, all of the model's parameters by name.
+        model: The model as a function of them.
+    """
+
+    curvature: Named
+    prior_precision: float
+    reduction: float
+    parameters: Mapping[str, Tensor] = field(repr=False)
+    model: FunctionalModel = field(repr=False)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.prior_precision < math.inf:
+            raise OptionError(
+                f"prior_precision={self.prior_precision}; expected a positive number."
+            )
+
+    @property
+    def mean(self) -> dict[str, Tensor]:
+        """θ* of the parameters that the posterior is over."""
+        return {name: self.parameters[name] for name in self.curvature.shapes}
+
+    @property
+    def precision(self) -> Named:
+        """H + τ I, an operator over tensors by name: see `fxkfac.operators`."""
+        found = operators.damped(self.curvature, Damping(self.prior_precision))
+        assert isinstance(found, Named)
+        return found
+
+
+@full_precision()
+def posterior(
+    factors: Factors,
+    prior_precision: float = 1.0,
+    names: tuple[str, ...] = (),
+    params: Params | None = None,
+) -> Posterior:
+    """The posterior at the parameters that factors were computed at, in the dtype of the factors.
+
+    Args:
+        factors: Of all training data, by `fisher="type-2"` or one that approximates it.
+        prior_precision: τ; of a loss with `reduction="mean"` and a weight decay, this is the decay
+            over R (for `nn.CrossEntropyLoss`, times the number of data).
+        names: The parameters that it is over, such as a last layer's, in whole blocks; without
+            names, all that have a block.
+        params: What `fxkfac.kfac` had in the place of the model's own parameters.
+
+    Raises:
+        OptionError: The prior precision is not positive; or what `operators.diagonalised` raises.
+        UnknownParameter: A name is unknown, or another parameter of its block is missing.
+        ParameterError: A weight is not a parameter of the model, but computed from some.
+    """
+    curvature = operators.scaled(factors.operator(*names), 1 / factors.reduction)
+    curvature = operators.diagonalised(curvature)
+    assert isinstance(curvature, Named)
+    held = {name: t.clone() for name, t in factors.model.override(params).items()}
+    if computed := [name for name in curvature.shapes if name not in held]:
+        raise ParameterError(
+            f"{computed} are computed from parameters; expected parameters, which have values of "
+            "their own. Name those that the posterior should be over by `names`."
+        )
+    return Posterior(curvature, prior_precision, factors.reduction, held, factors.model)
+
+
+def sample(posterior: Posterior, number: int, generator: Generator) -> dict[str, Tensor]:
+    """Draws of the parameters, by name, of shape (number, *shape).
+
+    The same state of the generator gives the same draws, stretched, for every prior precision.
+
+    Args:
+        posterior: What they are drawn from.
+        number: How many.
+        generator: On the device of the factors.
+    """
+    shifts = operators.sample(posterior.precision, number, generator)
+    assert isinstance(shifts, dict)
+    return {name: mean + shifts[name].to(mean) for name, mean in posterior.mean.items()}
+
+
+def linearised(posterior: Posterior, draws: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
+    """f(θ*) + J (θ − θ*) for every draw of the parameters, of shape (number, *prediction).
+
+    It is the model that a GGN is the curvature of, so that this is what such a posterior is about.
+    All draws run together; pass some at a time where memory is short. A module that draws numbers
+    itself, as dropout does, must be in eval mode.
+    """
+    mean = posterior.mean
+
+    def linear(draw: dict[str, Tensor]) -> Tensor:
+        shift = {name: draw[name] - mean[name] for name in mean}
+        found = torch.func.jvp(lambda p: _prediction(posterior, p, inputs), (mean,), (shift,))
+        return found[0] + found[1]  # f(θ*) and J (θ − θ*)
+
+    return torch.func.vmap(linear)(dict(draws)).detach()
+
+
+def predictions(posterior: Posterior, draws: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
+    """f(θ) for every draw of the parameters, of shape (number, *prediction); as `linearised`."""
+    run = torch.func.vmap(lambda draw: _prediction(posterior, draw, inputs))
+    return run(dict(draws)).detach()
+
+
+def _prediction(posterior: Posterior, chosen: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
+    return prediction_of(posterior.model({**posterior.parameters, **chosen}, inputs))
+
+
+def log_evidence(posterior: Posterior, loss: Tensor | float) -> Tensor:
+    """log p(D | τ), the marginal likelihood of the training data, a tensor of no axes.
+
+    Args:
+        posterior: At trained parameters.
+        loss: The loss there over all data that the factors are of, with its reduction. Where it
+            is −log p only up to a constant, as `nn.MSELoss` is, so is the result.
+    """
+    τ, P = posterior.prior_precision, posterior.curvature.numel
+    nll = loss / posterior.reduction
+    fit = -nll - τ / 2 * _square(posterior)
+    return fit + P / 2 * math.log(τ) - operators.logdet(posterior.precision) / 2
+
+
+def most_likely(posterior: Posterior) -> Posterior:
+    """The same with the τ of the largest evidence, parameters and curvature left as they are.
+
+    Twice the evidence's slope in log τ is γ − τ‖θ*‖², with γ = Σ λ/(λ + τ) over the eigenvalues of
+    H: the number of parameters that the data determine (MacKay 1992). It falls with τ, and is zero
+    once.
+
+    Raises:
+        OptionError: There is no such τ, since all parameters or all eigenvalues are zero.
+    """
+    λ, square = operators.eigenvalues(posterior.curvature), _square(posterior).item()
+    largest = λ.max().item()
+    if not (largest > 0 and square > 0):
+        raise OptionError(
+            f"the largest eigenvalue is {largest:g} and the squared norm of the parameters "
+            f"{square:g}; expected positive ones: without, no prior precision is the best."
+        )
+    # There γ ≥ 1/2 ≥ τ‖θ*‖² at the lower end, and γ ≤ P = τ‖θ*‖² at the upper.
+    low, high = math.log(min(largest, 0.5 / square)), math.log(len(λ) / square)
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        τ = math.exp(middle)
+        if (λ / (λ + τ)).sum().item() > τ * square:
+            low = middle
+        else:
+            high = middle
+    return replace(posterior, prior_precision=math.exp(low))
+
+
+def _square(posterior: Posterior) -> Tensor:
+    """‖θ*‖²."""
+    like = posterior.curvature.like
+    return torch.stack([t.to(like).square().sum() for t in posterior.mean.values()]).sum()

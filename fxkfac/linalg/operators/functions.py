@@ -1,0 +1,100 @@
+"""Functions of an operator by its eigenvalues: powers, solutions, determinants, condition."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fxkfac.errors import OptionError
+from fxkfac.linalg.operators.base import Operator
+from fxkfac.linalg.operators.composed import BlockDiagonal, Placed
+from fxkfac.linalg.operators.factored import KroneckerSum
+from fxkfac.linalg.operators.named import public
+from fxkfac.linalg.operators.pencil import pencil
+from fxkfac.linalg.operators.products import Array, product
+from fxkfac.linalg.operators.spectra import (
+    each_block,
+    eigenvalues,
+    in_place,
+    mapped,
+    of_blocks,
+)
+
+
+@public
+def power(operator: Operator, exponent: float) -> Operator:
+    """C^p = Q Λ^p Qᵀ, for any real p; C⁰ = I.
+
+    A sum of two Kronecker products is inverted without being written out, where one is regular.
+
+    Raises:
+        NonFiniteError: A factor holds NaN or Inf.
+        OptionError: The exponent is negative and the operator singular, up to rounding; or what
+            `diagonalised` raises.
+    """
+    match operator:
+        case BlockDiagonal():
+            return each_block(lambda block: power(block, exponent), operator)
+        case Placed() if not operator.repeats:
+            return in_place(lambda placed: power(placed, exponent), operator)
+        case KroneckerSum() if exponent == -1 and (found := pencil(operator)):
+            return found.inverse
+        case _:
+            return mapped(lambda λ: _powers(λ, exponent), operator)
+
+
+def _powers(λ: Tensor, exponent: float) -> Tensor:
+    if exponent < 0 and bool((λ == 0).any()):
+        raise OptionError(
+            "the operator is singular: its smallest eigenvalue is zero up to rounding; expected a "
+            "regular one, or damping > 0. Pass a positive damping."
+        )
+    return λ**exponent
+
+
+def solve(operator: Operator, x: Array) -> Array:
+    """C⁻¹ x, for one array (*shape) or a batch of them (*batch, *shape); or for tensors by name.
+
+    For several of them one after the other, `power(operator, -1)` is computed once.
+
+    Raises:
+        UnknownParameter, ParameterError: As `product`.
+        OptionError, NonFiniteError: As `power`.
+    """
+    return product(power(operator, -1), x)
+
+
+@public
+def logdet(operator: Operator) -> Tensor:
+    """log det C, a tensor of no axes; −∞ where it is singular, up to rounding.
+
+    Raises as `diagonalised` does.
+    """
+    match operator:
+        case BlockDiagonal():
+            return torch.stack(of_blocks(logdet, operator)).sum()
+        case Placed() if operator.is_permutation:
+            return logdet(operator.operator)
+        case KroneckerSum() if found := pencil(operator):
+            return found.logdet
+        case _:
+            return eigenvalues(operator).log().sum()
+
+
+@public
+def det(operator: Operator) -> Tensor:
+    """det C, a tensor of no axes."""
+    return logdet(operator).exp()
+
+
+@public
+def condition(operator: Operator) -> Tensor:
+    """The largest eigenvalue over the smallest; ∞ where it is singular, up to rounding.
+
+    Raises:
+        OptionError: It has no rows; or what `diagonalised` raises.
+    """
+    if not operator.numel:
+        raise OptionError("the operator has no rows, and so no condition number; expected some.")
+    λ = eigenvalues(operator)
+    return λ.max() / λ.min()

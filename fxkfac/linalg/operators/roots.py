@@ -1,0 +1,99 @@
+"""Square roots F of an operator, F Fᵀ = C, and Gaussian samples."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fxkfac.errors import OptionError
+from fxkfac.linalg.operators.base import Operator
+from fxkfac.linalg.operators.composed import BlockDiagonal, Diagonal, Placed
+from fxkfac.linalg.operators.factored import Factor, Kronecker, KroneckerSum
+from fxkfac.linalg.operators.functions import power
+from fxkfac.linalg.operators.named import Named, public
+from fxkfac.linalg.operators.pencil import pencil
+from fxkfac.linalg.operators.products import product
+from fxkfac.linalg.operators.spectra import each_block, in_place, unflattened, written_out
+from fxkfac.linalg.operators.symmetric import is_regular, require_finite, require_semidefinite
+
+
+@public
+def cholesky(operator: Operator) -> Operator:
+    """The lower triangular L with L Lᵀ = C; that of a Kronecker product is L_A ⊗ L_B.
+
+    Raises:
+        NonFiniteError: A factor holds NaN or Inf.
+        OptionError: The operator is singular, up to rounding; or a sum that is too large to be
+            written out.
+    """
+    match operator:
+        case Kronecker():
+            scale = operator.like.new_ones(()).expand(operator.shape)
+            if operator.A.ndim == 2:
+                scale = scale * _roots(operator.A).unsqueeze(-1)
+            U = None if operator.A.ndim == 2 else _cholesky(operator.A)
+            return Factor(U, _cholesky(operator.B), scale)
+        case Diagonal():
+            return Diagonal(_roots(operator.values))
+        case BlockDiagonal():
+            return each_block(cholesky, operator)
+        case _:
+            L = _cholesky(written_out(operator))
+            return unflattened(Factor(L.unsqueeze(0), None, L.new_ones(1, len(L), 1)), operator)
+
+
+def _cholesky(matrix: Tensor) -> Tensor:
+    require_finite(matrix)
+    L, failed = torch.linalg.cholesky_ex(matrix)
+    if bool(failed.any()) or not is_regular(L.diagonal(dim1=-2, dim2=-1).square()):
+        raise _singular()
+    return L
+
+
+def _roots(values: Tensor) -> Tensor:
+    if not bool((require_semidefinite(values) > 0).all()):
+        raise _singular()
+    return values.sqrt()
+
+
+def _singular() -> OptionError:
+    return OptionError(
+        "the operator is singular and has no Cholesky factor; expected a regular one. Pass a "
+        "positive damping, or take `power(operator, 0.5)`, which is a root as well."
+    )
+
+
+@public
+def inverse_root(operator: Operator) -> Operator:
+    """F with F Fᵀ = C⁻¹: C^(−1/2), which is symmetric, but for a sum of two Kronecker products.
+
+    Raises as `power`.
+    """
+    match operator:
+        case BlockDiagonal():
+            return each_block(inverse_root, operator)
+        case Placed() if not operator.repeats:
+            return in_place(inverse_root, operator)
+        case KroneckerSum() if found := pencil(operator):
+            return found.inverse_root
+        case _:
+            return power(operator, -0.5)
+
+
+def sample(
+    operator: Operator, number: int, generator: torch.Generator
+) -> Tensor | dict[str, Tensor]:
+    """Draws from N(0, C⁻¹), of shape (number, *shape); or by name.
+
+    Args:
+        operator: C, the inverse of the covariance.
+        number: How many.
+        generator: What they are drawn from, on the operator's device.
+
+    Raises as `power`.
+    """
+    noise = torch.randn(
+        number, *operator.shape, dtype=operator.dtype, device=operator.device, generator=generator
+    )
+    found = product(inverse_root(operator), noise)
+    return operator.split(found) if isinstance(operator, Named) else found

@@ -1,0 +1,99 @@
+"""Eigenvalues of symmetric positive semi-definite tensors; zero up to rounding is zero."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fxkfac.errors import NonFiniteError, OptionError
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+ROUNDING = 4  # times eps · √d: zero eigenvalues come out as large as that, beside a largest of one
+
+
+def symmetric_eigh(
+    matrix: Float[Tensor, "*group d d"],
+) -> tuple[Float[Tensor, "*group d"], Float[Tensor, "*group d d"]]:
+    """Eigenvalues and eigenvectors, computed in float32 or better.
+
+    Raises:
+        NonFiniteError: The matrix holds NaN or Inf.
+        OptionError: An eigenvalue is negative beyond rounding.
+    """
+    require_finite(matrix)
+    λ, Q = torch.linalg.eigh(_accurate(matrix))
+    return _rounded(λ, matrix.dtype), Q.to(matrix.dtype)
+
+
+def symmetric_eigenvalues(matrix: Float[Tensor, "*group d d"]) -> Float[Tensor, "*group d"]:
+    """The eigenvalues alone; errors as above."""
+    require_finite(matrix)
+    return _rounded(torch.linalg.eigvalsh(_accurate(matrix)), matrix.dtype)
+
+
+def factor_eigh(factor: Tensor) -> tuple[Float[Tensor, "group d"], Tensor | None]:
+    """Eigenvalues and eigenvectors of a factor; of a diagonal, itself and `None`."""
+    if factor.ndim == 3:
+        return symmetric_eigh(factor)
+    return require_semidefinite(factor), None
+
+
+def factor_eigenvalues(factor: Tensor) -> Float[Tensor, "group d"]:
+    """The eigenvalues of a factor, or the entries of a diagonal."""
+    if factor.ndim == 3:
+        return symmetric_eigenvalues(factor)
+    return require_semidefinite(factor)
+
+
+def _accurate(matrix: Tensor) -> Tensor:
+    return matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+
+
+def _rounded(λ: Float[Tensor, "*group d"], dtype: torch.dtype) -> Float[Tensor, "*group d"]:
+    """Eigenvalues without what is rounding beside the largest one of their matrix."""
+    if not λ.numel():
+        return λ.to(dtype)
+    largest = λ.amax(-1, keepdim=True).clamp_min(0)
+    eps = torch.finfo(λ.dtype).eps
+    lowest = λ.amin(-1, keepdim=True)
+    if bool((lowest < -(eps**0.5) * largest).any()):
+        raise OptionError(
+            f"the smallest eigenvalue is {lowest.min().item():.3g} beside "
+            f"{largest.max().item():.3g}; expected a positive semi-definite matrix."
+        )
+    return torch.where(λ <= _rounding(λ) * largest, 0.0, λ).to(dtype)
+
+
+def is_regular(λ: Float[Tensor, "*group d"]) -> bool:
+    """Whether no eigenvalue is zero up to rounding beside the largest one of its matrix."""
+    if not λ.numel():
+        return True
+    return bool((λ > _rounding(λ) * λ.amax(-1, keepdim=True)).all())
+
+
+def _rounding(λ: Float[Tensor, "*group d"]) -> float:
+    return ROUNDING * torch.finfo(λ.dtype).eps * λ.shape[-1] ** 0.5
+
+
+def require_semidefinite(λ: Tensor) -> Tensor:
+    """The same eigenvalues. Raises `NonFiniteError`, and `OptionError` where one is negative."""
+    require_finite(λ)
+    if λ.numel() and bool((λ < 0).any()):
+        raise OptionError(
+            f"an eigenvalue is {λ.min().item():.3g}; expected zero or a positive number."
+        )
+    return λ
+
+
+def require_finite(*tensors: Tensor) -> None:
+    """Raise `NonFiniteError` unless all numbers are finite."""
+    for t in tensors:
+        if not bool(t.isfinite().all()):
+            raise NonFiniteError(
+                f"a factor of shape {tuple(t.shape)} holds NaN or Inf; expected finite numbers. "
+                "Leave out the batch that it comes from."
+            )
