@@ -1,6 +1,6 @@
 """fxkfac: a torch.fx compiler that makes Kronecker-factored curvature visible and usable."""
 
-from fxkfac import errors, exact, laplace
+from fxkfac import errors, exact, laplace, optim
 from fxkfac.attribution import influence
 from fxkfac.curvature.accumulation import Accumulation
 from fxkfac.curvature.blocks import Block, Dense, Diagonal, Kronecker
@@ -52,6 +52,7 @@ __all__ = [
     "laplacian",
     "load",
     "operators",
+    "optim",
     "resume",
     "rules",
     "save",

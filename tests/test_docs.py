@@ -48,6 +48,18 @@ def test_pages_run_from_top_to_bottom(page: str) -> None:
             exec(compile(block, f"{page}.md, block {number}", "exec"), namespace)
 
 
+def test_the_page_on_training_runs_from_top_to_bottom(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = code_blocks(ROOT / "docs" / "optimizer.md")
+    assert len(blocks) == 6
+    namespace: dict[str, object] = {}
+    for number, block in enumerate(blocks):
+        exec(compile(block, f"optimizer.md, block {number}", "exec"), namespace)
+    assert (tmp_path / "checkpoint.pt").exists()
+
+
 def test_tables_are_up_to_date() -> None:
     readme = (ROOT / "README.md").read_text()
     assert TABLES["with_support"](readme) == readme

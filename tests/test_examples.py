@@ -49,6 +49,21 @@ def test_poisson(tmp_path: Path) -> None:
     assert "relative L2 error" in (tmp_path / "poisson.svg").read_text()
 
 
+def test_training(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "examples" / "training.py"), "--out", str(tmp_path)]
+    command += ["--trials", "2", "--epochs", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for name in ("KFAC", "Adam"):
+        trials = re.findall(rf"^  {name}  .* (\S+)$", done.stdout, re.M)
+        (final,) = re.findall(rf"^{name} with .*: loss (\S+) after \d+ steps", done.stdout, re.M)
+        assert len(trials) == 2
+        assert float(final) == min(map(float, trials))  # the best trial once more
+        assert float(final) < 2.3  # that of guessing
+    assert "of which" in done.stdout or "does not reach" in done.stdout
+    assert "loss over all training images" in (tmp_path / "training.svg").read_text()
+
+
 def test_influence(tmp_path: Path) -> None:
     """Without a digit, losses change as its influence says: a correlation of 0.8 at least."""
     example = runpy.run_path(str(ROOT / "examples" / "influence.py"))

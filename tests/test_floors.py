@@ -21,6 +21,7 @@ ALLOWED = {
     "graph": {"errors", "isolation", "functional"},
     "curvature": {"errors", "isolation", "functional", "graph", "linalg"},
     "exact": {"errors", "isolation", "functional", "linalg", "curvature"},
+    "optim": {"errors", "isolation", "functional", "linalg", "graph", "curvature", "exact"},
     "persistence": {"errors", "functional", "graph", "curvature"},
     "attribution": {"errors", "isolation", "functional", "graph", "linalg", "curvature"},
     "laplace": {"errors", "isolation", "functional", "linalg", "curvature"},

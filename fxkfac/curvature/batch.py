@@ -177,7 +177,7 @@ class Pass(ABC, Generic[Sink, Total]):
                 Forward(self.program, tapped, self.state, tensors, self.wanted, sink)
             )
         run, prediction = ran.run, ran.run.prediction.detach()
-        _require_finite_prediction(prediction, number)
+        require_finite_prediction(prediction, number)
         likelihood.validate(prediction, targets)
         if sink.hold:
             padding.ignored = ignored_positions(likelihood, run, targets)
@@ -212,7 +212,8 @@ def _named(number: int) -> Iterator[None]:
         raise DataError(f"batch {number}: {error}") from None
 
 
-def _require_finite_prediction(prediction: Tensor, number: int) -> None:
+def require_finite_prediction(prediction: Tensor, number: int) -> None:
+    """Raise `NonFiniteError` unless the prediction for a batch is finite."""
     if not is_finite(prediction):
         raise NonFiniteError(
             f"the prediction for batch {number} holds NaN or Inf; expected finite numbers. "

@@ -62,7 +62,7 @@ def _one_part(terms: Sequence[Term]) -> tuple[Operator, Int[Tensor, "*shape"]]:
     """Terms that lie over each other as one operator, and the numbers of its entries."""
     ordered = sorted(terms, key=lambda term: term[0].A.ndim)  # those with diagonals first
     entries = ordered[0][1]
-    alike = [_turned(operator, own, entries) for operator, own in ordered]
+    alike = [turned(operator, own, entries) for operator, own in ordered]
     fitting = [operator for operator in alike if operator is not None]
     if len(fitting) == len(terms):
         return operators.add(*fitting), entries
@@ -71,7 +71,7 @@ def _one_part(terms: Sequence[Term]) -> tuple[Operator, Int[Tensor, "*shape"]]:
     return operators.add(*placed), union
 
 
-def _turned(operator: Kronecker, own: Tensor, entries: Tensor) -> Kronecker | None:
+def turned(operator: Kronecker, own: Tensor, entries: Tensor) -> Kronecker | None:
     """A product whose entries lie as others do; `None` where they do not, turned or not."""
     if own.equal(entries):
         return operator

@@ -109,6 +109,25 @@ class RunningAverage(Curvature):
             weight = _weight(self.decay_B, self._updates_exact)
             block.lerp_(factors.exact[name].to(block), weight)
 
+    # --- to go on later ---
+
+    @property
+    def updates(self) -> dict[str, Any]:
+        """How many updates there were: of A, of every product's B, and of exact blocks."""
+        counts = {"A": self._updates_A, "B": list(self._updates_B), "exact": self._updates_exact}
+        return counts if self._held is not None else {}
+
+    @property
+    def averages(self) -> Factors | None:
+        """The averages in the place of factors, if there are any; the counts are the first ones."""
+        return self._held
+
+    def restore(self, averages: Factors, updates: Mapping[str, Any]) -> None:
+        """Go on from averages, which `update` will change in place, after so many updates."""
+        self._held = averages
+        self._updates_A, self._updates_exact = updates["A"], updates["exact"]
+        self._updates_B = list(updates["B"])
+
     # --- as a curvature ---
 
     @property

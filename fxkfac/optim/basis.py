@@ -1,0 +1,167 @@
+"""One block of the curvature in its own basis: rotate, divide by damped eigenvalues, rotate back.
+
+    (A ⊗ B + λ I)⁻¹ vec G = vec Q_A ((Q_Aᵀ G Q_B) / (Λ_A Λ_B + λ)) Q_Bᵀ
+
+The decomposition is what costs, and it holds for any damping. An exact block, diagonal or dense, is
+a product with B = 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fxkfac.curvature.blocks import Block, Diagonal
+from fxkfac.curvature.curvature import AnyBlock
+from fxkfac.curvature.laid_out import turned
+from fxkfac.errors import OptionError
+from fxkfac.linalg.operators import Damping, Kronecker, KroneckerSum, damped
+from fxkfac.linalg.operators.pencil import pencil
+from fxkfac.linalg.operators.symmetric import factor_eigh, symmetric_eigh
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+Eigh = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+
+
+@dataclass(frozen=True)
+class Basis:
+    """The basis of one block; a group axis of length one stands for all groups.
+
+    Attributes:
+        left: Q_A, of shape (group, in, in); `None` for the identity, where A is diagonal.
+        right: Q_B, of shape (group, out, out); `None` where B = 1.
+        inputs: The eigenvalues of A, (group, in).
+        outputs: The eigenvalues of B, (group, out).
+        split: Whether both factors are damped, (A + π√λ I) ⊗ (B + √λ/π I), rather than their
+            product, A ⊗ B + λ I.
+        damping: What is added in the place of λ; zero where λ is in the values already.
+        values: In the place of the products of eigenvalues, (group, in, out): second moments of
+            the gradient in this basis, or a damped sum of two products.
+    """
+
+    left: Tensor | None
+    right: Tensor | None
+    inputs: Tensor
+    outputs: Tensor
+    split: bool = False
+    damping: float | None = None
+    values: Tensor | None = None
+
+    def rotated(self, G: Float[Tensor, "group d_in d_out"]) -> Float[Tensor, "group d_in d_out"]:
+        """Q_Aᵀ G Q_B."""
+        G = G if self.left is None else self.left.mT @ G
+        return G if self.right is None else G @ self.right
+
+    def eigenvalues(self) -> Float[Tensor, "group d_in d_out"]:
+        """Λ_A Λ_B, or what is in their place."""
+        if self.values is not None:
+            return self.values
+        return self.inputs.unsqueeze(-1) * self.outputs.unsqueeze(-2)
+
+    def solve(
+        self, G: Float[Tensor, "group d_in d_out"], damping: float
+    ) -> Float[Tensor, "group d_in d_out"]:
+        """What the damped block makes G of, for a gradient G in the block's order."""
+        λ = damping if self.damping is None else self.damping
+        scaled = self.rotated(G) / (self._split(λ) if self.split else self.eigenvalues() + λ)
+        scaled = scaled if self.left is None else self.left @ scaled
+        return scaled if self.right is None else scaled @ self.right.mT
+
+    def _split(self, damping: float) -> Tensor:
+        """π² is the ratio of the mean eigenvalues (Martens & Grosse 2015, Section 6.3)."""
+        ratio = self.inputs.mean(-1, keepdim=True) / self.outputs.mean(-1, keepdim=True)
+        # A factor that is zero has no size to speak of.
+        π = torch.where((ratio > 0) & ratio.isfinite(), ratio, 1.0).sqrt()
+        inputs, outputs = self.inputs + π * damping**0.5, self.outputs + damping**0.5 / π
+        return inputs.unsqueeze(-1) * outputs.unsqueeze(-2)
+
+    def observe(self, G: Float[Tensor, "group d_in d_out"], R: float, decay: float) -> Basis:
+        """The second moments, one gradient later: (Q_Aᵀ G Q_B)² / R is averaged into them.
+
+        With G = R Σ_n G_n, and gradients G_n of single data that are independent with mean zero,
+        that is in expectation R Σ_n (Q_Aᵀ G_n Q_B)², the diagonal of the empirical Fisher.
+        """
+        squares = self.rotated(G).square() / R
+        return replace(self, values=torch.lerp(self.eigenvalues(), squares, 1 - decay))
+
+    def carried(self, before: Basis) -> Basis:
+        """This basis with those of another one: the diagonal, here, of what they are there."""
+        s = before.eigenvalues()
+        if self.left is not None and before.left is not None:
+            s = (self.left.mT @ before.left).square() @ s
+        if self.right is not None and before.right is not None:
+            s = s @ (before.right.mT @ self.right).square()
+        return replace(self, values=s)
+
+
+def eigh_once() -> Eigh:
+    """`factor_eigh` for factors that live on; equal inputs have one A, decomposed once."""
+    known: dict[tuple[int, torch.Size], tuple[Tensor, Tensor | None]] = {}
+
+    def decompose(factor: Tensor) -> tuple[Tensor, Tensor | None]:
+        key = factor.data_ptr(), factor.shape
+        if key not in known:
+            known[key] = factor_eigh(factor)
+        return known[key]
+
+    return decompose
+
+
+def basis_of(block: AnyBlock, kind: str, damping: float, split: bool, decompose: Eigh) -> Basis:
+    """The basis of a block.
+
+    Args:
+        block: The block.
+        kind: What it is taken for, as `Layout.kind` says.
+        damping: λ, which the basis of a sum of two products holds for good: √λ is added to all
+            four factors, and the two of each side are diagonalised at once.
+        split: Whether both factors of a product are damped.
+        decompose: What finds the eigenvalues of factors.
+
+    Raises:
+        NonFiniteError: A factor holds NaN or Inf.
+        OptionError: A factor has a negative eigenvalue; or the damping is too small for a sum of
+            two products.
+    """
+    if isinstance(block, Diagonal):  # a copy, as of one-hot rows: averages change in place
+        return _exact(None, block.diagonal.reshape(1, -1).clone())
+    if isinstance(block, Block) and kind == "product":
+        return _of_product(block.terms[0].operator, split, decompose)
+    if isinstance(block, Block) and kind == "two":
+        return _of_two(block, damping)
+    eigenvalues, Q = symmetric_eigh(block.dense())
+    return _exact(Q.unsqueeze(0), eigenvalues.unsqueeze(0))
+
+
+def _of_product(product: Kronecker, split: bool, decompose: Eigh) -> Basis:
+    (inputs, left), (outputs, right) = decompose(product.A), decompose(product.B)
+    if left is None:  # the diagonal itself: averages change in place
+        inputs = inputs.clone()
+    return Basis(left, right, inputs, outputs, split)
+
+
+def _of_two(block: Block, damping: float) -> Basis:
+    first, second = block.terms
+    alike = turned(second.operator, second.entries, first.entries)
+    assert alike is not None  # `Layout.kind` says so
+    both = damped(KroneckerSum(first.operator, alike), Damping(damping, "factors"))
+    assert isinstance(both, KroneckerSum)
+    found = pencil(both)
+    if found is None:
+        raise OptionError(
+            f"the block of {', '.join(block.params)} is a sum of two products, both singular up "
+            f"to rounding with damping={damping}; expected a regular one. Pass a larger damping."
+        )
+    one = found.values.new_ones(1, 1)
+    values = found.values / found.scale.square()
+    return Basis(found.U, found.V, one, one, damping=0.0, values=values)
+
+
+def _exact(Q: Tensor | None, eigenvalues: Tensor) -> Basis:
+    return Basis(Q, None, eigenvalues, eigenvalues.new_ones(1, 1))

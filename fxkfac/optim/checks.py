@@ -1,0 +1,34 @@
+"""Options that are out of their range, by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fxkfac.errors import OptionError
+
+
+def require(holds: bool, message: str) -> None:
+    """Raise `OptionError` unless it holds."""
+    if not holds:
+        raise OptionError(message)
+
+
+def require_positive(name: str, value: Any) -> None:
+    """Raise `OptionError` unless a number is positive."""
+    require(value > 0, f"{name}={value}; expected a positive number.")
+
+
+def require_not_negative(name: str, value: Any) -> None:
+    """Raise `OptionError` for a number below zero."""
+    require(value >= 0, f"{name}={value}; expected zero or a positive number.")
+
+
+def require_fraction(name: str, value: Any) -> None:
+    """Raise `OptionError` unless a number is a decay."""
+    require(0 <= value < 1, f"{name}={value}; expected a number from 0 to less than 1.")
+
+
+def require_at_least_one(name: str, value: Any) -> None:
+    """Raise `OptionError` unless it is a number of steps."""
+    counts = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    require(counts, f"{name}={value!r}; expected a whole number of steps, one at least.")

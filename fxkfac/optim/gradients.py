@@ -1,0 +1,97 @@
+"""Program, loss, data -> loss and gradients, where no curvature is due; and moving buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+
+from fxkfac.curvature.batch import require_finite_prediction
+from fxkfac.curvature.likelihoods import Likelihood
+from fxkfac.functional import FunctionalModel, split_inputs
+from fxkfac.graph.normal import Input
+from fxkfac.graph.program import Program
+from fxkfac.isolation import full_precision, own_randomness
+
+Batches = Sequence[tuple[Any, Any]]
+
+
+class _Deaf:
+    """A sink that wants nothing, so that the tapped graph is the model."""
+
+    def output(self, place: int, y: Tensor) -> Tensor:
+        """The output as it is."""
+        return y
+
+    def input(self, use: int, x: Input, y: Tensor) -> None:
+        """Let it go."""
+
+
+@full_precision()
+def loss_and_gradients(
+    program: Program,
+    likelihood: Likelihood,
+    data: Batches,
+    generator: Generator,
+    wanted: Sequence[str],
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of all data with its reduction, and its gradients in the parameters `wanted`.
+
+    From the same state of the generator, dropout is that of `fxkfac.step` as long as that has
+    drawn no label: in the first batch.
+
+    Raises:
+        DataError, NonFiniteError: As `fxkfac.step` does.
+    """
+    state = program.state()
+    total = next(iter(state.values())).new_zeros(())
+    sums = {name: torch.zeros_like(state[name]) for name in wanted}
+    count = 0.0
+    for number, (inputs, targets) in enumerate(data):
+        tapped, tensors = program.at(inputs)
+        leaves = {name: state[name].detach().requires_grad_() for name in wanted}
+        with own_randomness(_seed(generator)):
+            run = program.run_graph(tapped, tensors, {**state, **leaves}, _Deaf())
+        f = run.prediction.detach()
+        require_finite_prediction(f, number)
+        likelihood.validate(f, targets)
+        total = total + likelihood.criterion(f, targets)
+        count += float(likelihood.count(f, targets))
+        if leaves and run.prediction.requires_grad:
+            found = torch.autograd.grad(
+                run.prediction,
+                list(leaves.values()),
+                likelihood.gradient(f, targets),
+                materialize_grads=True,
+                allow_unused=True,
+            )
+            for running, g in zip(sums.values(), found, strict=True):
+                running += g
+    R = likelihood.reduction_factor(count)
+    return R * total, {name: R * g for name, g in sums.items()}
+
+
+def _seed(generator: Generator) -> int:
+    return int(torch.randint(2**62, (), generator=generator, device=generator.device))
+
+
+def modes_with_buffers(model: FunctionalModel) -> tuple[bool, ...]:
+    """Which modules with buffers are in train mode; none of a function."""
+    module = model.model
+    if not isinstance(module, nn.Module):
+        return ()
+    with_buffers = [m for m in module.modules() if next(m.buffers(recurse=False), None) is not None]
+    return tuple(m.training for m in with_buffers)
+
+
+@torch.no_grad()
+def move_buffers(model: FunctionalModel, inputs: Iterable[Any], seed: int) -> bool:
+    """Run the user's module itself, as training would; whether a buffer has changed."""
+    before = {name: buffer.clone() for name, buffer in model.buffers().items()}
+    with own_randomness(seed), model.autocast.again():
+        for one in inputs:
+            args, kwargs = split_inputs(one)
+            model.model(*args, **kwargs)
+    return any(not before[name].equal(buffer) for name, buffer in model.buffers().items())

@@ -1,0 +1,91 @@
+"""Options by names and patterns -> the groups of a `torch.optim.Optimizer`."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from fxkfac.errors import OptionError
+from fxkfac.functional import FunctionalModel, select
+from fxkfac.optim.checks import require, require_fraction, require_not_negative, require_positive
+
+OF_KFAC = ("lr", "momentum", "weight_decay", "decoupled")
+OF_ADAM = ("betas", "eps", "weight_decay", "decoupled")
+
+
+def grouped(
+    model: FunctionalModel,
+    tensors: Mapping[str, Tensor],
+    covered: Collection[str],
+    groups: Sequence[Mapping[str, Any]],
+    defaults: Mapping[str, Any],
+) -> list[dict[str, Any]]:
+    """A group of KFAC and one of Adam, where there are such parameters, of each of the user's.
+
+    Args:
+        model: Knows the names.
+        tensors: The selected parameters.
+        covered: Names of those with curvature.
+        groups: The user's, for some of the parameters.
+        defaults: All options, for the rest, and for what a group does not say.
+    """
+    taken: set[str] = set()
+    made: list[dict[str, Any]] = []
+    for group in groups:
+        names = _chosen(model, tensors, group)
+        if twice := sorted(taken & names):
+            raise OptionError(f"{twice[:4]} are in two of the groups; expected one for each.")
+        taken |= names
+        options = {**defaults, **{k: v for k, v in group.items() if k != "params"}}
+        require_known(options, defaults)
+        made += _by_method(names, tensors, covered, options)
+    return made + _by_method(set(tensors) - taken, tensors, covered, defaults)
+
+
+def _chosen(
+    model: FunctionalModel, tensors: Mapping[str, Tensor], group: Mapping[str, Any]
+) -> set[str]:
+    require("params" in group, f"a group has the keys {sorted(group)}; expected 'params' too.")
+    names = select(model, group["params"]) & set(tensors)
+    require(
+        bool(names),
+        f"the group of {group['params']!r} holds none of the parameters that were selected when "
+        "tracing; expected at least one.",
+    )
+    return names
+
+
+def require_known(options: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    """Raise `OptionError` for an option that there is not."""
+    more = sorted(set(options) - set(known))
+    require(not more, f"a group has the options {more}; there are: {sorted(known)}.")
+
+
+def _by_method(
+    names: set[str],
+    tensors: Mapping[str, Tensor],
+    covered: Collection[str],
+    options: Mapping[str, Any],
+) -> list[dict[str, Any]]:
+    _require_in_range(options)
+    kfac = {"method": "kfac", **{key: options[key] for key in OF_KFAC}}
+    adam = {"method": "adam", "lr": options["adam_lr"], **{key: options[key] for key in OF_ADAM}}
+    made = []
+    for group, with_curvature in ((kfac, True), (adam, False)):
+        params = [
+            (n, t) for n, t in tensors.items() if n in names and (n in covered) == with_curvature
+        ]
+        if params:
+            made.append({"params": params, **group})
+    return made
+
+
+def _require_in_range(options: Mapping[str, Any]) -> None:
+    for name in ("lr", "adam_lr", "weight_decay"):
+        require_not_negative(name, options[name])
+    require_fraction("momentum", options["momentum"])
+    for beta in options["betas"]:
+        require_fraction("betas", beta)
+    require_positive("eps", options["eps"])

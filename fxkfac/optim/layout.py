@@ -1,0 +1,114 @@
+"""Program -> for each of its blocks, where the entries of its parameters are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from fxkfac.curvature.factors import Settings
+from fxkfac.curvature.plan import BlockPlan
+from fxkfac.curvature.schedule import schedule_of
+from fxkfac.errors import UnknownParameter
+from fxkfac.graph.program import Program
+from fxkfac.graph.structure import EXACT
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The parameters of one block, and the order of its matrix.
+
+    Attributes:
+        params: Their names.
+        shapes: Their shapes.
+        entries: Numbers of the entries along the parameters' concatenated rvec.
+        kind: `"product"`, `"two"` for a sum of two products that is inverted as such, or `"exact"`
+            for a block that is written out, or diagonal.
+    """
+
+    params: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    entries: Int[Tensor, "group d_in d_out"]
+    kind: str
+
+    def matrix(
+        self, gradients: Mapping[str, Tensor], dtype: torch.dtype
+    ) -> Float[Tensor, "group d_in d_out"]:
+        """The gradients of the block's parameters in its order.
+
+        Raises:
+            UnknownParameter: One of them is missing.
+        """
+        missing = [name for name in self.params if name not in gradients]
+        if missing:
+            raise UnknownParameter(
+                f"there is no gradient of {missing}, whose block is that of {self.params}; "
+                "expected those of all of its parameters."
+            )
+        flat = torch.cat([gradients[name].detach().flatten() for name in self.params])
+        return flat[self.entries.to(flat.device)].to(dtype)
+
+    def parameters(self, matrix: Float[Tensor, "group d_in d_out"]) -> dict[str, Tensor]:
+        """Inverse of `matrix`; zero where the block has no entry."""
+        sizes = [torch.Size(shape).numel() for shape in self.shapes]
+        flat = matrix.new_zeros(sum(sizes))
+        flat[self.entries.to(flat.device)] = matrix
+        parts = flat.split(sizes)
+        named = zip(self.params, self.shapes, parts, strict=True)
+        return {name: part.view(shape) for name, shape, part in named}
+
+
+def plans_of(program: Program, settings: Settings) -> dict[str, BlockPlan]:
+    """The blocks with Kronecker factors, by name."""
+    schedule = schedule_of(
+        program, program.tapped, settings.structures, settings.separate_weight_and_bias
+    )
+    return {plan.name: plan for plan in schedule.blocks}
+
+
+def layouts(program: Program, settings: Settings, split: bool) -> dict[str, Layout]:
+    """Every block whose parameters are all the model's own, by name.
+
+    The block of a weight that is computed from parameters says nothing of their gradients.
+    """
+    found = {name: _of_plan(plan, split) for name, plan in plans_of(program, settings).items()}
+    for name, kind in settings.structures.items():
+        if kind in EXACT:
+            shape = settings.parameters[name]
+            found[name] = Layout((name,), (shape,), _column(torch.Size(shape).numel()), "exact")
+    own = set(program.asked.selected)
+    return {name: layout for name, layout in found.items() if own.issuperset(layout.params)}
+
+
+def _of_plan(plan: BlockPlan, split: bool) -> Layout:
+    entries = [term.entries(plan.offsets) for term in plan.terms]
+    if len(entries) == 1:
+        return Layout(plan.parameters, plan.shapes, entries[0], "product")
+    if split and len(entries) == 2 and _lie_alike(*entries):
+        return Layout(plan.parameters, plan.shapes, entries[0], "two")
+    return Layout(plan.parameters, plan.shapes, _column(plan.numel), "exact")
+
+
+def _lie_alike(first: Tensor, second: Tensor) -> bool:
+    """Whether two products are of the same entries, in one orientation or in both."""
+    return second.equal(first) or second.mT.equal(first)
+
+
+def _column(numel: int) -> Tensor:
+    return torch.arange(numel).view(1, -1, 1)
+
+
+def held(program: Program) -> dict[str, Tensor]:
+    """The tensors in which the user holds the selected parameters, by name."""
+    model = program.model
+    tensors = dict(model.tensors)
+    if isinstance(model.model, nn.Module):
+        live = dict(model.model.named_parameters(remove_duplicate=False))
+        tensors |= {name: live[name] for name in tensors if name not in model.replaced}
+    return {name: tensors[name] for name in program.asked.selected}

@@ -1,0 +1,248 @@
+"""Program, loss, data -> one step after the other: KFAC as a `torch.optim.Optimizer`.
+
+    v = (C + λ I)⁻¹ g        m ← μ m + ν v        θ ← (1 − lr · decay) θ − lr m
+
+with the gradient g and the curvature C of one pass, and ν at most one, so that the step is not too
+long. Parameters without curvature take a step of Adam.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.adam import adam
+
+from fxkfac.curvature.data import batches
+from fxkfac.curvature.step import step as pass_over
+from fxkfac.graph.program import Program
+from fxkfac.optim.checks import require_at_least_one, require_positive
+from fxkfac.optim.gradients import (
+    Batches,
+    loss_and_gradients,
+    modes_with_buffers,
+    move_buffers,
+)
+from fxkfac.optim.groups import grouped
+from fxkfac.optim.layout import held
+from fxkfac.optim.policies import clipped, kl_factor, next_damping, predicted_change
+from fxkfac.optim.preconditioner import Preconditioner
+
+
+class KFAC(Optimizer):
+    """Steps along the natural gradient.
+
+        optimizer = fxkfac.optim.KFAC(program, nn.CrossEntropyLoss(), lr=0.1)
+        for x, y in loader:
+            loss = optimizer.step(x, y)
+
+    A step reads no `.grad` and writes none. In train mode, buffers such as the averages of batch
+    norm follow the data by one more forward pass, as they would in any training.
+
+    Every group of `param_groups` is either of `method` "kfac" or of `method` "adam", with its own
+    `lr`, which schedulers of `torch.optim.lr_scheduler` set.
+
+    Args:
+        program: What `fxkfac.trace` returned. Its selected parameters are what is trained.
+        loss: As of `fxkfac.kfac`.
+        lr: Learning rate of parameters with curvature.
+        momentum: μ of these.
+        weight_decay: Of all parameters.
+        decoupled: Weight decay shrinks parameters by lr · weight_decay (Loshchilov & Hutter 2019),
+            rather than being added to gradients.
+        adam_lr, betas, eps: Of parameters without curvature: those without block, such as skipped
+            ones or those from which another weight is computed, and those whose structure is
+            "identity".
+        groups: Options for some of the parameters: dicts with names or patterns as "params", and
+            any of the options above.
+        max_norm: Clips the norm of all gradients together, before anything else.
+        kl_clip: κ: natural gradients are scaled down until Σ lr² vᵀg is at most κ.
+        lm_interval: Adapt the damping at every so many steps by how well the quadratic model, with
+            the exact GGN, has foretold the loss (Martens & Grosse 2015, Section 6.5, without
+            damping in that model); for losses with a convex likelihood. Default: never.
+        preconditioner: Options of `fxkfac.optim.Preconditioner`.
+
+    Raises:
+        OptionError: An argument is out of its range, or a parameter is in two groups.
+        UnknownParameter: A name or pattern matches no parameter.
+        LossError: The loss has no likelihood here.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        loss: Any,
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        decoupled: bool = True,
+        adam_lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        groups: Sequence[Mapping[str, Any]] = (),
+        max_norm: float | None = None,
+        kl_clip: float | None = None,
+        lm_interval: int | None = None,
+        **preconditioner: Any,
+    ):
+        for name, value in (("max_norm", max_norm), ("kl_clip", kl_clip)):
+            if value is not None:
+                require_positive(name, value)
+        if lm_interval is not None:
+            require_at_least_one("lm_interval", lm_interval)
+        self.program, self.loss = program, loss
+        self.max_norm, self.kl_clip, self.lm_interval = max_norm, kl_clip, lm_interval
+        self.preconditioner = Preconditioner(program, loss, **preconditioner)
+        self._buffers_stay: set[tuple[bool, ...]] = set()  # modes in which a run has moved none
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "decoupled": decoupled,
+            "adam_lr": adam_lr,
+            "betas": betas,
+            "eps": eps,
+        }
+        covered = set(self.preconditioner.covered)
+        super().__init__(grouped(program.model, held(program), covered, groups, defaults), {})
+
+    def step(self, inputs: Any, targets: Any = None) -> Tensor:  # type: ignore[override]
+        """One step.
+
+        Args:
+            inputs: The inputs of one batch; without `targets`, an iterable of (inputs, targets),
+                whose loss is that of all of them together.
+            targets: Its targets.
+
+        Returns:
+            The loss before the step.
+
+        Raises:
+            DataError, NonFiniteError: As of `fxkfac.step`; nothing has changed then but what random
+                numbers were drawn.
+        """
+        data = list(batches(inputs if targets is None else (inputs, targets)))
+        p = self.preconditioner
+        drawn = p.generator.get_state()
+        loss, gradients = self._pass_over(data)
+        self._follow_with_buffers(data)
+        adapts = self.lm_interval is not None and p.steps % self.lm_interval == 0
+        tensors = held(self.program)
+        before = {name: t.detach().clone() for name, t in tensors.items()} if adapts else {}
+        self._move(clipped(gradients, self.max_norm))
+        if adapts:
+            self._adapt(data, drawn, loss, gradients, before)
+        return loss
+
+    def _pass_over(self, data: Batches) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and gradients, and the curvature if it is due."""
+        p = self.preconditioner
+        if p.is_due:
+            found = pass_over(self.program, self.loss, data, **p.options)
+            p.advance(found.factors)
+            return found.loss, found.gradients
+        wanted = self.program.asked.selected
+        result = loss_and_gradients(self.program, p.likelihood, data, p.generator, wanted)
+        p.advance(None)
+        return result
+
+    def _follow_with_buffers(self, data: Batches) -> None:
+        model = self.program.model
+        modes = modes_with_buffers(model)
+        if not any(modes) or modes in self._buffers_stay:
+            return
+        # No draw from the generator: what a resumed run finds out anew must not change it.
+        if not move_buffers(model, [x for x, _ in data], seed=self.preconditioner.steps):
+            self._buffers_stay.add(modes)
+
+    @torch.no_grad()
+    def _move(self, gradients: dict[str, Tensor]) -> None:
+        for group in self.param_groups:
+            if not group["decoupled"] and group["weight_decay"]:
+                for name, θ in _named(group):
+                    gradients[name] = gradients[name] + group["weight_decay"] * θ
+        kfac = [group for group in self.param_groups if group["method"] == "kfac"]
+        names = [name for group in kfac for name, _ in _named(group)]
+        natural = self.preconditioner.solve({name: gradients[name] for name in names})
+        lengths = [(g["lr"], natural[n], gradients[n]) for g in kfac for n, _ in _named(g)]
+        ν = kl_factor(lengths, self.kl_clip)
+        for group in self.param_groups:
+            if group["method"] == "kfac":
+                self._move_by_kfac(group, {name: ν * natural[name] for name, _ in _named(group)})
+            else:
+                self._move_by_adam(group, gradients)
+
+    def _move_by_kfac(self, group: dict[str, Any], natural: Mapping[str, Tensor]) -> None:
+        lr, μ = group["lr"], group["momentum"]
+        for name, θ in _named(group):
+            if group["decoupled"]:
+                θ.mul_(1 - lr * group["weight_decay"])
+            step = natural[name]
+            if μ:
+                last = self.state[θ].get("momentum")
+                step = self.state[θ]["momentum"] = step if last is None else μ * last + step
+            θ.sub_(lr * step)
+
+    def _move_by_adam(self, group: dict[str, Any], gradients: Mapping[str, Tensor]) -> None:
+        named = list(_named(group))
+        states = [self.state[θ] for _, θ in named]
+        for (_, θ), state in zip(named, states, strict=True):
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32)
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(θ), torch.zeros_like(θ)
+        adam(
+            [θ for _, θ in named],
+            [gradients[name] for name, _ in named],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            decoupled_weight_decay=group["decoupled"],
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            # What is not decoupled is in the gradients already.
+            weight_decay=group["weight_decay"] if group["decoupled"] else 0.0,
+            eps=group["eps"],
+            maximize=False,
+        )
+
+    def _adapt(
+        self,
+        data: Batches,
+        drawn: Tensor,
+        loss: Tensor,
+        gradients: Mapping[str, Tensor],
+        before: Mapping[str, Tensor],
+    ) -> None:
+        """Compare the loss with what was foretold, on the same data.
+
+        Of one batch, both losses are under the same dropout; what was foretold is under another.
+        """
+        p, model = self.preconditioner, self.program.model
+        again = torch.Generator(p.generator.device)
+        again.set_state(drawn)
+        after, _ = loss_and_gradients(self.program, p.likelihood, data, again, ())
+        now = held(self.program)
+        step = {name: now[name].detach() - before[name] for name in gradients}
+        predicted = predicted_change(model, self.loss, data, before, gradients, step)
+        assert self.lm_interval is not None
+        p.damping = next_damping(p.damping, float(after - loss), predicted, self.lm_interval)
+
+    def state_dict(self) -> dict[str, Any]:
+        """That of any optimizer, and the preconditioner's; tensors and numbers alone."""
+        return {**super().state_dict(), "preconditioner": self.preconditioner.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there: with parameters as they were, bit for bit."""
+        own = {key: state_dict[key] for key in ("state", "param_groups")}
+        super().load_state_dict(own)
+        self.preconditioner.load_state_dict(state_dict["preconditioner"])
+
+
+def _named(group: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
+    return list(zip(group["param_names"], group["params"], strict=True))

@@ -1,0 +1,216 @@
+"""Program, loss, one batch after the other -> averaged factors, their bases, natural gradients.
+
+Each of the three has its own rhythm: factors every `factor_interval` steps, decompositions every
+`inverse_interval` steps, a solve whenever it is asked for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from fxkfac.curvature.factors import Factors
+from fxkfac.curvature.kfac import kfac
+from fxkfac.curvature.losses import likelihood_of
+from fxkfac.curvature.options import settings_of
+from fxkfac.curvature.padding import Mask
+from fxkfac.curvature.running import RunningAverage
+from fxkfac.errors import FxkfacError
+from fxkfac.graph.program import Program
+from fxkfac.isolation import full_precision
+from fxkfac.optim import saved
+from fxkfac.optim.basis import Basis, basis_of, eigh_once
+from fxkfac.optim.checks import require, require_at_least_one, require_positive
+from fxkfac.optim.layout import held, layouts
+
+DAMP = ("split", "block")
+
+
+class Preconditioner:
+    """Natural gradients by running averages of Kronecker factors, for an optimizer of any kind.
+
+        preconditioner = fxkfac.optim.Preconditioner(program, nn.CrossEntropyLoss())
+        loss(model(x), y).backward()
+        preconditioner.update(x, y)
+        preconditioner.precondition()  # every .grad with curvature is a natural gradient now
+        sgd.step()
+
+    Args:
+        program: What `fxkfac.trace` returned.
+        loss: As of `fxkfac.kfac`.
+        damping: λ, added to the curvature; also an attribute that may be set at any time.
+        damp: `"split"`: √λ is split between both factors of a product by the ratio π of their
+            sizes (Martens & Grosse 2015, Section 6.3). `"block"`: λ is added to every eigenvalue of
+            the product itself, as by `Factors.solve`. Exact blocks are damped as by `"block"`.
+        ekfac: Replace the eigenvalues of products by second moments of the gradient in their
+            eigenbasis (George et al. 2018), kept as a running average of the squares of mini-batch
+            gradients, each over its R. They begin as the eigenvalues, and when a basis changes,
+            what they say is carried over. Needs `damp="block"`.
+        decay: Of the running averages of A, B, exact blocks and second moments; their bias is
+            corrected. With zero the last batch alone counts.
+        factor_interval: Factors are computed at every so many calls of `update`.
+        inverse_interval: They are decomposed at every so many.
+        fisher, mc_samples, sharing, separate_weight_and_bias, mask, backend, memory: As of
+            `fxkfac.step`.
+        generator: Source of random labels and dropout; its state is part of `state_dict`. Default:
+            one of its own, which begins at PyTorch's seed.
+
+    Raises:
+        OptionError: An argument is out of its range.
+        LossError: The loss has no likelihood here.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        loss: Any,
+        damping: float = 1e-3,
+        damp: str = "split",
+        ekfac: bool = False,
+        decay: float = 0.95,
+        factor_interval: int = 1,
+        inverse_interval: int = 10,
+        fisher: str = "mc",
+        mc_samples: int = 1,
+        sharing: str = "expand",
+        separate_weight_and_bias: bool = False,
+        mask: Mask | None = None,
+        generator: Generator | None = None,
+        backend: str = "eager",
+        memory: int | None = None,
+    ):
+        require_positive("damping", damping)
+        require(damp in DAMP, f"damp={damp!r}; expected 'split' or 'block'.")
+        require(not ekfac or damp == "block", "ekfac=True has no two factors; pass damp='block'.")
+        require_at_least_one("factor_interval", factor_interval)
+        require_at_least_one("inverse_interval", inverse_interval)
+        self.program, self.loss, self.likelihood = program, loss, likelihood_of(loss)
+        self.damping, self.split, self.ekfac, self.decay = damping, damp == "split", ekfac, decay
+        self.factor_interval, self.inverse_interval = factor_interval, inverse_interval
+        self.settings = settings_of(
+            program, loss, fisher, sharing, mc_samples, separate_weight_and_bias, mask is not None
+        )
+        self.generator = generator or Generator().manual_seed(torch.initial_seed() % 2**63)
+        self.options: dict[str, Any] = {
+            "fisher": fisher,
+            "mc_samples": mc_samples,
+            "sharing": sharing,
+            "separate_weight_and_bias": separate_weight_and_bias,
+            "mask": mask,
+            "generator": self.generator,
+            "backend": backend,
+            "memory": memory,
+        }
+        self.steps = 0
+        self.average = RunningAverage(decay)
+        self._reduction = 1.0  # R of the last factors
+        self.bases: dict[str, Basis] = {}
+        self._layouts = layouts(program, self.settings, self.split)
+
+    @property
+    def covered(self) -> tuple[str, ...]:
+        """Names of the parameters with curvature; the others' gradients stay as they are."""
+        return tuple(name for layout in self._layouts.values() for name in layout.params)
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the next update computes factors."""
+        return bool(self._layouts) and self.steps % self.factor_interval == 0
+
+    def update(self, inputs: Any, targets: Any = None) -> None:
+        """Take in the curvature of one more batch, if factors are due.
+
+        Args:
+            inputs: The inputs of one batch; without `targets`, an iterable of (inputs, targets).
+            targets: Its targets.
+
+        Raises:
+            DataError, NonFiniteError, MergeError: As `fxkfac.kfac` and sums of factors do.
+        """
+        data = inputs if targets is None else (inputs, targets)
+        found = kfac(self.program, self.loss, data, **self.options) if self.is_due else None
+        self.advance(found)
+
+    @full_precision()
+    def advance(self, factors: Factors | None) -> None:
+        """Count one step, whose factors are these if they were due; decompose if that is due."""
+        if factors is not None:
+            self.average.update(factors)
+            self._reduction = factors.reduction
+        if self.steps % self.inverse_interval == 0:
+            self._decompose()
+        self.steps += 1
+
+    def _decompose(self) -> None:
+        decompose = eigh_once()
+        for name, layout in self._layouts.items():
+            basis = basis_of(self.average[name], layout.kind, self.damping, self.split, decompose)
+            if self.ekfac and layout.kind == "product" and name in self.bases:
+                basis = basis.carried(self.bases[name])
+            self.bases[name] = basis
+
+    @full_precision()
+    def solve(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The natural gradients, for gradients by name; without curvature they stay as they are.
+
+        With `ekfac=True` these gradients, of the last batch, enter the second moments first.
+
+        Raises:
+            UnknownParameter: A parameter of one of the blocks has a gradient and another one none.
+            FxkfacError: There was no update yet.
+        """
+        if self.steps == 0:
+            raise FxkfacError("there are no factors yet; call `update(inputs, targets)` first.")
+        natural = dict(gradients)
+        for name, layout in self._layouts.items():
+            if not set(layout.params) & set(gradients):
+                continue
+            basis = self.bases[name]
+            G = layout.matrix(gradients, basis.inputs.dtype)
+            if self.ekfac and layout.kind == "product":
+                basis = self.bases[name] = basis.observe(G, self._reduction, self.decay)
+            solved = layout.parameters(basis.solve(G, self.damping))
+            natural |= {n: part.to(gradients[n].dtype) for n, part in solved.items()}
+        return natural
+
+    @torch.no_grad()
+    def precondition(self) -> None:
+        """Replace the values of all `.grad` of parameters with curvature by natural gradients.
+
+        Raises:
+            UnknownParameter, FxkfacError: As `solve` does.
+        """
+        tensors = held(self.program)
+        gradients = {n: t.grad for n, t in tensors.items() if t.grad is not None}
+        for name, natural in self.solve(gradients).items():
+            if natural is not gradients[name]:
+                gradients[name].copy_(natural)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that changes, as tensors and numbers: averages, bases, damping, generator."""
+        return {
+            "steps": self.steps,
+            "damping": self.damping,
+            "generator": self.generator.get_state(),
+            "reduction": self._reduction,
+            "average": saved.of_average(self.average),
+            "bases": {name: saved.of_basis(basis) for name, basis in self.bases.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there, bit for bit.
+
+        Raises:
+            OptionError: The state has other blocks, or tensors of other shapes.
+        """
+        saved.require_same_blocks(state["bases"], self._layouts)
+        device = next(iter(held(self.program).values())).device
+        self.steps, self.damping = state["steps"], state["damping"]
+        self.generator.set_state(state["generator"].cpu())
+        self._reduction = state["reduction"]
+        self.average = saved.to_average(
+            state["average"], self.program, self.settings, self.likelihood, self.decay, device
+        )
+        self.bases = {name: saved.to_basis(kept, device) for name, kept in state["bases"].items()}

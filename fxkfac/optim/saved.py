@@ -1,0 +1,95 @@
+"""Averages and bases <-> plain dicts of tensors and numbers, which `torch.load` reads safely."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxkfac.curvature.factors import Factors, Product, Settings
+from fxkfac.curvature.likelihoods import Likelihood
+from fxkfac.curvature.running import RunningAverage
+from fxkfac.errors import OptionError
+from fxkfac.graph.program import Program
+from fxkfac.optim.basis import Basis
+from fxkfac.optim.layout import plans_of
+
+
+def of_average(average: RunningAverage) -> dict[str, Any]:
+    """Averages of A, B and exact blocks, and how many updates there were."""
+    if (held := average.averages) is None:
+        return {}
+    return {
+        "updates": average.updates,
+        "n": held.n,
+        "count": held.count,
+        "products": {
+            name: [{"A": p.A, "B": p.B, "rows": p.rows} for p in products]
+            for name, products in held.products.items()
+        },
+        "exact": dict(held.exact),
+    }
+
+
+def to_average(
+    state: Mapping[str, Any],
+    program: Program,
+    settings: Settings,
+    likelihood: Likelihood,
+    decay: float,
+    device: torch.device,
+) -> RunningAverage:
+    """Inverse of `of_average`, for a program of the same blocks."""
+    average, copied = RunningAverage(decay), _Once(device)
+    if state:
+        products = {
+            name: tuple(Product(**{key: copied(value) for key, value in p.items()}) for p in kept)
+            for name, kept in state["products"].items()
+        }
+        averages = Factors(
+            settings=settings,
+            n=state["n"],
+            count=state["count"],
+            model=program.model,
+            likelihood=likelihood,
+            plans=plans_of(program, settings),
+            products=products,
+            exact={name: copied(block) for name, block in state["exact"].items()},
+        )
+        average.restore(averages, state["updates"])
+    return average
+
+
+def of_basis(basis: Basis) -> dict[str, Any]:
+    """The fields of a basis."""
+    return {field.name: getattr(basis, field.name) for field in fields(basis)}
+
+
+def to_basis(state: Mapping[str, Any], device: torch.device) -> Basis:
+    """Inverse of `of_basis`."""
+    copied = _Once(device)
+    return Basis(**{name: copied(value) for name, value in state.items()})
+
+
+def require_same_blocks(found: Collection[str], expected: Collection[str]) -> None:
+    """Raise `OptionError` unless a state, if it has blocks at all, has those of the program."""
+    if found and set(found) != set(expected):
+        raise OptionError(
+            f"the state is of the blocks {sorted(found)[:8]}; expected those of this program, "
+            f"{sorted(expected)[:8]}. Load the state of an optimizer of the same program."
+        )
+
+
+class _Once:
+    """Copies of tensors on a device; what was one tensor is one there, too."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.made = device, dict[int, Tensor]()
+
+    def __call__(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return self.made.setdefault(id(value), value.to(self.device, copy=True))

@@ -1,0 +1,676 @@
+"""The optimizer and the preconditioner: every formula against one written out here, in float64."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxkfac
+from fxkfac.errors import DataError, FxkfacError, OptionError, UnknownParameter
+from fxkfac.optim import KFAC, Preconditioner
+from fxkfac.optim.policies import next_damping
+
+MSE, CE = nn.MSELoss(), nn.CrossEntropyLoss()
+Gradients = dict[str, Tensor]
+
+
+def mlp(seed: int = 0, dropout: float = 0.0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Dropout(dropout), nn.Linear(5, 3)).double()
+
+
+def batch(seed: int = 1, n: int = 12) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 4, generator=generator, dtype=torch.float64)
+    return x, torch.randint(3, (n,), generator=generator)
+
+
+def values(model: nn.Module) -> Gradients:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def assert_close(found: Gradients, expected: Gradients, tolerance: float = 1e-10) -> None:
+    assert found.keys() == expected.keys()
+    for name in found:
+        error = (found[name] - expected[name]).norm() / expected[name].norm().clamp_min(1e-300)
+        assert error < tolerance, f"{name}: {error:.1e}"
+
+
+def assert_equal(found: Gradients, expected: Gradients) -> None:
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+# --- what a step is ---
+
+
+def test_one_step_lands_on_the_minimum_of_least_squares() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3).double()
+    x, y = torch.randn(20, 4).double(), torch.randn(20, 3).double()
+    program = fxkfac.trace(model, x)
+    optimizer = KFAC(program, MSE, lr=1.0, momentum=0.0, fisher="type-2", damping=1e-13)
+    optimizer.step(x, y)
+    best = torch.linalg.lstsq(torch.cat([x, torch.ones(20, 1).double()], 1), y).solution
+    assert_close(values(model), {"weight": best[:4].T, "bias": best[4]}, 1e-5)
+
+
+def test_a_step_in_a_deep_linear_net_solves_the_exact_blocks() -> None:
+    """There the factors are the GGN's own blocks."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3)).double()
+    x, y = torch.randn(20, 4).double(), torch.randn(20, 3).double()
+    before, expected = values(model), {}
+    loss = MSE(model(x), y)
+    gradients = dict(zip(before, torch.autograd.grad(loss, list(model.parameters())), strict=True))
+    for k in ("0", "1"):
+        names = [f"{k}.weight", f"{k}.bias"]
+        block = fxkfac.exact.ggn(model, MSE, (x, y), names)
+        flat = torch.cat([gradients[n].flatten() for n in names])
+        step = torch.linalg.solve(block + 1e-2 * torch.eye(len(block)).double(), flat)
+        parts = step.split([before[n].numel() for n in names])
+        expected |= {
+            n: before[n] - 0.5 * s.view_as(before[n]) for n, s in zip(names, parts, strict=True)
+        }
+    program = fxkfac.trace(model, x)
+    optimizer = KFAC(
+        program, MSE, lr=0.5, momentum=0.0, fisher="type-2", damping=1e-2, damp="block"
+    )
+    found = optimizer.step(x, y)
+    assert torch.allclose(found, loss, rtol=1e-12)
+    assert_close(values(model), expected)
+
+
+def test_a_function_of_nested_parameters_is_trained_in_place() -> None:
+    torch.manual_seed(0)
+    params = {
+        "hidden": {"W": torch.randn(4, 5).double(), "b": torch.zeros(5).double()},
+        "head": [torch.randn(3, 5).double()],
+    }
+
+    def model(p: Any, x: Tensor) -> Tensor:
+        return torch.tanh(x @ p["hidden"]["W"] + p["hidden"]["b"]) @ p["head"][0].T
+
+    x, y = batch()
+    program = fxkfac.trace(model, x, params)
+    generator = torch.Generator().manual_seed(3)
+    expected = fxkfac.step(program, CE, (x, y), generator=generator)
+    natural = expected.factors.solve(expected.gradients, 1e-2)
+    W, head = params["hidden"]["W"].clone(), params["head"][0].clone()
+    options = {"generator": torch.Generator().manual_seed(3), "damping": 1e-2, "damp": "block"}
+    KFAC(program, CE, lr=0.1, **options).step(x, y)
+    assert torch.allclose(params["hidden"]["W"], W - 0.1 * natural["hidden.W"], rtol=1e-12)
+    assert torch.allclose(params["head"][0], head - 0.1 * natural["head.0"], rtol=1e-12)
+
+
+def test_training_a_net_fits_it() -> None:
+    model, (x, y) = mlp(), batch(n=64)
+    y = (x[:, 0] > 0).long() + (x[:, 1] > 0).long()
+    optimizer = KFAC(fxkfac.trace(model, x), CE, lr=0.3, damping=1e-2, kl_clip=1e-1)
+    losses = [optimizer.step(x, y).item() for _ in range(60)]
+    assert losses[0] > 0.8
+    assert losses[-1] < 0.05
+
+
+# --- the preconditioner ---
+
+
+@pytest.mark.parametrize(
+    "structure",
+    [{}, {"0.weight": "dense", "3.bias": "diagonal"}, {"*": "diagonal"}],
+    ids=["kronecker", "mixed", "diagonal"],
+)
+def test_solve_is_that_of_the_factors(structure: dict[str, str]) -> None:
+    model, (x, y) = mlp(), batch()
+    program = fxkfac.trace(model, x, structure=structure)
+    found = fxkfac.step(program, CE, (x, y), fisher="type-2")
+    p = Preconditioner(program, CE, damping=1e-2, damp="block", fisher="type-2")
+    p.update(x, y)
+    assert_close(p.solve(found.gradients), found.factors.solve(found.gradients, 1e-2))
+
+
+def test_split_damping_is_that_of_martens_and_grosse() -> None:
+    model, (x, y) = mlp(), batch()
+    program = fxkfac.trace(model, x)
+    found = fxkfac.step(program, CE, (x, y), fisher="type-2")
+    p = Preconditioner(program, CE, damping=1e-2, fisher="type-2")
+    p.update(x, y)
+    expected = {}
+    for k in ("0", "3"):
+        A, B = found.factors[f"{k}.weight"].A, found.factors[f"{k}.weight"].B
+        π = ((A.trace() / len(A)) / (B.trace() / len(B))).sqrt()
+        A = A + π * 0.1 * torch.eye(len(A)).double()
+        B = B + 0.1 / π * torch.eye(len(B)).double()
+        W, b = found.gradients[f"{k}.weight"], found.gradients[f"{k}.bias"]
+        step = torch.linalg.inv(B) @ torch.cat([W, b.unsqueeze(1)], 1) @ torch.linalg.inv(A)
+        expected |= {f"{k}.weight": step[:, :-1], f"{k}.bias": step[:, -1]}
+    assert_close(p.solve(found.gradients), expected)
+
+
+class Tied(nn.Module):
+    """An embedding that is the head as well: a sum of two Kronecker products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(6, 4))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return torch.tanh(self.table[tokens]) @ self.table.T
+
+
+@pytest.mark.parametrize(("damp", "of_factors"), [("split", "factors"), ("block", "block")])
+def test_sums_of_two_products_are_inverted_exactly(damp: str, of_factors: str) -> None:
+    torch.manual_seed(0)
+    model, x, y = Tied().double(), torch.randint(6, (9,)), torch.randint(6, (9,))
+    program = fxkfac.trace(model, x)
+    found = fxkfac.step(program, CE, (x, y), fisher="type-2")
+    p = Preconditioner(program, CE, damping=1e-2, damp=damp, fisher="type-2")
+    p.update(x, y)
+    expected = found.factors.solve(found.gradients, 1e-2, damp=of_factors)
+    assert_close(p.solve(found.gradients), expected)
+
+
+def test_the_diagonal_factor_of_an_embedding_is_never_written_out() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    x, y = torch.randint(7, (12,)), torch.randint(3, (12,))
+    program = fxkfac.trace(model, x)
+    found = fxkfac.step(program, CE, (x, y), fisher="type-2")
+    p = Preconditioner(program, CE, damping=1e-2, damp="block", fisher="type-2")
+    p.update(x, y)
+    assert p.bases["0.weight"].left is None
+    assert_close(p.solve(found.gradients), found.factors.solve(found.gradients, 1e-2))
+
+
+def test_groups_and_images_are_solved_like_their_factors() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(4, 6, 3, padding=1, groups=2), nn.Tanh(), nn.Flatten(), nn.Linear(54, 3)
+    ).double()
+    x, y = torch.randn(8, 4, 3, 3).double(), torch.randint(3, (8,))
+    program = fxkfac.trace(model, x)
+    found = fxkfac.step(program, CE, (x, y), fisher="type-2")
+    p = Preconditioner(program, CE, damping=1e-2, damp="block", fisher="type-2")
+    p.update(x, y)
+    assert len(p.bases["0.weight"].left) == 2
+    assert_close(p.solve(found.gradients), found.factors.solve(found.gradients, 1e-2))
+
+
+def test_averages_have_their_bias_corrected() -> None:
+    model, data = mlp(), [batch(k) for k in range(3)]
+    program = fxkfac.trace(model, data[0][0])
+    p = Preconditioner(program, CE, decay=0.9, fisher="type-2")
+    for x, y in data:
+        p.update(x, y)
+    weights = torch.tensor([0.81, 0.9, 1.0]).double()
+    for name in ("0.weight", "3.weight"):
+        for what in ("A", "B"):
+            of_batch = [getattr(fxkfac.kfac(program, CE, d)[name], what) for d in data]
+            expected = sum(w * m for w, m in zip(weights, of_batch, strict=True)) / weights.sum()
+            assert torch.allclose(getattr(p.average[name], what), expected, rtol=1e-12)
+
+
+def test_the_eigenbasis_mode_divides_by_second_moments() -> None:
+    model, data = mlp(), [batch(k) for k in range(3)]
+    program = fxkfac.trace(model, data[0][0])
+    options = {"damping": 1e-2, "damp": "block", "decay": 0.7, "fisher": "type-2"}
+    p = Preconditioner(program, CE, ekfac=True, inverse_interval=2, **options)
+    matrix = None  # the matrix that the basis and the moments stand for
+    for k, (x, y) in enumerate(data):
+        found = fxkfac.step(program, CE, (x, y), fisher="type-2")
+        p.update(x, y)
+        solved = p.solve(found.gradients)
+        basis = p.bases["3.weight"]
+        Q = torch.kron(basis.right[0], basis.left[0])  # (W b) row by row
+        W, b = found.gradients["3.weight"], found.gradients["3.bias"]
+        g = torch.cat([W, b.unsqueeze(1)], 1).flatten()
+        if k == 0:
+            A, B = p.average["3.weight"].A, p.average["3.weight"].B
+            matrix = torch.kron(B, A)
+        s = (Q.T @ matrix @ Q).diagonal()  # in a new basis: the diagonal of what it was
+        s = 0.7 * s + 0.3 * (Q.T @ g).square() / (1 / len(x))
+        matrix = Q @ torch.diag(s) @ Q.T
+        expected = Q @ ((Q.T @ g) / (s + 1e-2))
+        step = torch.cat([solved["3.weight"], solved["3.bias"].unsqueeze(1)], 1).flatten()
+        assert torch.allclose(step, expected, rtol=1e-9)
+
+
+def test_precondition_replaces_the_gradients_there_are() -> None:
+    model, (x, y) = mlp(), batch()
+    program = fxkfac.trace(model, x, structure={"3.*": "skip"})
+    p = Preconditioner(program, CE, fisher="type-2")
+    CE(model(x), y).backward()
+    p.update(x, y)
+    held = {name: parameter.grad for name, parameter in model.named_parameters()}
+    before = {name: g.clone() for name, g in held.items()}
+    expected = p.solve(before)
+    p.precondition()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is held[name]
+    assert_equal(held, expected)
+    assert torch.equal(held["3.weight"], before["3.weight"])
+    assert not torch.equal(held["0.weight"], before["0.weight"])
+    model[0].bias.grad = None
+    with pytest.raises(UnknownParameter, match=r"0\.bias"):
+        p.precondition()
+
+
+def test_factors_and_decompositions_come_at_their_intervals() -> None:
+    model, (x, y) = mlp(), batch()
+    program = fxkfac.trace(model, x)
+    optimizer = KFAC(program, CE, lr=0.01, factor_interval=2, inverse_interval=3)
+    p, updates, bases = optimizer.preconditioner, [], []
+    for _ in range(7):
+        optimizer.step(x, y)
+        updates.append(p.average.updates["A"])
+        bases.append(p.bases["0.weight"])
+    new_bases = [k for k in range(7) if k == 0 or bases[k] is not bases[k - 1]]
+    assert updates == [1, 1, 2, 2, 3, 3, 4]  # at steps 0, 2, 4 and 6
+    assert new_bases == [0, 3, 6]
+
+
+def test_a_step_without_factors_has_the_same_loss_and_gradients() -> None:
+    runs = []
+    for interval in (1, 5):
+        model, (x, y) = mlp(dropout=0.3), batch()
+        generator = torch.Generator().manual_seed(0)
+        optimizer = KFAC(
+            fxkfac.trace(model, x), CE, lr=0.0, factor_interval=interval, generator=generator
+        )
+        optimizer.step(x, y)
+        generator.manual_seed(7)
+        runs.append((optimizer.step(x, y), optimizer))
+    assert torch.allclose(runs[0][0], runs[1][0], rtol=1e-12)
+    moved = [torch.cat([s["momentum"].flatten() for s in o.state.values()]) for _, o in runs]
+    assert moved[0].norm() > 0
+
+
+# --- options of the optimizer, against a step written out ---
+
+
+class Reference:
+    """KFAC with exact damping of a batch's own factors."""
+
+    def __init__(self, model: nn.Module, program: fxkfac.Program, momentum: float):
+        self.model, self.program, self.momentum = model, program, momentum
+        self.moved: Gradients = {}
+
+    def step(
+        self,
+        data: Any,
+        lr: Callable[[str], float],
+        change: Callable[[Gradients], Gradients] = lambda g: g,
+        decay: Callable[[str], float] = lambda name: 0.0,
+        scale: Callable[[Gradients, Gradients], float] = lambda v, g: 1.0,
+    ) -> None:
+        found = fxkfac.step(self.program, CE, data, fisher="type-2")
+        gradients = change(found.gradients)
+        natural = found.factors.solve(gradients, 1e-2)
+        ν = scale(natural, gradients)
+        with torch.no_grad():
+            for name, θ in self.model.named_parameters():
+                self.moved[name] = self.momentum * self.moved.get(name, 0) + ν * natural[name]
+                θ.copy_((1 - lr(name) * decay(name)) * θ - lr(name) * self.moved[name])
+
+
+OPTIONS: dict[str, Any] = {
+    "damping": 1e-2,
+    "damp": "block",
+    "decay": 0.0,
+    "inverse_interval": 1,
+    "fisher": "type-2",
+}
+
+
+def pair(**options: Any) -> tuple[nn.Module, KFAC, Reference]:
+    model, twin = mlp(), mlp()
+    x, _ = batch()
+    optimizer = KFAC(fxkfac.trace(model, x), CE, **{"lr": 0.1, **OPTIONS, **options})
+    return model, optimizer, Reference(twin, fxkfac.trace(twin, x), options.get("momentum", 0.9))
+
+
+def test_momentum_groups_and_a_scheduler() -> None:
+    groups = [{"params": "*.bias", "lr": 0.05, "weight_decay": 0.1}]
+    model, optimizer, reference = pair(momentum=0.5, groups=groups)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+    for k in range(3):
+        optimizer.step(*batch(k))
+        schedule.step()
+        reference.step(
+            batch(k),
+            lambda name, k=k: (0.05 if "bias" in name else 0.1) * 0.5**k,
+            decay=lambda name: 0.1 if "bias" in name else 0.0,
+        )
+    assert_close(values(model), values(reference.model))
+    assert [group["lr"] for group in optimizer.param_groups] == [0.05 / 8, 0.1 / 8]
+
+
+def test_weight_decay_that_is_not_decoupled_is_part_of_the_gradient() -> None:
+    model, optimizer, reference = pair(weight_decay=0.3, decoupled=False)
+
+    def with_decay(gradients: Gradients) -> Gradients:
+        held = dict(reference.model.named_parameters())
+        return {name: g + 0.3 * held[name].detach() for name, g in gradients.items()}
+
+    for k in range(2):
+        optimizer.step(*batch(k))
+        reference.step(batch(k), lambda name: 0.1, with_decay)
+    assert_close(values(model), values(reference.model))
+
+
+def test_gradients_are_clipped_as_by_torch() -> None:
+    model, optimizer, reference = pair(max_norm=0.05)
+
+    def clip(gradients: Gradients) -> Gradients:
+        leaves = [nn.Parameter(torch.zeros_like(g)) for g in gradients.values()]
+        for leaf, g in zip(leaves, gradients.values(), strict=True):
+            leaf.grad = g.clone()
+        norm = nn.utils.clip_grad_norm_(leaves, 0.05)
+        assert norm > 0.05
+        return {name: leaf.grad for name, leaf in zip(gradients, leaves, strict=True)}
+
+    optimizer.step(*batch())
+    reference.step(batch(), lambda name: 0.1, clip)
+    assert_close(values(model), values(reference.model))
+
+
+@pytest.mark.parametrize("κ", [1e-4, 1e4])
+def test_natural_gradients_are_clipped_by_the_divergence(κ: float) -> None:
+    groups = [{"params": "0.*", "lr": 0.2}]
+    model, optimizer, reference = pair(kl_clip=κ, groups=groups)
+
+    def lr(name: str) -> float:
+        return 0.2 if name.startswith("0") else 0.1
+
+    def scale(natural: Gradients, gradients: Gradients) -> float:
+        total = sum(lr(n) ** 2 * (natural[n] * gradients[n]).sum() for n in natural)
+        return min(1.0, float((κ / total) ** 0.5))
+
+    optimizer.step(*batch())
+    reference.step(batch(), lr, scale=scale)
+    assert_close(values(model), values(reference.model))
+
+
+def test_several_batches_are_one() -> None:
+    (x, y), runs = batch(n=12), []
+    for data in (
+        [(x, y)],
+        [(x[:2], y[:2]), (x[2:], y[2:])],
+        iter([(x[:9], y[:9]), (x[9:], y[9:])]),
+    ):
+        model = mlp()
+        optimizer = KFAC(fxkfac.trace(model, x), CE, lr=0.1, **OPTIONS)
+        loss = optimizer.step(data)
+        runs.append({**values(model), "loss": loss})
+    assert_close(runs[1], runs[0])
+    assert_close(runs[2], runs[0])
+
+
+@pytest.mark.parametrize("structure", ["skip", "identity"])
+@pytest.mark.parametrize("decoupled", [True, False])
+def test_without_curvature_it_is_adam(structure: str, decoupled: bool) -> None:
+    model, twin = mlp(), mlp()
+    program = fxkfac.trace(model, batch()[0], structure={"*": structure})
+    common = {"betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.1}
+    optimizer = KFAC(program, CE, lr=1.0, adam_lr=0.02, decoupled=decoupled, **common)
+    adam = torch.optim.Adam(twin.parameters(), lr=0.02, decoupled_weight_decay=decoupled, **common)
+    for k in range(4):
+        x, y = batch(k)
+        optimizer.step(x, y)
+        adam.zero_grad()
+        CE(twin(x), y).backward()
+        adam.step()
+    assert_close(values(model), values(twin), 1e-12)
+
+
+def test_each_parameter_has_its_method() -> None:
+    model, (x, _) = mlp(), batch()
+    program = fxkfac.trace(model, x, structure={"3.weight": "skip"})
+    groups = [{"params": ["0.*"], "lr": 0.3}]
+    optimizer = KFAC(program, CE, lr=0.1, adam_lr=0.01, groups=groups)
+    found = [(g["method"], g["lr"], g["param_names"]) for g in optimizer.param_groups]
+    assert found == [
+        ("kfac", 0.3, ["0.weight", "0.bias"]),
+        ("kfac", 0.1, ["3.bias"]),
+        ("adam", 0.01, ["3.weight"]),
+    ]
+
+
+def test_parameters_of_a_derived_weight_have_adam() -> None:
+    torch.manual_seed(0)
+    params = {"U": torch.randn(4, 1).double(), "V": torch.randn(1, 3).double()}
+
+    def model(p: Any, x: Tensor) -> Tensor:
+        return x @ (p["U"] @ p["V"])
+
+    x, y = batch()
+    program = fxkfac.trace(model, x, params, structure={"*": "derived"})
+    optimizer = KFAC(program, CE, lr=0.1)
+    assert [g["method"] for g in optimizer.param_groups] == ["adam"]
+    before = params["U"].clone()
+    optimizer.step(x, y)
+    assert not torch.equal(before, params["U"])
+
+
+# --- damping that adapts ---
+
+
+def test_damping_falls_where_the_quadratic_model_is_the_loss() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3).double()
+    x, y = torch.randn(20, 4).double(), torch.randn(20, 3).double()
+    program = fxkfac.trace(model, x)
+    optimizer = KFAC(program, MSE, lr=0.5, momentum=0.0, damping=0.1, lm_interval=5)
+    seen = []
+    for _ in range(11):
+        optimizer.step(x, y)
+        seen.append(optimizer.preconditioner.damping)
+    assert seen[:4] == [0.1] * 4
+    assert seen[4] == pytest.approx(0.1 * (19 / 20) ** 5)
+    assert seen[9] == pytest.approx(0.1 * (19 / 20) ** 10)
+
+
+def test_damping_rises_where_a_step_is_too_long() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3).double()
+    x, y = torch.randn(20, 4).double(), torch.randn(20, 3).double()
+    program = fxkfac.trace(model, x)
+    optimizer = KFAC(program, MSE, lr=5.0, momentum=0.0, damping=0.1, lm_interval=1)
+    optimizer.step(x, y)
+    assert optimizer.preconditioner.damping == pytest.approx(0.1 / (19 / 20))
+
+
+def test_the_prediction_of_the_quadratic_model_is_exact_for_least_squares(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    params = {"a": {"W": torch.randn(4, 3).double()}}
+    x, y = torch.randn(20, 4).double(), torch.randn(20, 3).double()
+    program = fxkfac.trace(lambda p, x: x @ p["a"]["W"], x, params)
+    seen = []
+    monkeypatch.setattr(
+        "fxkfac.optim.optimizer.next_damping",
+        lambda damping, actual, predicted, interval: seen.append((actual, predicted)) or damping,
+    )
+    optimizer = KFAC(program, MSE, lr=0.7, lm_interval=1, max_norm=0.1)
+    optimizer.step([(x[:5], y[:5]), (x[5:], y[5:])])
+    ((actual, predicted),) = seen
+    assert actual < 0
+    assert actual == pytest.approx(predicted, rel=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("actual", "predicted", "factor"),
+    [(-0.9, -1.0, 0.9025), (-0.5, -1.0, 1.0), (-0.1, -1.0, 1 / 0.9025), (0.1, 0.1, 1 / 0.9025)],
+)
+def test_damping_by_the_reduction_ratio(actual: float, predicted: float, factor: float) -> None:
+    assert next_damping(2.0, actual, predicted, 2) == pytest.approx(2.0 * factor)
+
+
+# --- state ---
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"fisher": "mc", "factor_interval": 2, "inverse_interval": 3},
+        {"damp": "block", "ekfac": True, "inverse_interval": 3, "lm_interval": 2},
+        {"kl_clip": 1e-3, "weight_decay": 0.1, "groups": [{"params": "*.bias", "lr": 0.3}]},
+    ],
+    ids=["intervals", "eigenbasis", "groups"],
+)
+def test_a_state_goes_on_bit_for_bit(options: dict[str, Any]) -> None:
+    structure = {"3.bias": "diagonal", "0.bias": "skip"}
+
+    def start(model: nn.Module) -> KFAC:
+        program = fxkfac.trace(model, batch()[0], structure=structure)
+        generator = torch.Generator().manual_seed(5)
+        return KFAC(program, CE, lr=0.1, generator=generator, **options)
+
+    def train(optimizer: KFAC, steps: range) -> None:
+        for k in steps:
+            optimizer.step(*batch(k))
+
+    model = mlp(dropout=0.2)
+    optimizer = start(model)
+    train(optimizer, range(4))
+    file = io.BytesIO()
+    torch.save((model.state_dict(), optimizer.state_dict()), file)
+    train(optimizer, range(4, 9))
+
+    file.seek(0)
+    weights, state = torch.load(file, weights_only=True)
+    resumed_model = mlp(seed=9, dropout=0.2)
+    resumed_model.load_state_dict(weights)
+    resumed = start(resumed_model)
+    resumed.load_state_dict(state)
+    train(resumed, range(4, 9))
+    assert_equal(values(resumed_model), values(model))
+    assert resumed.preconditioner.damping == optimizer.preconditioner.damping
+
+
+def test_a_state_of_before_the_first_step_can_be_loaded() -> None:
+    model, twin = mlp(), mlp()
+    first, second = (KFAC(fxkfac.trace(m, batch()[0]), CE, lr=0.1) for m in (model, twin))
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    first.step(*batch())
+    second.step(*batch())
+    assert_equal(values(model), values(twin))
+
+
+def test_a_state_of_another_program_is_refused() -> None:
+    x, y = batch()
+    first = KFAC(fxkfac.trace(mlp(), x), CE, lr=0.1)
+    first.step(x, y)
+    other = KFAC(fxkfac.trace(mlp(), x, structure={"0.weight": "diagonal"}), CE, lr=0.1)
+    with pytest.raises(OptionError, match=r"the state is of the blocks .*0\.bias"):
+        other.load_state_dict(first.state_dict())
+
+
+def test_nothing_else_of_the_users_changes() -> None:
+    model, (x, _) = mlp(dropout=0.2), batch()
+    model[0].bias.requires_grad_(False)
+    program = fxkfac.trace(model, x, ["*"])
+    model[3].weight.grad = torch.ones(3, 5).double()
+    optimizer = KFAC(program, CE, lr=0.1, lm_interval=2, factor_interval=2)
+    tensors, state = [id(p) for p in model.parameters()], torch.get_rng_state()
+    drawn = program.generator.get_state()
+    for k in range(4):
+        optimizer.step(*batch(k))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(program.generator.get_state(), drawn)
+    assert torch.equal(model[3].weight.grad, torch.ones(3, 5).double())
+    assert [p.grad is None for p in model.parameters()] == [True, True, False, True]
+    assert [p.requires_grad for p in model.parameters()] == [True, False, True, True]
+    assert all(p.is_leaf for p in model.parameters())
+    assert [id(p) for p in model.parameters()] == tensors
+    assert model.training
+
+
+def test_averages_of_batch_norm_follow_the_data() -> None:
+    def net() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)).double()
+
+    model, twin = net(), net()
+    (x, y), (z, t) = batch(1), batch(2)
+    optimizer = KFAC(fxkfac.trace(model, x), CE, lr=0.0)
+    optimizer.step(x, y)
+    optimizer.step([(z, t), (x, y)])
+    with torch.no_grad():
+        for data in (x, z, x):
+            twin(data)
+    assert torch.equal(model[1].running_mean, twin[1].running_mean)
+    assert torch.equal(model[1].running_var, twin[1].running_var)
+    model.eval()
+    fxkfac_step = KFAC(fxkfac.trace(model, x), CE, lr=0.0)
+    fxkfac_step.step(x, y)
+    assert torch.equal(model[1].running_mean, twin[1].running_mean)
+
+
+# --- what is refused ---
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": -0.1}, r"lr=-0\.1; expected zero or a positive"),
+        ({"adam_lr": -0.1}, r"adam_lr=-0\.1"),
+        ({"momentum": 1.0}, r"momentum=1\.0; expected a number from 0"),
+        ({"weight_decay": -1.0}, r"weight_decay=-1\.0"),
+        ({"betas": (0.9, 1.0)}, r"betas=1\.0"),
+        ({"eps": 0.0}, r"eps=0\.0"),
+        ({"damping": 0.0}, r"damping=0\.0; expected a positive"),
+        ({"damping": float("nan")}, r"damping=nan"),
+        ({"damp": "both"}, r"damp='both'; expected 'split' or 'block'"),
+        ({"ekfac": True}, r"ekfac=True .* damp='block'"),
+        ({"decay": 1.0}, r"decay=1\.0; expected a number in"),
+        ({"factor_interval": 0}, r"factor_interval=0; expected a whole number"),
+        ({"inverse_interval": 1.5}, r"inverse_interval=1\.5"),
+        ({"lm_interval": 0}, r"lm_interval=0"),
+        ({"max_norm": 0.0}, r"max_norm=0\.0"),
+        ({"kl_clip": -1.0}, r"kl_clip=-1\.0"),
+        ({"fisher": "type-3"}, "type-3"),
+        ({"groups": [{"params": "*", "lr": -1.0}]}, r"lr=-1\.0"),
+        ({"groups": [{"params": "*", "rate": 1.0}]}, r"the options \['rate'\]; there are: .*'lr'"),
+        ({"groups": [{"lr": 1.0}]}, r"expected 'params'"),
+        (
+            {"groups": [{"params": "0.*"}, {"params": "*.weight"}]},
+            r"\['0\.weight'\] are in two of the groups",
+        ),
+    ],
+)
+def test_options_out_of_their_range_are_named(options: dict[str, Any], message: str) -> None:
+    program = fxkfac.trace(mlp(), batch()[0])
+    with pytest.raises(OptionError, match=message):
+        KFAC(program, CE, **{"lr": 0.1, **options})
+
+
+def test_a_group_of_unknown_parameters_is_refused() -> None:
+    program = fxkfac.trace(mlp(), batch()[0], ["0.*"])
+    with pytest.raises(UnknownParameter, match="head"):
+        KFAC(program, CE, lr=0.1, groups=[{"params": "head.*"}])
+    with pytest.raises(OptionError, match="none of the parameters that were selected"):
+        KFAC(program, CE, lr=0.1, groups=[{"params": "3.*"}])
+
+
+def test_there_are_no_natural_gradients_before_the_first_update() -> None:
+    p = Preconditioner(fxkfac.trace(mlp(), batch()[0]), CE)
+    with pytest.raises(FxkfacError, match="call `update"):
+        p.solve({})
+
+
+def test_a_batch_that_fails_changes_no_parameter() -> None:
+    model, (x, y) = mlp(), batch()
+    optimizer = KFAC(fxkfac.trace(model, x), CE, lr=0.1)
+    before = values(model)
+    with pytest.raises(DataError):
+        optimizer.step(x, y[:5])
+    assert_equal(values(model), before)
+    assert optimizer.preconditioner.steps == 0
