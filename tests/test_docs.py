@@ -34,11 +34,15 @@ PAGES = {
     "persistence": 7,
     "influence": 2,
     "laplace": 3,
+    "optimizer": 6,
 }
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_pages_run_from_top_to_bottom(page: str) -> None:
+def test_pages_run_from_top_to_bottom(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # some write files
     blocks = code_blocks(ROOT / "docs" / f"{page}.md")
     assert len(blocks) >= PAGES[page]
     namespace: dict[str, object] = {}
@@ -46,18 +50,6 @@ def test_pages_run_from_top_to_bottom(page: str) -> None:
         warnings.simplefilter("ignore")
         for number, block in enumerate(blocks):
             exec(compile(block, f"{page}.md, block {number}", "exec"), namespace)
-
-
-def test_the_page_on_training_runs_from_top_to_bottom(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    blocks = code_blocks(ROOT / "docs" / "optimizer.md")
-    assert len(blocks) == 6
-    namespace: dict[str, object] = {}
-    for number, block in enumerate(blocks):
-        exec(compile(block, f"optimizer.md, block {number}", "exec"), namespace)
-    assert (tmp_path / "checkpoint.pt").exists()
 
 
 def test_tables_are_up_to_date() -> None:
