@@ -23,7 +23,7 @@ from fxkfac.curvature.corrected import Corrected
 from fxkfac.curvature.data import Data, batches
 from fxkfac.curvature.factors import Factors, Settings
 from fxkfac.curvature.losses import likelihood_of
-from fxkfac.curvature.options import settings_of
+from fxkfac.curvature.options import settings_again
 from fxkfac.curvature.plan import require_same_terms
 from fxkfac.errors import DataError, MergeError, OptionError
 from fxkfac.functional import Params
@@ -179,15 +179,7 @@ def _factors(factors: Any) -> Factors:
 
 def _require_same(program: Program, loss: Any, had: Settings) -> None:
     """Raise `MergeError` unless the factors are of this program."""
-    now = settings_of(
-        program,
-        loss,
-        had.fisher,
-        had.sharing,
-        had.mc_samples,
-        had.separate_weight_and_bias,
-        had.masked,
-    )
+    now = settings_again(program, loss, had, had.masked)
     for what in ("parameters", "structures"):
         mine, theirs = dict(getattr(now, what)), dict(getattr(had, what))
         names = [n for n in {**mine, **theirs} if mine.get(n) != theirs.get(n)]

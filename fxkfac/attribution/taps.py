@@ -15,18 +15,20 @@ import torch
 from torch import Tensor
 
 from fxkfac.attribution.rows import Formed, Rows, TokenRows
+from fxkfac.curvature.datum import Heard, require_independent, rows_of
 from fxkfac.curvature.factors import Settings
 from fxkfac.curvature.likelihoods import Likelihood
 from fxkfac.curvature.perdatum import datum_gradients
 from fxkfac.curvature.plan import TermPlan
 from fxkfac.curvature.schedule import Schedule, counts_only, schedule_of
-from fxkfac.curvature.sharing import accurate_dtype, bias_output, known, written_out
+from fxkfac.curvature.sharing import accurate_dtype, known
 from fxkfac.errors import BatchAxisError, DataError, NonFiniteError, UnsupportedUse
 from fxkfac.graph.ir import Use
-from fxkfac.graph.normal import Input, OneHotRows, detached, normal_weight, normal_x, normal_y
+from fxkfac.graph.normal import Input, OneHotRows, detached, normal_x, normal_y
 from fxkfac.graph.program import Program, Tapped
 from fxkfac.graph.tap import Taps
 from fxkfac.isolation import is_finite, own_randomness
+from fxkfac.linalg.contraction import DatumRows
 
 
 @dataclass(frozen=True)
@@ -93,14 +95,17 @@ class Batch:
 
     def term(self, term: TermPlan) -> Rows | TokenRows:
         """The rows of one term."""
-        if term.is_bias:
-            return self._bias(term)
         if counts_only(term):
             return self._tokens(term)
-        uses = [self._use(use, term.scales(k)) for k, use in enumerate(term.uses)]
-        if len(uses) == 1:
-            return uses[0]
-        return Rows(torch.cat([u.x for u in uses], 2), torch.cat([u.g for u in uses], 2))
+        heard = [
+            Heard(use, term.scales(k), self.inputs[use], self._gradient(use).unsqueeze(0), None)
+            for k, use in enumerate(term.uses)
+        ]
+        (rows,) = rows_of(term, heard, self.n, 1, accurate_dtype(heard[0].g))
+        assert isinstance(rows, DatumRows)
+        x, g = rows.x, rows.g.squeeze(3)
+        groups = max(len(x), len(g))
+        return Rows(x.expand(groups, -1, -1, -1), g.expand(groups, -1, -1, -1))
 
     def exact(self, name: str) -> Formed | None:
         """The gradients of a parameter with an exact block; `None` where nothing uses it."""
@@ -112,12 +117,6 @@ class Batch:
 
     def _gradient(self, use: Use) -> Tensor:
         return self.gradients[use.tap]
-
-    def _bias(self, term: TermPlan) -> Rows:
-        """A bias by itself: its input is one, its gradient Σ_s g over all uses."""
-        parts = [bias_output(term, use, self._gradient(use)) for use in term.uses]
-        g = torch.stack(parts).sum(0).unsqueeze(2)  # (1, n, 1, numel)
-        return Rows(g.new_ones(1, g.shape[1], 1, 1), g)
 
     def _tokens(self, term: TermPlan) -> TokenRows:
         tokens, gradients = [], []
@@ -132,19 +131,6 @@ class Batch:
             gradients.append(g)
         return TokenRows(torch.cat(tokens, 1), torch.cat(gradients, 1))
 
-    def _use(self, use: Use, scales: tuple[float, ...]) -> Rows:
-        """The rows of one use; where its input is the same at all places, one for each datum."""
-        groups = len(normal_weight(use))
-        g = _accurate(normal_y(use, self._gradient(use), known(use)))
-        x = normal_x(use, self.inputs[use], known(use))
-        if isinstance(x, Tensor) and x.shape[2] == 1 < g.shape[2]:
-            g = g.sum(2, keepdim=True)
-        x = written_out(x, g).to(g.dtype).expand(groups, -1, -1, -1)
-        ones = x.new_ones(*x.shape[:-1], 1)
-        return Rows(
-            torch.cat([x, *(scale * ones for scale in scales)], -1), g.expand(groups, -1, -1, -1)
-        )
-
 
 def _accurate(g: Tensor) -> Tensor:
     return g.to(accurate_dtype(g))
@@ -152,12 +138,7 @@ def _accurate(g: Tensor) -> Tensor:
 
 def _require_apart(tapped: Tapped) -> None:
     """Raise `BatchAxisError` unless every row is known to be one datum's."""
-    if tapped.coupled:
-        raise BatchAxisError(
-            "one datum's prediction depends on the others', as by batch norm in train mode, so "
-            "that no gradient is one datum's own; expected independent data. Call model.eval() "
-            "before tracing."
-        )
+    require_independent(tapped)
     for use in tapped.uses:
         if use.batch is None:
             at = f" ({use.source})" if use.source else ""

@@ -19,8 +19,20 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 
+class Term:
+    """One part of a block, and where its entries are."""
+
+    plan: TermPlan
+    offsets: dict[str, int]
+
+    @property
+    def entries(self) -> Tensor:
+        """Numbers of the entries in the block's concatenated rvec, (group, in, out)."""
+        return self.plan.entries(self.offsets)
+
+
 @dataclass(frozen=True)
-class Kronecker:
+class Kronecker(Term):
     """One Kronecker product A ⊗ B of a block, and where its entries are.
 
     A and B are those that the factors hold, and equal inputs have one A: copy before changing one.
@@ -36,11 +48,6 @@ class Kronecker:
     B: Tensor
     plan: TermPlan = field(repr=False)
     offsets: dict[str, int] = field(repr=False)
-
-    @property
-    def entries(self) -> Tensor:
-        """Numbers of the entries in the block's concatenated rvec, (group, in, out)."""
-        return self.plan.entries(self.offsets)
 
     @property
     def operator(self) -> operators.Kronecker:

@@ -15,13 +15,12 @@ from torch import Tensor
 
 from fxkfac.curvature import perdatum
 from fxkfac.curvature.batch import Batch, Pass
-from fxkfac.curvature.datum import Heard, rows_of, sizes_of
+from fxkfac.curvature.datum import Heard, require_independent, rows_of, sizes_of
 from fxkfac.curvature.padding import Padding
 from fxkfac.curvature.plan import BlockPlan, require_same_terms
 from fxkfac.curvature.receive import Awaited, Receiver
 from fxkfac.curvature.schedule import Schedule
 from fxkfac.curvature.sharing import known
-from fxkfac.errors import BatchAxisError
 from fxkfac.graph.ir import Use
 from fxkfac.graph.normal import Input
 from fxkfac.linalg.contraction import Statistic
@@ -156,11 +155,7 @@ class CorrectionPass(Pass[Corrector, TermSums]):
             BatchAxisError: One datum's prediction depends on the others'.
         """
         require_same_terms(self.blocks.values(), schedule.blocks)
-        if schedule.tapped.coupled:
-            raise BatchAxisError(
-                "the prediction of a datum depends on the others of its batch, so that no gradient "
-                "is one datum's own; is batch norm in train mode? Call model.eval() before tracing."
-            )
+        require_independent(schedule.tapped)
         asked = [self.asked[place] for place in places(_by_name(schedule))]
         return Corrector(
             schedule=schedule, settings=self.settings, padding=padding, memory=memory, asked=asked

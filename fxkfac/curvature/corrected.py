@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from fxkfac.curvature.curvature import AnyBlock, Curvature
+from fxkfac.curvature.curvature import AnyBlock, OfBlocks
 from fxkfac.curvature.factors import Factors
 from fxkfac.curvature.plan import BlockPlan
 from fxkfac.errors import UnsupportedUse
-from fxkfac.functional import unknown
 from fxkfac.linalg.orders import Order
 
 # Layout ops by which an entry of a parameter may come to stand in two places of one operand.
@@ -20,7 +19,7 @@ REPEATING = {"expand", "repeat", "cat", "stack", "as_strided"}
 
 
 @dataclass(frozen=True)
-class Corrected(Curvature):
+class Corrected(OfBlocks):
     """A mapping from the name of a weight to its block. `print` shows how each was computed.
 
     Attributes:
@@ -50,18 +49,6 @@ class Corrected(Curvature):
     def canonical(self, name: str) -> str:
         """The name of a tied parameter that the blocks know it by."""
         return self.factors.canonical(name)
-
-    def __getitem__(self, name: str) -> AnyBlock:
-        name = self.canonical(name)
-        if name not in self.blocks:
-            raise unknown(name, self.blocks)
-        return self.blocks[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.blocks)
-
-    def __len__(self) -> int:
-        return len(self.blocks)
 
     def __str__(self) -> str:
         width = max((len(name) for name in self.blocks), default=0)

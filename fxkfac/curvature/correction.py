@@ -15,7 +15,7 @@ from fxkfac.curvature.data import Data, batches
 from fxkfac.curvature.factors import Factors, Product, Settings
 from fxkfac.curvature.likelihoods import Likelihood
 from fxkfac.curvature.losses import likelihood_of
-from fxkfac.curvature.options import settings_of
+from fxkfac.curvature.options import settings_again
 from fxkfac.curvature.padding import Mask
 from fxkfac.errors import MergeError, OptionError
 from fxkfac.functional import Params
@@ -47,7 +47,8 @@ class Correction:
         """Refuse what does not go together; see `fxkfac.ekfac`."""
         likelihood = likelihood_of(loss)
         _require_factors(factors)
-        _require_same(factors.settings, _settings(program, loss, factors, mask))
+        had = factors.settings
+        _require_same(had, settings_again(program, loss, had, mask is not None))
         for plan in factors.plans.values():
             require_apart(plan)
         return Correction(program, likelihood, factors, params, mask, backend, memory)
@@ -112,19 +113,6 @@ def _require_factors(factors: Any) -> None:
             "these factors have fisher='forward-only', which sends nothing back, but corrections "
             "are made of gradients; expected factors of another fisher."
         )
-
-
-def _settings(program: Program, loss: Any, factors: Factors, mask: Mask | None) -> Settings:
-    s = factors.settings
-    return settings_of(
-        program,
-        loss,
-        s.fisher,
-        s.sharing,
-        s.mc_samples,
-        s.separate_weight_and_bias,
-        mask is not None,
-    )
 
 
 def _require_same(mine: Settings, theirs: Settings) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -113,6 +113,24 @@ class Curvature(Mapping[str, AnyBlock]):
         shapes = {n: s for b in blocks for n, s in zip(b.params, b.shapes, strict=True)}
         labels = tuple(", ".join(block.params) for block in blocks)
         return Named(BlockDiagonal(tuple(b.operator for b in blocks), labels), shapes)
+
+
+class OfBlocks(Curvature):
+    """A curvature whose blocks are there, by the names of their weights."""
+
+    blocks: Mapping[str, AnyBlock]
+
+    def __getitem__(self, name: str) -> AnyBlock:
+        name = self.canonical(name)
+        if name not in self.blocks:
+            raise unknown(name, self.blocks)
+        return self.blocks[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.blocks)
+
+    def __len__(self) -> int:
+        return len(self.blocks)
 
 
 def _fill(total: Tensor, block: AnyBlock, inside: list[str], spans: Mapping[str, slice]) -> None:

@@ -21,9 +21,11 @@ from fxkfac.curvature.plan import Scales, TermPlan
 from fxkfac.curvature.schedule import counts_only
 from fxkfac.curvature.sharing import Kept, bias_output, known
 from fxkfac.curvature.together import of_each
+from fxkfac.errors import BatchAxisError
 from fxkfac.graph.axes import axis_tokens
 from fxkfac.graph.ir import Use
 from fxkfac.graph.normal import Input, OneHotRows, normal_x, normal_y
+from fxkfac.graph.program import Tapped
 from fxkfac.linalg.contraction import DatumRows, Rows, Sizes, TokenRows
 
 if TYPE_CHECKING:
@@ -68,6 +70,16 @@ class _Normal:
                 return x
             return replace(x, indices=x.indices.narrow(0, start, size))
         return x if x.shape[1] == 1 else x.narrow(1, start, size)
+
+
+def require_independent(tapped: Tapped) -> None:
+    """Raise `BatchAxisError` where one datum's prediction depends on others of its batch."""
+    if tapped.coupled:
+        raise BatchAxisError(
+            "one datum's prediction depends on the others', as by batch norm in train mode, so "
+            "that no gradient is one datum's own; expected independent data. Call model.eval() "
+            "before tracing."
+        )
 
 
 def sizes_of(term: TermPlan, heard: Sequence[Heard], d_in: int, d_out: int) -> Sizes:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from fxkfac.curvature.blocks import OfParameters
+from fxkfac.curvature.blocks import OfParameters, Term
 from fxkfac.curvature.laid_out import side_by_side
 from fxkfac.curvature.plan import TermPlan
 from fxkfac.errors import FxkfacError
@@ -15,7 +15,7 @@ from fxkfac.linalg.operators import Operator
 
 
 @dataclass(frozen=True)
-class EigenTerm:
+class EigenTerm(Term):
     """One part of a block in its own eigenbasis, and where its entries are.
 
     Attributes:
@@ -30,11 +30,6 @@ class EigenTerm:
     eigenvalues: Tensor
     plan: TermPlan = field(repr=False)
     offsets: dict[str, int] = field(repr=False)
-
-    @property
-    def entries(self) -> Tensor:
-        """Numbers of the entries in the block's concatenated rvec, (group, in, out)."""
-        return self.plan.entries(self.offsets)
 
     @property
     def operator(self) -> operators.Eigenbasis:

@@ -39,6 +39,19 @@ def settings_of(
     )
 
 
+def settings_again(program: Program, loss: Any, had: Settings, masked: bool) -> Settings:
+    """What a program and loss say now, for the arguments of other settings."""
+    return settings_of(
+        program,
+        loss,
+        had.fisher,
+        had.sharing,
+        had.mc_samples,
+        had.separate_weight_and_bias,
+        masked,
+    )
+
+
 def _structures(program: Program, fisher: str) -> dict[str, str]:
     """The structure of every parameter that gets a block."""
     chosen = {name: c for name, c in program.structures.items() if c.structure not in NONE}

@@ -6,7 +6,7 @@ of their own. The curvature of their sum is the sum of theirs: a sum of Kronecke
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import networkx as nx
@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from fxkfac.curvature.blocks import Block, Dense, Diagonal
-from fxkfac.curvature.curvature import AnyBlock, Curvature
+from fxkfac.curvature.curvature import AnyBlock, Curvature, OfBlocks
 from fxkfac.errors import MergeError
-from fxkfac.functional import unknown
 
 
 def sum_of(*parts: Curvature) -> Total:
@@ -44,7 +43,7 @@ def sum_of(*parts: Curvature) -> Total:
 
 
 @dataclass(frozen=True)
-class Total(Curvature):
+class Total(OfBlocks):
     """The sum of several curvatures: a mapping from the name of a weight to its block."""
 
     parameters: Mapping[str, tuple[int, ...]]
@@ -64,18 +63,6 @@ class Total(Curvature):
     def canonical(self, name: str) -> str:
         """The name of a tied parameter that the blocks know it by."""
         return next((c for p in self.parts if (c := p.canonical(name)) in self.shapes), name)
-
-    def __getitem__(self, name: str) -> AnyBlock:
-        name = self.canonical(name)
-        if name not in self.blocks:
-            raise unknown(name, self.blocks)
-        return self.blocks[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.blocks)
-
-    def __len__(self) -> int:
-        return len(self.blocks)
 
 
 def _connected(blocks: Sequence[AnyBlock]) -> list[list[int]]:

@@ -4,7 +4,6 @@ from fxkfac.linalg.flatten import cvec, rvec
 from fxkfac.linalg.gram import Gram, add_gram
 from fxkfac.linalg.kronecker import kronecker_dense
 from fxkfac.linalg.patches import add_patch_gram
-from fxkfac.linalg.solve import kronecker_solve
 from fxkfac.linalg.windows import Windows, patch_sums
 
 __all__ = [
@@ -14,7 +13,6 @@ __all__ = [
     "add_patch_gram",
     "cvec",
     "kronecker_dense",
-    "kronecker_solve",
     "patch_sums",
     "rvec",
 ]

@@ -49,12 +49,6 @@ class Gram:
     is_empty: bool = True
     is_whole: bool = True
 
-    @staticmethod
-    def of(group: int, d: int, like: Tensor) -> Gram:
-        """An empty one, in float32 or better: the dtype that products are taken in."""
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        return Gram(like.new_empty(group, d, d, dtype=dtype))
-
     def merge(self, other: Gram) -> None:
         """Add what another one has, which is used up."""
         if not other.is_empty:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from math import nan, prod
 
+import torch
 from torch import Tensor
 
 from fxkfac.linalg import Gram, Windows, add_gram, add_patch_gram
 
+F32 = torch.float32
+
 
 def empty(group: int, d: int, like: Tensor) -> Gram:
-    """An empty one whose memory shows in every result that reads it."""
-    return Gram(Gram.of(group, d, like).total.fill_(nan))
+    """An empty one whose memory shows in every result that reads it, in float32 or better."""
+    return Gram(like.new_full((group, d, d), nan, dtype=torch.promote_types(like.dtype, F32)))
 
 
 def gram_of(*parts: Tensor) -> Tensor:

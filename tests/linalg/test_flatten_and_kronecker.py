@@ -7,9 +7,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from fxkfac.errors import OptionError
-from fxkfac.linalg import cvec, kronecker_dense, kronecker_solve, rvec
+from fxkfac.linalg import cvec, kronecker_dense, rvec
+from fxkfac.linalg.operators import Damping, Kronecker, damped, solve
 
 SIZES = st.integers(1, 4)
 
@@ -49,6 +51,11 @@ def test_dense_acts_on_the_rvec_of_in_by_out(group: int, d_in: int, d_out: int) 
     for g in range(group):
         torch.testing.assert_close(dense[g], torch.kron(A[g], B[g]))
         torch.testing.assert_close(dense[g] @ rvec(X[g]), rvec(A[g] @ X[g] @ B[g]))
+
+
+def kronecker_solve(A: Tensor, B: Tensor, G: Tensor, damping: float) -> Tensor:
+    """X with (A ⊗ B + damping · I) vec X = vec G."""
+    return solve(damped(Kronecker(A, B), Damping(damping)), G)
 
 
 @given(SIZES, SIZES, SIZES, st.integers(0, 4), st.floats(1e-3, 10))
