@@ -14,12 +14,11 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fxkfac.curvature.plan import Scales, TermPlan
 from fxkfac.curvature.schedule import counts_only
-from fxkfac.curvature.sharing import Kept, bias_output, known
+from fxkfac.curvature.sharing import Kept, bias_output, known, written_out
 from fxkfac.curvature.together import of_each
 from fxkfac.errors import BatchAxisError
 from fxkfac.graph.axes import axis_tokens
@@ -190,11 +189,7 @@ def _dense(own: _Normal, scales: Scales, dtype: torch.dtype) -> DatumRows:
     """Rows x̃ and g of one use, one-hot rows written out."""
     x, g = own.x, own.g.to(dtype)
     n, shared = g.shape[1:3]
-    if isinstance(x, OneHotRows):
-        hot = x.scale * F.one_hot(x.indices, x.size).to(dtype).unsqueeze(0)
-        if x.ignored is not None:
-            hot[..., x.ignored] = 0.0
-        x = hot
+    x = written_out(x, dtype) if isinstance(x, OneHotRows) else x
     ones = x.new_ones(*x.shape[:-1], 1)
     x = torch.cat([x, *(scale * ones for scale in scales)], dim=-1).to(dtype)
     if own.kept is not None:

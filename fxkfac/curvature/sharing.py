@@ -79,7 +79,7 @@ def expanded_input(
     """
     batch = None if kept is None else use.batch
     like = normal_y(use, y, batch)
-    rows = _accurate(written_out(normal_x(use, x, batch), like))
+    rows = _accurate(_dense(normal_x(use, x, batch), like))
     return _masked(rows, kept), _number_of_rows(like, kept)
 
 
@@ -92,7 +92,7 @@ def reduced_input(
     """
     like = normal_y(use, y, known(use))
     if x_sum is None:
-        rows = _accurate(written_out(normal_x(use, x, known(use)), like))
+        rows = _accurate(_dense(normal_x(use, x, known(use)), like))
         x_sum = _masked(_by_datum(rows), kept).sum(2)
     places = _places(like, kept)
     ones = places.expand(len(x_sum), -1).unsqueeze(-1)
@@ -195,14 +195,18 @@ def accurate_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def written_out(rows: Rows, y: Tensor) -> Tensor:
+def written_out(rows: OneHotRows, dtype: torch.dtype) -> Float[Tensor, "1 batch shared size"]:
+    """One-hot vectors as such."""
+    hot = rows.scale * F.one_hot(rows.indices, rows.size).to(dtype).unsqueeze(0)
+    if rows.ignored is not None:
+        hot[..., rows.ignored] = 0.0
+    return hot
+
+
+def _dense(rows: Rows, y: Tensor) -> Tensor:
     """Rows with every row axis of the output, one-hot vectors written out."""
     assert rows is not None
-    if isinstance(rows, OneHotRows):
-        hot = rows.scale * F.one_hot(rows.indices, rows.size).to(y.dtype).unsqueeze(0)
-        if rows.ignored is not None:
-            hot[..., rows.ignored] = 0.0
-        rows = hot
+    rows = written_out(rows, y.dtype) if isinstance(rows, OneHotRows) else rows
     return rows.expand(-1, *y.shape[1:-1], -1)
 
 
