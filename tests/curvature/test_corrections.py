@@ -14,6 +14,7 @@ import torch
 import zoo_functional  # noqa: F401 - registers its entries
 import zoo_wide  # noqa: F401 - likewise
 from drawn import classes, generator, rand, seeded
+from terms import grouped
 from torch import Tensor, nn
 from zoo import ZOO, Made
 
@@ -23,13 +24,6 @@ from fxkfac.curvature import perdatum
 
 CE, MSE, BCE = nn.CrossEntropyLoss(), nn.MSELoss(), nn.BCEWithLogitsLoss()
 N = 5
-
-
-def grouped(term):
-    """A and B of a Kronecker product with their group axis, A written out."""
-    A, B = term.operator.A, term.operator.B
-    A = torch.diag_embed(A) if A.ndim == 2 else A
-    return A.expand(len(B), -1, -1), B
 
 
 @dataclass(frozen=True)
