@@ -135,22 +135,23 @@ def test_solve_is_that_of_the_factors(structure: dict[str, str]) -> None:
     assert_close(p.solve(found.gradients), found.factors.solve(found.gradients, 1e-2))
 
 
-def test_split_damping_is_that_of_martens_and_grosse() -> None:
+def test_split_damping_is_that_of_martens_and_grosse_and_may_change_at_any_step() -> None:
     model, (x, y) = mlp(), batch()
     program = fxkfac.trace(model, x)
     found = fxkfac.step(program, CE, (x, y), fisher="type-2")
-    p = Preconditioner(program, CE, damping=1e-2, fisher="type-2")
+    p = Preconditioner(program, CE, fisher="type-2")
     p.update(x, y)
-    expected = {}
-    for k in ("0", "3"):
-        A, B = found.factors[f"{k}.weight"].A, found.factors[f"{k}.weight"].B
-        π = ((A.trace() / len(A)) / (B.trace() / len(B))).sqrt()
-        A = A + π * 0.1 * torch.eye(len(A)).double()
-        B = B + 0.1 / π * torch.eye(len(B)).double()
-        W, b = found.gradients[f"{k}.weight"], found.gradients[f"{k}.bias"]
-        step = torch.linalg.inv(B) @ torch.cat([W, b.unsqueeze(1)], 1) @ torch.linalg.inv(A)
-        expected |= {f"{k}.weight": step[:, :-1], f"{k}.bias": step[:, -1]}
-    assert_close(p.solve(found.gradients), expected)
+    for λ in (1e-2, 1e-4):
+        p.damping, expected = λ, {}
+        for k in ("0", "3"):
+            A, B = found.factors[f"{k}.weight"].A, found.factors[f"{k}.weight"].B
+            π = ((A.trace() / len(A)) / (B.trace() / len(B))).sqrt()
+            A = A + π * λ**0.5 * torch.eye(len(A)).double()
+            B = B + λ**0.5 / π * torch.eye(len(B)).double()
+            W, b = found.gradients[f"{k}.weight"], found.gradients[f"{k}.bias"]
+            step = torch.linalg.inv(B) @ torch.cat([W, b.unsqueeze(1)], 1) @ torch.linalg.inv(A)
+            expected |= {f"{k}.weight": step[:, :-1], f"{k}.bias": step[:, -1]}
+        assert_close(p.solve(found.gradients), expected)
 
 
 class Tied(nn.Module):
@@ -200,6 +201,47 @@ def test_groups_and_images_are_solved_like_their_factors() -> None:
     p.update(x, y)
     assert len(p.bases["0.weight"].left) == 2
     assert_close(p.solve(found.gradients), found.factors.solve(found.gradients, 1e-2))
+
+
+def _flipped(p: Any, x: Tensor) -> Tensor:
+    return x @ p["W"].flip(0)
+
+
+def _joined(p: Any, x: Tensor) -> Tensor:
+    return torch.nn.functional.linear(x, torch.cat([p["Q"], p["K"]]), p["b"])
+
+
+LAID_OUT: dict[str, tuple[Any, Any, Tensor, bool]] = {  # model, parameters, inputs, is a box
+    "linear": (nn.Linear(4, 3), None, torch.randn(5, 4), True),
+    "separate": (nn.Linear(4, 3, bias=False), None, torch.randn(5, 4), True),
+    "groups": (nn.Conv1d(4, 6, 3, groups=2), None, torch.randn(5, 4, 3), True),
+    "transposed": (nn.ConvTranspose2d(2, 3, 2), None, torch.randn(5, 2, 3, 3), True),
+    "joined": (
+        _joined,
+        {"Q": torch.randn(3, 4), "K": torch.randn(2, 4), "b": torch.randn(5)},
+        torch.randn(5, 4),
+        True,
+    ),
+    "flipped": (_flipped, {"W": torch.randn(4, 3)}, torch.randn(5, 4), False),
+    "a part": (lambda p, x: x @ p["W"][:, :2], {"W": torch.randn(4, 3)}, torch.randn(5, 4), False),
+}
+
+
+@pytest.mark.parametrize("case", LAID_OUT)
+def test_a_block_reads_gradients_by_its_table_with_or_without_strides(case: str) -> None:
+    model, params, x, is_box = LAID_OUT[case]
+    program = fxkfac.trace(model, x, params)
+    layout, *_ = Preconditioner(program, MSE)._layouts.values()
+    assert (layout.boxes is not None) == is_box
+    gradients = {n: torch.randn(s) for n, s in zip(layout.params, layout.shapes, strict=True)}
+    flat = torch.cat([g.flatten() for g in gradients.values()])
+    found = layout.matrix(
+        {n: g.mT.clone().mT if g.ndim > 1 else g for n, g in gradients.items()}, torch.float64
+    )
+    assert torch.equal(found, flat[layout.entries].double())
+    back = layout.parameters(found.float())
+    inside = torch.zeros(len(flat)).index_fill(0, layout.entries.flatten(), 1.0)
+    assert torch.equal(torch.cat([g.flatten() for g in back.values()]), inside * flat)
 
 
 def test_averages_have_their_bias_corrected() -> None:

@@ -67,19 +67,24 @@ class Basis:
     def solve(
         self, G: Float[Tensor, "group d_in d_out"], damping: float
     ) -> Float[Tensor, "group d_in d_out"]:
-        """What the damped block makes G of, for a gradient G in the block's order."""
+        """What the block with λ on its eigenvalues makes G of, for a G in the block's order."""
         λ = damping if self.damping is None else self.damping
-        scaled = self.rotated(G) / (self._split(λ) if self.split else self.eigenvalues() + λ)
+        scaled = self.rotated(G) / (self.eigenvalues() + λ)
         scaled = scaled if self.left is None else self.left @ scaled
         return scaled if self.right is None else scaled @ self.right.mT
 
-    def _split(self, damping: float) -> Tensor:
-        """π² is the ratio of the mean eigenvalues (Martens & Grosse 2015, Section 6.3)."""
+    def inverses(self, damping: float) -> Inverses:
+        """Those of both damped factors: they take half of the products that bases do.
+
+        π² is the ratio of the mean eigenvalues (Martens & Grosse 2015, Section 6.3).
+        """
         ratio = self.inputs.mean(-1, keepdim=True) / self.outputs.mean(-1, keepdim=True)
         # A factor that is zero has no size to speak of.
         π = torch.where((ratio > 0) & ratio.isfinite(), ratio, 1.0).sqrt()
-        inputs, outputs = self.inputs + π * damping**0.5, self.outputs + damping**0.5 / π
-        return inputs.unsqueeze(-1) * outputs.unsqueeze(-2)
+        return Inverses(
+            _inverse(self.left, self.inputs + π * damping**0.5),
+            _inverse(self.right, self.outputs + damping**0.5 / π),
+        )
 
     def observe(self, G: Float[Tensor, "group d_in d_out"], R: float, decay: float) -> Basis:
         """The second moments, one gradient later: (Q_Aᵀ G Q_B)² / R is averaged into them.
@@ -98,6 +103,28 @@ class Basis:
         if self.right is not None and before.right is not None:
             s = s @ (before.right.mT @ self.right).square()
         return replace(self, values=s)
+
+
+@dataclass(frozen=True)
+class Inverses:
+    """Of a product whose factors are damped: (A + π√λ I)⁻¹ and (B + √λ/π I)⁻¹.
+
+    Attributes:
+        left: That of A, (group, in, in); of a diagonal the diagonal, (group, in).
+        right: That of B, (group, out, out).
+    """
+
+    left: Tensor
+    right: Tensor
+
+    def solve(self, G: Float[Tensor, "group d_in d_out"]) -> Float[Tensor, "group d_in d_out"]:
+        """(A + π√λ I)⁻¹ G (B + √λ/π I)⁻¹."""
+        G = G @ self.right
+        return self.left @ G if self.left.ndim == 3 else self.left.unsqueeze(-1) * G
+
+
+def _inverse(Q: Tensor | None, eigenvalues: Tensor) -> Tensor:
+    return 1 / eigenvalues if Q is None else (Q / eigenvalues.unsqueeze(-2)) @ Q.mT
 
 
 def eigh_once() -> Eigh:

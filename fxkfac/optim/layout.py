@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,7 @@ from fxkfac.curvature.schedule import schedule_of
 from fxkfac.errors import UnknownParameter
 from fxkfac.graph.program import Program
 from fxkfac.graph.structure import EXACT
+from fxkfac.optim.boxes import Box, boxes_of
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -51,17 +53,42 @@ class Layout:
                 f"there is no gradient of {missing}, whose block is that of {self.params}; "
                 "expected those of all of its parameters."
             )
-        flat = torch.cat([gradients[name].detach().flatten() for name in self.params])
-        return flat[self.entries.to(flat.device)].to(dtype)
+        found = [gradients[name].detach() for name in self.params]
+        if self.boxes is None:
+            flat = torch.cat([g.flatten() for g in found])
+            return flat[self.entries.to(flat.device)].to(dtype)
+        parts = [box.of(g.contiguous()) for box, g in zip(self.boxes, found, strict=True)]
+        if len(parts) == 1:
+            return parts[0].to(dtype)
+        G = found[0].new_empty(self.entries.shape, dtype=dtype)
+        for box, part in zip(self.boxes, parts, strict=True):
+            box.part(G).copy_(part)
+        return G
 
     def parameters(self, matrix: Float[Tensor, "group d_in d_out"]) -> dict[str, Tensor]:
         """Inverse of `matrix`; zero where the block has no entry."""
-        sizes = [torch.Size(shape).numel() for shape in self.shapes]
-        flat = matrix.new_zeros(sum(sizes))
+        if self.boxes is None:
+            return self._looked_up(matrix)
+        made = {}
+        for name, shape, box in zip(self.params, self.shapes, self.boxes, strict=True):
+            made[name] = matrix.new_empty(shape)
+            box.of(made[name]).copy_(box.part(matrix))
+        return made
+
+    def _looked_up(self, matrix: Tensor) -> dict[str, Tensor]:
+        flat = matrix.new_zeros(sum(self._sizes))
         flat[self.entries.to(flat.device)] = matrix
-        parts = flat.split(sizes)
-        named = zip(self.params, self.shapes, parts, strict=True)
+        named = zip(self.params, self.shapes, flat.split(self._sizes), strict=True)
         return {name: part.view(shape) for name, shape, part in named}
+
+    @cached_property
+    def boxes(self) -> tuple[Box, ...] | None:
+        """The same as strides, where every parameter is a box of the block."""
+        return boxes_of(self.entries, self._sizes)
+
+    @cached_property
+    def _sizes(self) -> list[int]:
+        return [torch.Size(shape).numel() for shape in self.shapes]
 
 
 def plans_of(program: Program, settings: Settings) -> dict[str, BlockPlan]:

@@ -130,12 +130,14 @@ class KFAC(Optimizer):
         loss, gradients = self._pass_over(data)
         self._follow_with_buffers(data)
         adapts = self.lm_interval is not None and p.steps % self.lm_interval == 0
-        tensors = held(self.program)
-        before = {name: t.detach().clone() for name, t in tensors.items()} if adapts else {}
+        before = self._values() if adapts else {}
         self._move(clipped(gradients, self.max_norm))
         if adapts:
             self._adapt(data, drawn, loss, gradients, before)
         return loss
+
+    def _values(self) -> dict[str, Tensor]:
+        return {name: t.detach().clone() for name, t in held(self.program).items()}
 
     def _pass_over(self, data: Batches) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and gradients, and the curvature if it is due."""
@@ -171,20 +173,25 @@ class KFAC(Optimizer):
         ν = kl_factor(lengths, self.kl_clip)
         for group in self.param_groups:
             if group["method"] == "kfac":
-                self._move_by_kfac(group, {name: ν * natural[name] for name, _ in _named(group)})
+                self._move_by_kfac(group, natural, ν)
             else:
                 self._move_by_adam(group, gradients)
 
-    def _move_by_kfac(self, group: dict[str, Any], natural: Mapping[str, Tensor]) -> None:
-        lr, μ = group["lr"], group["momentum"]
-        for name, θ in _named(group):
-            if group["decoupled"]:
-                θ.mul_(1 - lr * group["weight_decay"])
-            step = natural[name]
-            if μ:
-                last = self.state[θ].get("momentum")
-                step = self.state[θ]["momentum"] = step if last is None else μ * last + step
-            θ.sub_(lr * step)
+    def _move_by_kfac(
+        self, group: dict[str, Any], natural: Mapping[str, Tensor], ν: float | Tensor
+    ) -> None:
+        lr, μ, θs = group["lr"], group["momentum"], group["params"]
+        steps = [natural[name] for name in group["param_names"]]
+        if self.kl_clip is not None:
+            steps = torch._foreach_mul(steps, ν)
+        if group["decoupled"] and group["weight_decay"]:
+            torch._foreach_mul_(θs, 1 - lr * group["weight_decay"])
+        if μ:
+            last = [_last(self.state[θ], θ) for θ in θs]
+            steps = torch._foreach_add(steps, last, alpha=μ)
+            for θ, step in zip(θs, steps, strict=True):
+                self.state[θ]["momentum"] = step
+        torch._foreach_sub_(θs, steps, alpha=lr)
 
     def _move_by_adam(self, group: dict[str, Any], gradients: Mapping[str, Tensor]) -> None:
         named = list(_named(group))
@@ -246,3 +253,7 @@ class KFAC(Optimizer):
 
 def _named(group: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
     return list(zip(group["param_names"], group["params"], strict=True))
+
+
+def _last(state: Mapping[str, Tensor], θ: Tensor) -> Tensor:
+    return state["momentum"] if "momentum" in state else torch.zeros_like(θ)

@@ -21,7 +21,7 @@ from fxkfac.errors import FxkfacError
 from fxkfac.graph.program import Program
 from fxkfac.isolation import full_precision
 from fxkfac.optim import saved
-from fxkfac.optim.basis import Basis, basis_of, eigh_once
+from fxkfac.optim.basis import Basis, Inverses, basis_of, eigh_once
 from fxkfac.optim.checks import require, require_at_least_one, require_positive
 from fxkfac.optim.layout import held, layouts
 
@@ -107,6 +107,7 @@ class Preconditioner:
         self.average = RunningAverage(decay)
         self._reduction = 1.0  # R of the last factors
         self.bases: dict[str, Basis] = {}
+        self._inverses: dict[str, tuple[Basis, float, Inverses]] = {}  # of which basis and damping
         self._layouts = layouts(program, self.settings, self.split)
 
     @property
@@ -171,9 +172,17 @@ class Preconditioner:
             G = layout.matrix(gradients, basis.inputs.dtype)
             if self.ekfac and layout.kind == "product":
                 basis = self.bases[name] = basis.observe(G, self._reduction, self.decay)
-            solved = layout.parameters(basis.solve(G, self.damping))
+            solved = layout.parameters(self._solved(name, basis, G))
             natural |= {n: part.to(gradients[n].dtype) for n, part in solved.items()}
         return natural
+
+    def _solved(self, name: str, basis: Basis, G: Tensor) -> Tensor:
+        if not basis.split:
+            return basis.solve(G, self.damping)
+        held = self._inverses.get(name)
+        if held is None or held[0] is not basis or held[1] != self.damping:
+            held = self._inverses[name] = basis, self.damping, basis.inverses(self.damping)
+        return held[2].solve(G)
 
     @torch.no_grad()
     def precondition(self) -> None:
