@@ -1,7 +1,7 @@
 """fxkfac: a torch.fx compiler that makes Kronecker-factored curvature visible and usable."""
 
 from fxkfac import errors, exact, laplace, optim
-from fxkfac.attribution import influence
+from fxkfac.attribution import influence, token_influence
 from fxkfac.curvature.accumulation import Accumulation
 from fxkfac.curvature.blocks import Block, Dense, Diagonal, Kronecker
 from fxkfac.curvature.check import check
@@ -58,5 +58,6 @@ __all__ = [
     "save",
     "step",
     "sum_of",
+    "token_influence",
     "trace",
 ]

@@ -245,6 +245,63 @@ def test_what_is_skipped_has_no_part(mlp):
     assert_scores(found, expected_scores(program, CE, factors, mlp.train, mlp.test))
 
 
+# --- by tokens ---
+
+
+def expected_by_tokens(case, factors):
+    """(n_train, tokens, n_test): autograd of one token's loss after the other."""
+    names = list(factors.shapes)
+    params = {n: p for n, p in case.model.named_parameters() if n in names}
+    (x, y), rows = case.train, []
+    for i in range(len(x)):
+        prediction = case.model(x[i : i + 1])
+        each = nn.functional.cross_entropy(prediction, y[i : i + 1], reduction="none").flatten()
+        for loss in each:
+            gradients = torch.autograd.grad(
+                loss, list(params.values()), retain_graph=True, materialize_grads=True
+            )
+            of = dict(zip(params, gradients, strict=True))
+            rows.append(torch.cat([of[n].flatten() for n in names]))
+    G = torch.stack(rows)
+    H = own_gradients(case.program, CE, case.test, names)
+    C = factors.dense(*names)
+    scores = -G @ torch.linalg.solve(C + DAMPING * torch.eye(len(C), dtype=F64), H.mT)
+    return scores.unflatten(0, (len(x), -1))
+
+
+def by_tokens(case, factors, train, **options):
+    return fxkfac.token_influence(case.program, CE, factors, train, case.test, DAMPING, **options)
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_scores_of_tokens_are_those_of_dense_gradients(case, sharing):
+    factors = case.factors(sharing=sharing)
+    found = by_tokens(case, factors, case.train)
+    assert_scores(found, expected_by_tokens(case, factors))
+    assert_scores(found.sum(1), case.scores(factors))  # a sequence is all of its tokens
+    if case.train[1].ndim == 2:
+        assert found.shape[1] == 5
+        ignored = case.train[1] == -100
+        assert ignored.any()
+        assert (found[ignored] == 0).all()
+
+
+@pytest.mark.parametrize("memory", [1, 2**30])
+def test_tokens_in_batches_with_corrected_eigenvalues(memory):
+    case = Case("embedding")
+    factors = fxkfac.ekfac(case.program, CE, case.train, case.factors())
+    x, y = case.train
+    found = by_tokens(case, factors, [(x[:2], y[:2]), (x[2:], y[2:])], memory=memory)
+    assert_scores(found, expected_by_tokens(case, factors))
+
+
+def test_sequences_of_two_lengths_are_refused_by_tokens():
+    case = Case("embedding")
+    x, y = case.train
+    with pytest.raises(errors.DataError, match=r"batch 1 of train has 4 tokens .* before 5"):
+        by_tokens(case, case.factors(), [(x, y), (x[:, :4], y[:, :4])])
+
+
 # --- what is refused ---
 
 

@@ -76,15 +76,65 @@ def influence(
         BatchAxisError: Data are coupled, or it is not known which datum a row belongs to.
         UnsupportedUse: A block is of a parameter that has no normal form.
     """
+    scores = _scores(
+        program, loss, factors, {"train": train, "test": test}, damping, params, memory
+    )
+    return -torch.cat([scores.of(train, group) for group in scores.groups(test)], 1)
+
+
+@full_precision()
+def token_influence(
+    program: Program,
+    loss: Any,
+    factors: Factors | Corrected,
+    train: Data,
+    test: Data,
+    damping: float,
+    params: Params | None = None,
+    memory: int = MEMORY,
+) -> Float[Tensor, "n_train tokens n_test"]:
+    """The same for every token of the training data by itself: score(i, t, j), whose sum is that.
+
+    A datum's own loss is a sum over its sites: those of a language model are its tokens, each with
+    the loss of one label, −log p(y_t | y_<t). The score says how fast the loss of test datum j
+    changes as the weight of this one term grows. A label that is ignored has zeros.
+
+    It takes one backward pass over the training data for each of the sites, from one forward pass.
+
+    Args:
+        program, loss, factors, train, test, damping, params, memory: As of `influence`.
+
+    Returns:
+        The scores, of shape (n_train, sites, n_test), in the order of the data and of the sites
+        along the prediction's axes.
+
+    Raises:
+        DataError: As `influence` does; or training data differ in the number of sites.
+        OptionError, MergeError, NonFiniteError, BatchAxisError, UnsupportedUse: As `influence`.
+    """
+    scores = _scores(
+        program, loss, factors, {"train": train, "test": test}, damping, params, memory
+    )
+    return -torch.cat([scores.of_sites(train, group) for group in scores.groups(test)], 2)
+
+
+def _scores(
+    program: Program,
+    loss: Any,
+    factors: Factors | Corrected,
+    data: Mapping[str, Data],
+    damping: float,
+    params: Params | None,
+    memory: int,
+) -> _Scores:
     base = _factors(factors)
     reader = Reader(program, likelihood_of(loss), base.settings, program.state(params))
     _require_same(program, loss, base.settings)
-    for name, data in {"train": train, "test": test}.items():
-        _require_order(name, data)
+    for name, given in data.items():
+        _require_order(name, given)
     if not memory > 0:
         raise OptionError(f"memory={memory}; expected a positive number of bytes.")
-    scores = _Scores(reader, base, solvers_of(factors, damping), memory)
-    return -torch.cat([scores.of(train, group) for group in scores.groups(test)], 1)
+    return _Scores(reader, base, solvers_of(factors, damping), memory)
 
 
 @dataclass(frozen=True)
@@ -123,6 +173,21 @@ class _Scores:
         """gᵀ P of all training data and some test data."""
         return torch.cat([self._products(batch, group) for batch in self._read("train", train)])
 
+    def of_sites(self, train: Data, group: list[Part]) -> Float[Tensor, "n_train sites m"]:
+        """The same for every site by itself."""
+        found: list[Tensor] = []
+        for where, inputs, targets in _numbered("train", train):
+            batches_of_sites = self.reader.read_sites(inputs, targets, where)
+            each = [self._products(self._fitting(b), group) for b in batches_of_sites]
+            found.append(torch.stack(each, 1))
+            if found[-1].shape[1] != found[0].shape[1]:
+                raise DataError(
+                    f"{where} has {found[-1].shape[1]} tokens for each datum, and the batches "
+                    f"before {found[0].shape[1]}; expected as many in all. Pad them, with targets "
+                    "that are ignored."
+                )
+        return torch.cat(found)
+
     def _parts(self, test: Data) -> Iterator[Part]:
         numel = sum(solver.numel for solver in self.solvers.values())
         largest = self.memory // self.factors.like.element_size()
@@ -137,10 +202,12 @@ class _Scores:
                 yield Part(size, solved)
 
     def _read(self, name: str, data: Data) -> Iterator[Batch]:
-        for number, (inputs, targets) in enumerate(batches(data)):
-            batch = self.reader.read(inputs, targets, f"batch {number} of {name}")
-            require_same_terms(batch.schedule.blocks, self.factors.plans.values())
-            yield batch
+        for where, inputs, targets in _numbered(name, data):
+            yield self._fitting(self.reader.read(inputs, targets, where))
+
+    def _fitting(self, batch: Batch) -> Batch:
+        require_same_terms(batch.schedule.blocks, self.factors.plans.values())
+        return batch
 
     def _rows(self, batch: Batch, name: str) -> list[Rows | TokenRows | Formed]:
         """Of every term of a block; none for a parameter that nothing uses."""
@@ -163,6 +230,11 @@ class _Scores:
                 for j, part in enumerate(group):
                     total[j] = total[j] + part.blocks[name][k].products(rows)
         return torch.cat(total, 1)
+
+
+def _numbered(name: str, data: Data) -> Iterator[tuple[str, Any, Any]]:
+    for number, (inputs, targets) in enumerate(batches(data)):
+        yield f"batch {number} of {name}", inputs, targets
 
 
 def _factors(factors: Any) -> Factors:

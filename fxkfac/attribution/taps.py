@@ -6,7 +6,7 @@ other, what arrives at a datum's rows is of its own loss.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from fxkfac.attribution.rows import Formed, Rows, TokenRows
+from fxkfac.curvature.backpropagation import sites_of
 from fxkfac.curvature.datum import Heard, require_independent, rows_of
+from fxkfac.curvature.diagonal import positions_in_datum
 from fxkfac.curvature.factors import Settings
 from fxkfac.curvature.likelihoods import Likelihood
 from fxkfac.curvature.perdatum import datum_gradients
@@ -25,7 +27,7 @@ from fxkfac.curvature.sharing import accurate_dtype, known
 from fxkfac.errors import BatchAxisError, DataError, NonFiniteError, UnsupportedUse
 from fxkfac.graph.ir import Use
 from fxkfac.graph.normal import Input, OneHotRows, detached, normal_x, normal_y
-from fxkfac.graph.program import Program, Tapped
+from fxkfac.graph.program import Program, Run, Tapped
 from fxkfac.graph.tap import Taps
 from fxkfac.isolation import is_finite, own_randomness
 from fxkfac.linalg.contraction import DatumRows
@@ -49,6 +51,22 @@ class Reader:
             BatchAxisError: It is not known whose row a row is, or data are coupled.
             UnsupportedUse: A block is of a parameter that has no taps.
         """
+        ran = self._forward(inputs, targets, where)
+        return ran.sent_back(ran.vector)
+
+    def read_sites(self, inputs: Any, targets: Any, where: str) -> Iterator[Batch]:
+        """Run one batch forward, and back from one site of every datum after the other.
+
+        Raises:
+            DataError, NonFiniteError, BatchAxisError, UnsupportedUse: As `read` does.
+        """
+        ran = self._forward(inputs, targets, where)
+        datum = positions_in_datum(ran.run)
+        site, sites = sites_of(self.likelihood, ran.run.prediction.detach(), datum)
+        for s in sites:
+            yield ran.sent_back(torch.where(site == s, ran.vector, 0))
+
+    def _forward(self, inputs: Any, targets: Any, where: str) -> _Ran:
         try:
             tapped, tensors = self.program.at(inputs)
         except DataError as error:
@@ -69,8 +87,30 @@ class Reader:
                 f"{where}: the loss's gradient in the prediction holds NaN or Inf; expected finite "
                 "numbers. Look at the parameters, or at the data of this batch."
             )
-        inputs_of = {tapped.uses[k]: detached(x) for k, x in taps.inputs.items()}
-        return Batch(schedule, run.n, inputs_of, taps.gradients(run.prediction, vector))
+        return _Ran(schedule, run, taps, vector)
+
+
+@dataclass(frozen=True)
+class _Ran:
+    """One batch that has run forward, and the gradient of the summed loss in its prediction."""
+
+    schedule: Schedule
+    run: Run
+    taps: Taps
+    vector: Tensor
+
+    def sent_back(self, vector: Tensor) -> Batch:
+        return Batch(
+            self.schedule,
+            self.run.n,
+            self._inputs,
+            self.taps.gradients(self.run.prediction, vector),
+        )
+
+    @cached_property
+    def _inputs(self) -> dict[Use, Input]:
+        uses = self.schedule.tapped.uses
+        return {uses[k]: detached(x) for k, x in self.taps.inputs.items()}
 
 
 @dataclass(frozen=True)
@@ -80,7 +120,7 @@ class Batch:
     Attributes:
         n: Number of data.
         inputs: The input of every use.
-        gradients: The gradient of the summed loss at every tap.
+        gradients: The gradient of the summed loss, or of its terms at one site, at every tap.
     """
 
     schedule: Schedule

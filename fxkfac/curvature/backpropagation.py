@@ -122,11 +122,21 @@ def _forward_only(at: _Backpropagation) -> Iterator[Tensor]:
 
 
 def _sites(at: _Backpropagation) -> tuple[Tensor, list[int]]:
-    """Which site of its datum an element belongs to (broadcasts to f), and all of them."""
-    axes = at.likelihood.event_axes(at.f)
     assert at.datum is not None
+    return sites_of(at.likelihood, at.f, at.datum)
+
+
+def sites_of(likelihood: Likelihood, f: Tensor, datum: Tensor) -> tuple[Tensor, list[int]]:
+    """Which site of its datum an element belongs to (broadcasts to f), and all of them, in order.
+
+    Args:
+        likelihood: Whose criterion is a sum over sites.
+        f: The prediction.
+        datum: As of `backpropagated_vectors`.
+    """
+    axes = likelihood.event_axes(f)
     # A site is known by the first of its elements.
-    site = at.datum.amin(axes, keepdim=True) if axes else at.datum
+    site = datum.amin(axes, keepdim=True) if axes else datum
     return site, site.unique().tolist()
 
 

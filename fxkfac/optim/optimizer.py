@@ -181,7 +181,7 @@ class KFAC(Optimizer):
         self, group: dict[str, Any], natural: Mapping[str, Tensor], ν: float | Tensor
     ) -> None:
         lr, μ, θs = group["lr"], group["momentum"], group["params"]
-        steps = [natural[name] for name in group["param_names"]]
+        steps: Sequence[Tensor] = [natural[name] for name in group["param_names"]]
         if self.kl_clip is not None:
             steps = torch._foreach_mul(steps, ν)
         if group["decoupled"] and group["weight_decay"]:
