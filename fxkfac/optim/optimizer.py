@@ -181,14 +181,14 @@ class KFAC(Optimizer):
         self, group: dict[str, Any], natural: Mapping[str, Tensor], ν: float | Tensor
     ) -> None:
         lr, μ, θs = group["lr"], group["momentum"], group["params"]
-        steps: Sequence[Tensor] = [natural[name] for name in group["param_names"]]
+        steps = [natural[name] for name in group["param_names"]]
         if self.kl_clip is not None:
-            steps = torch._foreach_mul(steps, ν)
+            steps = list(torch._foreach_mul(steps, ν))
         if group["decoupled"] and group["weight_decay"]:
             torch._foreach_mul_(θs, 1 - lr * group["weight_decay"])
         if μ:
             last = [_last(self.state[θ], θ) for θ in θs]
-            steps = torch._foreach_add(steps, last, alpha=μ)
+            steps = list(torch._foreach_add(steps, last, alpha=μ))
             for θ, step in zip(θs, steps, strict=True):
                 self.state[θ]["momentum"] = step
         torch._foreach_sub_(θs, steps, alpha=lr)
