@@ -133,7 +133,7 @@ def resume(
         MergeError: It is of another program, loss or mask, or of other values of the parameters or
             buffers; the message says what differs.
     """
-    header, tensors = read(path, KIND, program.like.device)
+    header, tensors = read(path, (KIND,), program.like.device)
     settings, schedule = matching(program, loss, header["of"], mask is not None)
     generator = torch.Generator(header["generator"])
     generator.set_state(tensors["generator"].cpu())

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from fxkfac.errors import FileError
 from fxkfac.persistence.checksum import checksum
 
 Header = dict[str, Any]  # what JSON holds
+Tensors = dict[str, Tensor]
 StrPath = str | os.PathLike[str]
 KEY, DIGEST = "fxkfac", "sha256"
 
@@ -95,8 +96,8 @@ def _to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def read(path: StrPath, kind: str, device: torch.device) -> tuple[Header, dict[str, Tensor]]:
-    """The header and the tensors of a file that holds a `kind`.
+def read(path: StrPath, kinds: Sequence[str], device: torch.device) -> tuple[Header, Tensors]:
+    """The header and the tensors of a file that holds one of some kinds.
 
     Equal tensors are one object.
 
@@ -106,7 +107,7 @@ def read(path: StrPath, kind: str, device: torch.device) -> tuple[Header, dict[s
     try:
         with safe_open(path, framework="pt") as file:
             header = _header(path, file.metadata() or {})
-            _require(kind, header, path)
+            _require(kinds, header, path)
             return header, _tensors(path, file, header["tensors"], device)
     except (OSError, SafetensorError) as error:
         raise FileError(
@@ -134,21 +135,25 @@ def _digest(header: Header) -> str:
     return hashlib.sha256(json.dumps(header).encode()).hexdigest()
 
 
-def _require(kind: str, header: Header, path: StrPath) -> None:
+def _require(kinds: Sequence[str], header: Header, path: StrPath) -> None:
     if header["format"] != FORMAT:
         raise FileError(
             f"{os.fspath(path)!r} has format {header['format']}, written by fxkfac "
             f"{header['fxkfac']}; expected format {FORMAT}. Read it with that version."
         )
-    if header["kind"] != kind:
+    if header["kind"] not in kinds:
         raise FileError(
-            f"{os.fspath(path)!r} holds {header['kind']}; expected {kind}. Use "
+            f"{os.fspath(path)!r} holds {header['kind']}; expected {' or '.join(kinds)}. Use "
             f"{READERS[header['kind']]} to read it."
         )
 
 
 FORMAT = 1
-READERS = {"factors": "fxkfac.load", "an accumulation": "fxkfac.resume"}
+READERS = {
+    "factors": "fxkfac.load",
+    "a running average": "fxkfac.load",
+    "an accumulation": "fxkfac.resume",
+}
 
 
 def _tensors(

@@ -1,4 +1,4 @@
-"""Factors <-> a file, bit for bit."""
+"""Factors, and their running averages <-> a file, bit for bit."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from torch import Tensor
 
 from fxkfac.curvature.factors import Factors, Product
 from fxkfac.curvature.losses import likelihood_of
+from fxkfac.curvature.running import RunningAverage
+from fxkfac.errors import OptionError
 from fxkfac.graph.program import Program
 from fxkfac.persistence.container import FORMAT, Header, StrPath, read
 from fxkfac.persistence.description import Description, describe, fingerprint, matching
 
-KIND = "factors"
+KIND, AVERAGE = "factors", "a running average"
 
 
 def heading(kind: str, description: Description) -> Header:
@@ -38,6 +40,25 @@ def _version() -> str:
 
 def packed_factors(factors: Factors) -> tuple[Header, dict[str, Tensor]]:
     """The header and the tensors of factors."""
+    return _packed_as(KIND, factors)
+
+
+def packed_average(average: RunningAverage) -> tuple[Header, dict[str, Tensor]]:
+    """The header and the tensors of a running average. Raises `OptionError` before any update."""
+    if average.averages is None:
+        raise OptionError(
+            "the running average has had no update, so that nothing can be saved; expected one at "
+            "least. Call `update(factors)` first."
+        )
+    header, tensors = _packed_as(AVERAGE, average.averages)
+    updates = average.updates
+    updates["B"] = [
+        pack_number(number, f"updates/{k}", tensors) for k, number in enumerate(updates["B"])
+    ]
+    return {**header, "decay": [average.decay, average.decay_B], "updates": updates}, tensors
+
+
+def _packed_as(kind: str, factors: Factors) -> tuple[Header, dict[str, Tensor]]:
     tensors: dict[str, Tensor] = {}
     products = {
         name: [_packed(p, f"{name}/{k}", tensors) for k, p in enumerate(of_block)]
@@ -46,7 +67,7 @@ def packed_factors(factors: Factors) -> tuple[Header, dict[str, Tensor]]:
     for name, block in factors.exact.items():
         tensors[f"{name}/exact"] = block
     header = {
-        **heading(KIND, describe(factors.settings, factors.plans.values(), factors.like)),
+        **heading(kind, describe(factors.settings, factors.plans.values(), factors.like)),
         "n": factors.n,
         "count": factors.count,
         "products": products,
@@ -60,10 +81,11 @@ def _packed(product: Product, name: str, tensors: dict[str, Tensor]) -> dict[str
     return {"name": name, "rows": pack_number(product.rows, f"{name}/rows", tensors)}
 
 
-def load(path: StrPath, program: Program, loss: Any) -> Factors:
-    """Factors that `fxkfac.save` wrote.
+def load(path: StrPath, program: Program, loss: Any) -> Any:
+    """Factors, or a running average, that `fxkfac.save` wrote.
 
-    They are those that were saved, bit for bit, and add up with further ones.
+    They are those that were saved, bit for bit: factors add up with further ones, and averages go
+    on with the next update as if nothing had been in between.
 
     Args:
         path: The file.
@@ -71,13 +93,26 @@ def load(path: StrPath, program: Program, loss: Any) -> Factors:
         loss: The same loss.
 
     Returns:
-        The factors, on the device of the program's parameters.
+        `Factors` or a `RunningAverage`, whichever the file holds, on the device of the program's
+        parameters.
 
     Raises:
         FileError: There is no such file, it is damaged or no whole file, or holds something else.
         MergeError: It is of another program or loss; the message says what differs.
     """
-    header, tensors = read(path, KIND, program.like.device)
+    header, tensors = read(path, (KIND, AVERAGE), program.like.device)
+    factors = _unpacked_factors(header, tensors, program, loss)
+    if header["kind"] == KIND:
+        return factors
+    average, updates = RunningAverage(*header["decay"]), header["updates"]
+    number_of_B = [unpack_number(number, tensors) for number in updates["B"]]
+    average.restore(factors, {**updates, "B": number_of_B})
+    return average
+
+
+def _unpacked_factors(
+    header: Header, tensors: dict[str, Tensor], program: Program, loss: Any
+) -> Factors:
     _share_inputs_only(tensors)
     settings, schedule = matching(program, loss, header["of"], header["of"]["settings"]["masked"])
     return Factors(

@@ -53,7 +53,7 @@ def same_bits(a, b):
 
 
 def test_what_was_written_is_read(written):
-    header, found = read(written, "factors", CPU)
+    header, found = read(written, ("factors",), CPU)
     assert {key: header[key] for key in HEADER} == HEADER
     expected = tensors()
     assert list(found) == list(expected)
@@ -62,7 +62,7 @@ def test_what_was_written_is_read(written):
 
 def test_equal_tensors_are_stored_once(written):
     assert "b/A" not in load_file(written)
-    _, found = read(written, "factors", CPU)
+    _, found = read(written, ("factors",), CPU)
     assert found["b/A"] is found["a/A"]
 
 
@@ -120,10 +120,10 @@ def test_every_truncation_is_refused(written):
     for size in range(len(whole)):
         written.write_bytes(whole[:size])
         with pytest.raises(FileError):
-            read(written, "factors", CPU)
+            read(written, ("factors",), CPU)
     written.write_bytes(whole + b"\0")
     with pytest.raises(FileError):
-        read(written, "factors", CPU)
+        read(written, ("factors",), CPU)
 
 
 def test_every_flipped_bit_is_found(written):
@@ -135,7 +135,7 @@ def test_every_flipped_bit_is_found(written):
         damaged[place] ^= 1 << number % 8
         written.write_bytes(damaged)
         try:
-            header, found = read(written, "factors", CPU)
+            header, found = read(written, ("factors",), CPU)
         except FileError:
             caught += 1
             continue
@@ -149,7 +149,7 @@ def test_pages_that_never_reached_the_disk_are_found(written):
     whole[-64:-32] = bytes(32)
     written.write_bytes(whole)
     with pytest.raises(FileError, match="damaged"):
-        read(written, "factors", CPU)
+        read(written, ("factors",), CPU)
 
 
 @pytest.mark.parametrize(
@@ -166,33 +166,33 @@ def test_foreign_files(path, content, said):
     else:
         path.write_bytes(content)
     with pytest.raises(FileError, match=said):
-        read(path, "factors", CPU)
+        read(path, ("factors",), CPU)
 
 
 def test_another_pickle(path):
     torch.save({"a": torch.zeros(3)}, path)
     with pytest.raises(FileError, match="cannot read"):
-        read(path, "factors", CPU)
+        read(path, ("factors",), CPU)
 
 
 def test_no_file(path):
     with pytest.raises(FileError, match="cannot read"):
-        read(path, "factors", CPU)
+        read(path, ("factors",), CPU)
 
 
 def test_tensors_of_others(path):
     save_file({"weight": torch.zeros(3)}, path, {"format": "pt"})
     with pytest.raises(FileError, match=r"not of fxkfac's: its metadata hold \['format'\]"):
-        read(path, "factors", CPU)
+        read(path, ("factors",), CPU)
 
 
 def test_another_kind_and_another_format(path):
     write(path, {**HEADER, "kind": "an accumulation"}, {})
     with pytest.raises(FileError, match=r"holds an accumulation; .* Use fxkfac.resume"):
-        read(path, "factors", CPU)
+        read(path, ("factors",), CPU)
     write(path, {**HEADER, "format": 2, "fxkfac": "9.1"}, {})
     with pytest.raises(FileError, match=r"has format 2, written by fxkfac 9.1; expected format 1"):
-        read(path, "factors", CPU)
+        read(path, ("factors",), CPU)
 
 
 def test_where_nothing_can_be_written(tmp_path):
@@ -239,11 +239,11 @@ def test_a_link_leads_to_the_file(path, tmp_path):
     write(path, HEADER, tensors())
     assert path.is_symlink()
     assert target.is_file()
-    read(path, "factors", CPU)
+    read(path, ("factors",), CPU)
 
 
 def test_what_was_read_no_longer_needs_the_file(written):
-    _, found = read(written, "factors", CPU)
+    _, found = read(written, ("factors",), CPU)
     with open(written, "r+b") as file:
         file.write(bytes(written.stat().st_size))
     assert all(same_bits(found[name], t) for name, t in tensors().items())

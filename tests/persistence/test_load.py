@@ -23,7 +23,7 @@ X, Y = rand(6, 4), classes(6)
 
 
 def header_of(path, kind="factors"):
-    return read(path, kind, torch.device("cpu"))[0]
+    return read(path, (kind,), torch.device("cpu"))[0]
 
 
 @pytest.mark.parametrize(
@@ -297,3 +297,64 @@ def test_the_likelihood_is_that_of_the_loss(tmp_path):
     path = saved(tmp_path, seeded(mlp()), loss=CE(reduction="sum"))
     found = fxkfac.load(path, fxkfac.trace(seeded(mlp()), X), CE(reduction="sum"))
     assert found.reduction == likelihood_of(CE(reduction="sum")).reduction_factor(6) == 1.0
+
+
+# --- running averages ---
+
+
+def batch_factors(program, loss, seed):
+    return fxkfac.kfac(program, loss, seeded_batch(seed), fisher="empirical")
+
+
+def seeded_batch(seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(6, 4, generator=generator, dtype=torch.float64)
+    return x, torch.randint(3, (6,), generator=generator)
+
+
+class Experts(nn.Module):
+    """Query and key read one input; of the experts, a batch may leave one out; a scale."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key = nn.Linear(4, 3), nn.Linear(4, 3)
+        self.experts, self.norm = nn.Parameter(torch.randn(2, 3, 3)), nn.LayerNorm(3)
+
+    def forward(self, x):
+        h = self.query(x) * self.key(x)
+        chosen = self.experts[(x[:, 0] > 0).long()]
+        return self.norm(torch.bmm(h.unsqueeze(1), chosen).squeeze(1))
+
+
+def test_a_running_average_goes_on_where_it_was(tmp_path):
+    model = seeded(Experts)
+    program, loss = fxkfac.trace(model, seeded_batch(0)[0]), CE()
+    average = fxkfac.RunningAverage(0.9, decay_B=0.7)
+    average.update(batch_factors(program, loss, 1))
+    average.update(batch_factors(program, loss, 2), "A")
+    fxkfac.save(average, tmp_path / "average")
+    again = fxkfac.load(tmp_path / "average", fxkfac.trace(model, seeded_batch(0)[0]), loss)
+    assert (again.decay, again.decay_B) == (0.9, 0.7)
+    numbers = average.updates["B"]
+    assert any(isinstance(n, torch.Tensor) for n in numbers)  # groups have numbers of their own
+    assert torch.equal(again.dense(), average.dense())
+    for seed in (3, 4):
+        factors = batch_factors(program, loss, seed)
+        average.update(factors)
+        again.update(factors)
+    assert torch.equal(again.dense(), average.dense())
+    assert not torch.equal(average.dense(), batch_factors(program, loss, 4).dense())
+
+
+def test_a_running_average_of_another_program_or_of_nothing_is_refused(tmp_path):
+    x, y = seeded_batch(0)
+    program = fxkfac.trace(nn.Linear(4, 3).double(), x)
+    average = fxkfac.RunningAverage()
+    with pytest.raises(fxkfac.errors.OptionError, match="has had no update"):
+        fxkfac.save(average, tmp_path / "average")
+    average.update(fxkfac.kfac(program, CE(), (x, y)))
+    fxkfac.save(average, tmp_path / "average")
+    with pytest.raises(MergeError, match="another program"):
+        fxkfac.load(tmp_path / "average", fxkfac.trace(nn.Linear(4, 2).double(), x), CE())
+    with pytest.raises(FileError, match=r"holds a running average; .* Use fxkfac\.load"):
+        fxkfac.resume(tmp_path / "average", program, CE())
