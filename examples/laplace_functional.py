@@ -6,7 +6,18 @@ are the same numbers by either, and those of fxkfac go on as a state of `posteri
 from it. The diagonal is what there is in common: with Kronecker factors, fxkfac keeps what
 parameters of a layer say about each other.
 
-RESULTS
+A run printed
+
+      type-2    by fxkfac in 4.0 s with tracing, off by 5e-16
+      empirical by fxkfac in 1.6 s with tracing, off by 4e-16
+    Negative log-likelihood of 500 other digits
+      mode      0.210
+      diagonal  0.850
+      Kronecker 0.578
+
+on a busy core, where posteriors took 3.6 s for both. The prior is one that nobody tuned, and the
+net so small that the mode alone predicts best; of the posteriors, the one that knows what
+parameters say about each other is the less unsure.
 
 Run it with `python examples/laplace_functional.py`; `posteriors` comes with the extra "examples".
 """

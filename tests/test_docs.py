@@ -31,8 +31,8 @@ PAGES = {
     "tour": 9,
     "operators": 6,
     "corrections": 4,
-    "persistence": 7,
-    "influence": 2,
+    "persistence": 8,
+    "influence": 3,
     "laplace": 3,
     "optimizer": 6,
 }

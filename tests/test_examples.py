@@ -104,3 +104,20 @@ def test_laplace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert re.search(rf"^  all layers +{known[2]:.3f}$", said, re.M)
     example["draw"](found, y, tmp_path / "laplace.svg")
     assert "Entropy of upright and turned digits" in (tmp_path / "laplace.svg").read_text()
+
+
+def test_laplace_beside_posteriors(capsys: pytest.CaptureFixture[str]) -> None:
+    """The same numbers by either, where there is only one answer."""
+    pytest.importorskip("posteriors", reason="it comes with the extra 'examples'")
+    example = runpy.run_path(str(ROOT / "examples" / "laplace_functional.py"))
+    (x, y), _ = example["digits"]()
+    data, params = (x[:100], y[:100]), example["mode"]((x, y), steps=20)
+    for fisher, theirs in example["by_posteriors"](params, data).items():
+        posterior = example["by_fxkfac"](params, data, "diagonal", fisher)
+        ours = example["diagonal"](posterior)
+        assert set(ours) == set(theirs) == set(params)
+        assert example["difference"](ours, theirs) < 1e-12
+    draws = example["draws_by_posteriors"](params, ours, 2000)
+    for name, precision in ours.items():
+        spread = (draws[name] - params[name]).square().mean(0) * precision
+        assert abs(spread.mean().item() - 1) < 0.1
