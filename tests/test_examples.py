@@ -75,6 +75,21 @@ def test_influence(tmp_path: Path) -> None:
     assert (tmp_path / "influence.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_influence_of_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    example = runpy.run_path(str(ROOT / "examples" / "influence_of_tokens.py"))
+    result = example["run"](12, 2, 20)
+    assert result.scores.shape == (12, example["LENGTH"], 2)
+    assert result.scores.isfinite().all()
+    assert (result.scores.sum((0, 1)) < 0).all()  # code helps to predict code
+    example["report"](result)
+    assert len(re.findall(r"most of all", capsys.readouterr().out)) == 2 * example["SHOWN"]
+    example["draw"](result, tmp_path / "tokens.png")
+    assert (tmp_path / "tokens.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_laplace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     example = runpy.run_path(str(ROOT / "examples" / "laplace.py"))
     (data, (x, y)), model = example["digits"](), example["network"]()
