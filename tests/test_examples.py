@@ -9,9 +9,12 @@ import sys
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 ROOT = Path(__file__).parent.parent
 
@@ -49,19 +52,70 @@ def test_poisson(tmp_path: Path) -> None:
     assert "relative L2 error" in (tmp_path / "poisson.svg").read_text()
 
 
-def test_training(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "examples" / "training.py"), "--out", str(tmp_path)]
-    command += ["--trials", "2", "--epochs", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+@pytest.fixture
+def training(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    return runpy.run_path(str(ROOT / "examples" / "training.py"))
+
+
+@pytest.mark.slow  # a minute, where others run, too
+def test_training(training: dict[str, Any], tmp_path: Path) -> None:
+    """With the hyperparameters that were found, half of the steps are enough for digits."""
+    task = training["TASKS"]["digits"]
+    runs = {name: training["train"](task, name, task.found[name]) for name in ("KFAC", "Adam")}
+    adam, kfac = runs["Adam"], runs["KFAC"]
+    assert adam.losses[-1] < 5e-3
+    at = kfac.reaches(adam.losses[-1])
+    assert at is not None
+    assert kfac.steps[at] <= adam.steps[-1] / 2
+    training["report"](runs)
+    training["draw"]({"digits": runs}, tmp_path / "training.svg")
+    assert "seconds, tracing included" in (tmp_path / "training.svg").read_text()
+
+
+class Flops(TorchDispatchMode):
+    """Of products, and of decompositions. `FlopCounterMode` refuses `autograd.grad`."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        packet = func.overloadpacket
+        if packet in (torch.ops.aten.addmm_, torch.ops.aten.baddbmm_):
+            self.total += 2 * args[1].numel() * args[2].shape[-1]
+        elif packet is torch.ops.aten._linalg_eigh:
+            self.total += 9 * args[0].numel() * args[0].shape[-1]
+        elif packet in flop_registry:
+            self.total += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+@pytest.mark.parametrize("key", ["digits", "text"])
+def test_a_step_of_training_costs_less_than_the_steps_that_it_saves(
+    training: dict[str, Any], key: str
+) -> None:
+    """In operations over one period of all intervals, decompositions among them."""
+    task = training["TASKS"][key]
+    period, flops = 8, {}
+    data = list(task.batches(period))
+    for name, method in training["METHODS"].items():
+        chosen = task.found[name] if name == "Adam" else task.fixed | task.found[name]
+        step = method(task.model(), data[0][0][:8], period + 1, chosen)
+        with Flops() as counter:
+            for x, y in data:
+                step(x, y)
+        flops[name] = counter.total
+    assert 1 < flops["KFAC"] / flops["Adam"] < 1 / task.share
+
+
+def test_tuning(training: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    task = replace(training["TASKS"]["text"], steps=6)
     for name in ("KFAC", "Adam"):
-        trials = re.findall(rf"^  {name}  .* (\S+)$", done.stdout, re.M)
-        (final,) = re.findall(rf"^{name} with .*: loss (\S+) after \d+ steps", done.stdout, re.M)
-        assert len(trials) == 2
-        assert float(final) == min(map(float, trials))  # the best trial once more
-        assert float(final) < 2.3  # that of guessing
-    assert "of which" in done.stdout or "does not reach" in done.stdout
-    assert "loss over all training images" in (tmp_path / "training.svg").read_text()
+        chosen = training["tune"](task, name, 2)
+        said = re.findall(rf"^  {name}  (.*?)  +(\S+)$", capsys.readouterr().out, re.M)
+        assert len(said) == 2
+        best, _ = min(said, key=lambda pair: float(pair[1]))
+        assert training["said"](chosen) == best
 
 
 def test_influence(tmp_path: Path) -> None:
