@@ -14,8 +14,15 @@ from torch import nn
 
 import fxkfac
 from fxkfac.errors import FxkfacError, OptionError
-from fxkfac.graph.draw import FORMATS, dot_source, draw
-from fxkfac.graph.fold import folded
+from fxkfac.graph.drawing import picture
+from fxkfac.graph.drawing.draw import FORMATS, draw
+from fxkfac.graph.drawing.drawn import drawn
+from fxkfac.graph.drawing.fold import folded
+
+
+def dot_source(program):
+    return picture.dot_source(program, drawn(program))
+
 
 needs_dot = pytest.mark.skipif(shutil.which("dot") is None, reason="graphviz is not installed")
 

@@ -1,11 +1,11 @@
 """What the nodes of a drawing look like: palette, labels of parameters and ops, legend.
 
-Input: nodes of `folded(to_networkx(program))`. Output: attributes in the language of graphviz.
+Input: nodes of `drawn(program)`. Output: attributes in the language of graphviz.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from html import escape
 from itertools import zip_longest
 from textwrap import wrap
@@ -13,18 +13,22 @@ from typing import Any
 
 import networkx as nx
 
+from fxkfac.graph.drawing.colour import Scale, number_text
+
 # Dark and light of each hue differ in lightness too, so that the picture prints in grey.
 INK, SLATE, LINE, PAPER = "#1F2933", "#55606E", "#C5CCD6", "#FFFFFF"
 BLUE, PALE_BLUE = "#1D4E89", "#DCE9F7"  # linear ops, and A, which comes from their inputs
 RED, PALE_RED = "#C2410C", "#FDE6D5"  # the gradient, and B, which comes from it
 GOLD, PALE_GOLD = "#8F5F00", "#FBEDBB"  # parameters
+GREEN, PALE_GREEN = "#2B6B4F", "#DDF0E4"  # parameters with exact blocks, or none
 VIOLET, PALE_VIOLET = "#86198F", "#F5E1F7"  # parameters without rule, and the ops they enter
 QUIET = "#E6EAEF"
 GAP = "&#8194;"  # an en space: renderers of SVG drop plain spaces at the beginning of a text
 NESTING = ("#FAFBFC", "#F3F5F8", "#ECEFF3")  # modules inside modules
 
-STATUS = {
-    "covered": (GOLD, PALE_GOLD),
+PARAMETERS = {
+    "factors": (GOLD, PALE_GOLD),
+    "other": (GREEN, PALE_GREEN),
     "unsupported": (VIOLET, PALE_VIOLET),
     "unused": (SLATE, PAPER),
 }
@@ -38,7 +42,7 @@ STRUCTURES = {
 }
 SMALL = "8.5"
 
-Row = tuple[str, str, str, str]  # left and right cell, and their colours
+Cell = tuple[str, str, str]  # a sign, its text, and their colour
 Node = dict[str, Any]
 
 
@@ -67,66 +71,67 @@ def _quiet(node: Node) -> dict[str, str]:
     """A chain of ops without parameters, by their names."""
     names = node["ops"].replace("native_", "")
     lines = [_small(line, SLATE) for line in wrap(names, 34, break_long_words=False)]
-    fill = {"style": "rounded,filled", "color": QUIET, "fillcolor": QUIET, "height": "0.2"}
+    fill = {"style": "rounded,filled", "color": LINE, "fillcolor": QUIET, "height": "0.2"}
     return {"label": f"<{'<BR/>'.join(lines)}>", "margin": "0.1,0.04", **fill}
 
 
 def _op(node: Node, entering: Iterable[dict[str, Any]]) -> dict[str, str]:
     """A linear op. Left what comes in, and A; right what goes out, and B."""
-    y = f"<I>y</I>{GAP}{node['y']}"
+    y = ("<I>y</I>", node["y"], PAPER)
     factors = dict.fromkeys((e["group"], e["A"], e["B"]) for e in entering if "A" in e)
     if not factors:
-        return _table(node, BLUE, [(f"bias of {escape(node['joins'])}", y, PAPER, PAPER)])
+        return _table(node, BLUE, [((f"bias of {escape(node['joins'])}", "", PAPER), y)])
     if node["tapped"] != node["name"]:
-        y += _small(f"  at {node['tapped']}", SLATE)
-    rows = [(f"<I>x</I>{GAP}{node['x']}", y, PAPER, PAPER)]
-    for group, a, b in factors:
-        many = f"{group} × " if group > 1 else ""
-        rows.append(
-            (
-                f"<B>A</B>{GAP}{many}{a}",
-                f"<B>B</B>{GAP}{many}{b}",
-                PALE_BLUE,
-                PALE_RED,
-            )
-        )
+        y = (y[0], y[1] + _small(f"  at {node['tapped']}", SLATE), PAPER)
+    rows: list[tuple[Cell, Cell]] = [(("<I>x</I>", node["x"], PAPER), y)]
+    for group, *sizes in factors:
+        a, b = (factor_text(group, size) for size in sizes)
+        rows.append((("<B>A</B>", a, PALE_BLUE), ("<B>B</B>", b, PALE_RED)))
     return _table(node, BLUE, rows)
+
+
+def factor_text(group: int, size: str) -> str:
+    """The size of a factor, and how many there are of it."""
+    return f"{group} × {size}" if group > 1 else size
 
 
 def _unsupported(node: Node) -> dict[str, str]:
     """An op that a parameter enters without normal form."""
-    y = f"<I>y</I>{GAP}{node['shape']}" if node["shape"] else ""
-    return _table(node, VIOLET, [("no tap here", y, PAPER, PAPER)])
+    y = ("<I>y</I>" if node["shape"] else "", node["shape"], PAPER)
+    return _table(node, VIOLET, [(("no tap here", "", PAPER), y)])
 
 
-def _table(node: Node, color: str, rows: list[Row]) -> dict[str, str]:
+def _table(node: Node, color: str, rows: list[tuple[Cell, Cell]]) -> dict[str, str]:
     head = f"<B>{escape(node['op'])}</B>{GAP}{_small(node['source'], '#DCE3EC')}"
-    body = "".join(f"<TR>{_cell(a, c)}{_cell(b, d)}</TR>" for a, b, c, d in rows)
+    body = "".join(f"<TR>{_cells(*left)}{_cells(*right)}</TR>" for left, right in rows)
     label = (
         f'<<TABLE BORDER="1" CELLBORDER="0" CELLSPACING="0" CELLPADDING="4" COLOR="{color}" '
-        f'BGCOLOR="{PAPER}"><TR><TD COLSPAN="2" BGCOLOR="{color}" ALIGN="LEFT">'
+        f'BGCOLOR="{PAPER}"><TR><TD COLSPAN="4" BGCOLOR="{color}" ALIGN="LEFT">'
         f'<FONT COLOR="{PAPER}">{head}</FONT></TD></TR>{body}</TABLE>>'
     )
     return {"shape": "plain", "label": label}
 
 
-def _cell(text: str, color: str) -> str:
-    return f'<TD BGCOLOR="{color}" ALIGN="LEFT">{text}</TD>'
+def _cells(sign: str, text: str, color: str) -> str:
+    """The sign in a cell of its own: renderers differ in what they make of spaces after it."""
+    if not text:
+        return f'<TD COLSPAN="2" BGCOLOR="{color}" ALIGN="LEFT">{sign}</TD>'
+    return f'<TD BGCOLOR="{color}">{sign}</TD><TD BGCOLOR="{color}" ALIGN="LEFT">{text}</TD>'
 
 
 def stack_look(
-    network: nx.MultiDiGraph, keys: Iterable[str], prefix: str, beside: bool = True
+    network: nx.MultiDiGraph, keys: Iterable[str], around: Sequence[str], beside: bool = True
 ) -> dict[str, str]:
     """Parameters as boxes; each is a port that has its key as name.
 
     Args:
         network: What is drawn.
         keys: The parameters.
-        prefix: Path of the module around them, which their names need not repeat.
+        around: Path of the module around them, which their names need not repeat.
         beside: They stand beside an op, one under the other, and with the text of the edge that
             leads there. Otherwise they are four in a row.
     """
-    cells = [_parameter_cell(network, key, prefix, beside) for key in keys]
+    cells = [_parameter_cell(network, key, around, beside) for key in keys]
     width = 1 if beside else 4
     lines = ("".join(cells[k : k + width]) for k in range(0, len(cells), width))
     rows = "".join(f"<TR>{line}</TR>" for line in lines)
@@ -134,24 +139,46 @@ def stack_look(
     return {"shape": "plain", "label": f"<{table}>"}
 
 
-def _parameter_cell(network: nx.MultiDiGraph, key: str, prefix: str, beside: bool) -> str:
+def _parameter_cell(network: nx.MultiDiGraph, key: str, around: Sequence[str], beside: bool) -> str:
     node = network.nodes[key]
-    color, fill = STATUS[node["status"]]
+    color = color_of(node)
     style = "" if node["status"] == "covered" else 'STYLE="dashed"'
-    remark = STRUCTURES.get(node["structure"], "no use" if node["status"] == "unused" else "")
+    remark = remark_of(node)
     uses = list(network.out_edges(key, keys=True))
     axes = {axes_text(network.edges[use]) for use in uses}
     shape = "  ".join([node["shape"], *(axes if len(axes) == 1 else ())])
-    name = node["name"].removeprefix(prefix)
-    box = f'PORT="{key}" BGCOLOR="{fill}" COLOR="{color}" {style}'
+    box = f'PORT="{key}" BGCOLOR="{node["fill"]}" COLOR="{color}" {style}'
     text = use_text(network, *uses[0]) if beside else ""
     label = f'<TD PORT="{key}_text" BORDER="0" CELLPADDING="1">{_small(text, color)}</TD>'
-    return f"<TD {box}>{_lines(name, shape, remark)}</TD>{label if text else ''}"
+    lines = _lines(name_inside(node["names"], around), shape, remark, node["value"])
+    ink = f'<FONT COLOR="{node["ink"]}">{lines}</FONT>'
+    return f"<TD {box}>{ink}</TD>{label if text else ''}"
+
+
+def remark_of(parameter: Node) -> str:
+    """What is said of a parameter whose block is no Kronecker product."""
+    unused = "no use" if parameter["status"] == "unused" else ""
+    return STRUCTURES.get(parameter["structure"], unused)
+
+
+def name_inside(names: Sequence[str], around: Sequence[str]) -> str:
+    """The name of a parameter inside a module; of several, with the range of what differs."""
+    parts = [name.split(".") for name in names]
+    depth = len(around) if parts[0][: len(around)] == list(around) else 0
+    ranges = ((ends[0], ends[-1]) for ends in zip(*(p[depth:] for p in parts), strict=True))
+    return ".".join(first if first == last else f"{first}…{last}" for first, last in ranges)
 
 
 def color_of(parameter: Node) -> str:
     """The colour of a parameter's border and edges."""
-    return STATUS[parameter["status"]][0]
+    return PARAMETERS[sort_of(parameter)][0]
+
+
+def sort_of(parameter: Node) -> str:
+    """Which of `PARAMETERS` a parameter is."""
+    if parameter["status"] != "covered":
+        return str(parameter["status"])
+    return "factors" if parameter["structure"] == "kronecker" else "other"
 
 
 def use_text(network: nx.MultiDiGraph, parameter: str, op: str, place: int) -> str:
@@ -176,10 +203,12 @@ def _lines(name: str, *more: str) -> str:
     return escape(name) + rest
 
 
-def title(name: str, remark: str, lines: int = 1) -> str:
+def title(name: str, remark: str, count: int = 1, lines: int = 1) -> str:
     """The label of a module or function, in one or two lines."""
-    between = "  " if lines == 1 else '<BR ALIGN="LEFT"/>'
-    return f"<<B>{escape(name)}</B>{between}{_small(remark, SLATE)}{between if lines > 1 else ''}>"
+    between = GAP if lines == 1 else '<BR ALIGN="LEFT"/>'
+    times = f'<FONT POINT-SIZE="13"><B>{count} ×</B></FONT>{GAP if name else ""}' * (count > 1)
+    head = f"{times}<B>{escape(name)}</B>" if name else times
+    return f"<{head}{between}{_small(remark, SLATE)}{between if lines > 1 else ''}>"
 
 
 def edge_text(text: str, color: str) -> dict[str, str]:
@@ -188,14 +217,35 @@ def edge_text(text: str, color: str) -> dict[str, str]:
     return {"label": f"<{_small(text, color)}>", "peripheries": "0", **size}
 
 
-def legend(network: nx.MultiDiGraph) -> str:
+def legend(network: nx.MultiDiGraph, scale: Scale | None = None) -> str:
     """What the colours, arrows and letters mean; only of what occurs."""
     nodes = [node for _, node in network.nodes(data=True)]
-    shown = {node["kind"] for node in nodes} | {node.get("status") for node in nodes}
+    shown = {node["kind"] for node in nodes}
+    shown |= {sort_of(node) for node in nodes if node["kind"] == "parameter"}
+    shown |= {"repeats"} if network.graph["repeats"] else set()
     columns = ([entry for when, entry in column if when in shown] for column in LEGEND)
     lines = zip_longest(*columns, fillvalue="<TD></TD><TD></TD>")
     rows = "".join(f"<TR>{''.join(line)}</TR>" for line in lines)
+    rows += _ramp(scale, "repeats" in shown) if scale is not None else ""
     return f'<<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="3" CELLPADDING="1">{rows}</TABLE>>'
+
+
+def _ramp(scale: Scale, folded: bool) -> str:
+    """The colours of a scale, with its ends."""
+    low, high = (number_text([end]) for end in scale.ends)
+    steps = scale.steps(9) if low != high else [scale.fill(scale.ends[0])]
+    boxes = "".join(f'<TD BGCOLOR="{fill}" WIDTH="16" HEIGHT="13"></TD>' for fill in steps)
+    ends = [f"<TD>{_small(text, INK)}</TD>" for text in (low, high)]
+    row = f"{ends[0]}{boxes}{ends[1]}" if low != high else f"{boxes}{ends[1]}"
+    table = f'<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="0"><TR>{row}</TR></TABLE>'
+    text = _small(scale_text(scale, folded), SLATE)
+    return f'<TR><TD COLSPAN="4" ALIGN="LEFT">{table}</TD></TR><TR><TD COLSPAN="4">{text}</TD></TR>'
+
+
+def scale_text(scale: Scale, folded: bool) -> str:
+    """What a scale's colours mean."""
+    how = ["logarithmic"] * scale.logarithmic + ["of repeated layers the largest"] * folded
+    return ", ".join([f"colour of a parameter: {scale.name}", *how])
 
 
 def _entry(sign: str, text: str, color: str = PAPER, border: str = PAPER, ink: str = INK) -> str:
@@ -206,7 +256,8 @@ def _entry(sign: str, text: str, color: str = PAPER, border: str = PAPER, ink: s
 
 LEGEND = (
     (
-        ("covered", _entry("", "parameter, (o i) where it is (out, in)", PALE_GOLD, GOLD)),
+        ("factors", _entry("", "parameter, (o i) where it is (out, in)", PALE_GOLD, GOLD)),
+        ("other", _entry("", "parameter without factors", PALE_GREEN, GREEN)),
         ("unsupported", _entry("", "parameter or op without rule", PALE_VIOLET, VIOLET)),
         ("unused", _entry("", "parameter without use", PAPER, SLATE)),
         ("op", _entry("", "linear op with a tap", BLUE, BLUE)),
@@ -217,5 +268,6 @@ LEGEND = (
         ("op", _entry("B", "factor from the gradients at y", PALE_RED, PALE_RED)),
         ("prediction", _entry("→", "data, N of them", ink=SLATE)),
         ("op", _entry("←--", "backpropagated vectors", ink=RED)),
+        ("repeats", _entry("12 ×", "equal layers in a row; the first is shown", ink=INK)),
     ),
 )
