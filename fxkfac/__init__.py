@@ -13,6 +13,7 @@ from fxkfac.curvature.kfac import kfac
 from fxkfac.curvature.kfoc import kfoc
 from fxkfac.curvature.likelihoods import Likelihood
 from fxkfac.curvature.running import RunningAverage
+from fxkfac.curvature.spectra import spectra
 from fxkfac.curvature.step import Step, step
 from fxkfac.curvature.total import Total, sum_of
 from fxkfac.errors import FxkfacError
@@ -56,6 +57,7 @@ __all__ = [
     "resume",
     "rules",
     "save",
+    "spectra",
     "step",
     "sum_of",
     "trace",

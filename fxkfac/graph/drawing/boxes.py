@@ -158,10 +158,10 @@ class _Boxes:
         parts = scope[len(above) :]
         found = [self._repeats[part] for part in parts if part in self._repeats]
         name = ".".join(part for part in parts if part not in self._repeats)
-        if len(found) == 1 and found[0].first == self._path(scope):
+        ends = [(repeat.first, repeat.last) for repeat in found]
+        if len(ends) == 1 and ends[0][0] == self._path(scope) != ends[0][1]:
             outer = len(self._path(above))
-            name = " … ".join(".".join(end[outer:]) for end in (found[0].first, found[0].last))
-            name = name if found[0].first != found[0].last else self._path(scope)[-1]
+            name = " … ".join(".".join(end[outer:]) for end in ends[0])
         return name, kind, math.prod(repeat.count for repeat in found)
 
     @property

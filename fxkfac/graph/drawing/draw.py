@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from fxkfac.graph.program import Program
 
 FORMATS = (".svg", ".png", ".pdf", ".gv", ".html")
-# `dot` takes more than a minute for more, and nobody sees anything in the picture.
-LIMIT = 1000
+# Levels that edges cross, all together: what `dot` takes its time for, about a minute for so many.
+LIMIT = 20_000
 
 
 def draw(
@@ -53,8 +53,8 @@ def draw(
         The path that was written. Where `dot` is missing this is the source, `<path>.gv`.
 
     Raises:
-        OptionError: Another ending; details in a picture; more than `dot` can lay out; or a value
-            that is none.
+        OptionError: Another ending; details in a picture; more than `dot` lays out in a minute; or
+            an argument is not what it should be.
         UnknownParameter: A name in `colour` or `details` is not among the parameters.
         NonFiniteError: A number in `colour` is NaN or infinite.
         FxkfacError: The file cannot be written.
@@ -90,14 +90,24 @@ def _require_format(path: str, ending: str, details: Mapping[str, Any] | None) -
 
 
 def _require_size(network: nx.MultiDiGraph, path: str, fold: bool) -> None:
-    if len(network) <= LIMIT:
+    crossed = _levels_crossed(network)
+    if crossed <= LIMIT:
         return
-    once = "" if fold else "Draw layers that repeat once (fold=True), or "
+    remedy = "I" if fold else "Draw layers that repeat once (fold=True), or i"
     raise OptionError(
-        f"the drawing {path!r} would have {len(network)} nodes, and `dot` takes minutes or more "
-        f"to lay out over {LIMIT}; expected at most {LIMIT}. {once or 'Instead '}write a page "
-        "(.html), which has a layout of its own, the source (.gv), or use to_networkx()."
+        f"the drawing {path!r} would have {len(network)} nodes, and edges that cross {crossed} "
+        f"levels in all; expected at most {LIMIT}, for which `dot` takes a minute. {remedy}nstead "
+        "of a picture write a page (.html), which has a layout of its own, or the source (.gv), "
+        "or take to_networkx()."
     )
+
+
+def _levels_crossed(network: nx.MultiDiGraph) -> int:
+    """Over how many levels edges lead, all together; those with a gradient are drawn twice."""
+    levels = enumerate(nx.topological_generations(network))
+    level = {key: k for k, keys in levels for key in keys}
+    edges = network.edges(data="gradient")
+    return sum((level[v] - level[u]) * (2 if passes else 1) for u, v, passes in edges)
 
 
 def _render(path: str, source: str) -> str:

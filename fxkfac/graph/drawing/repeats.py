@@ -2,8 +2,8 @@
 
 Requires: what `folded` returns. Result: a copy in which the first of several equal layers in a row
 stands for all of them. Layers are equal if they have the same ops and parameters, up to numbers in
-names, with the same edges inside, each reads the one before it at the same places, and only the
-last one, or all alike, are read from outside.
+names, with the same edges inside, each makes of what the one before it handed over what it hands
+to the next, and only the last one, or all alike, are read from outside.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ import re
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import networkx as nx
 
 from fxkfac.graph.drawing.fold import common_path
 
+MANY = 16  # of more layers only two at either end are tried to be left out
 Layers = list[list[str]]  # for each of the equal layers, the keys of its ops in the same order
 
 
@@ -67,16 +69,25 @@ def _longest(network: nx.MultiDiGraph) -> Layers:
     signs = [numbers.setdefault(_sign(network, key), len(numbers)) for key in order]
     paths = [network.nodes[key]["path"] for key in order]
 
-    def gain(run: tuple[int, int, int]) -> tuple[int, int, int]:
+    def gain(run: tuple[int, int, int]) -> tuple[int, int]:
         start, period, count = run
         depth = len(common_path(paths[start : start + period]))
-        return (1 - count) * period, -depth, start  # most nodes, then the closest box
+        return (1 - count) * period, -depth  # most nodes, then the closest box
 
-    for start, period, count in sorted(_runs(signs), key=gain):
-        layers = [order[start + k * period :][:period] for k in range(count)]
-        if _are_equal(network, layers):
-            return layers
+    for _, runs in groupby(sorted(_runs(signs), key=gain), key=gain):
+        found = [
+            [order[start + k * period :][:period] for k in range(count)]
+            for start, period, count in runs
+        ]
+        if equal := [layers for layers in found if _are_equal(network, layers)]:
+            return min(equal, key=lambda layers: _carried(network, layers))
     return []
+
+
+def _carried(network: nx.MultiDiGraph, layers: Layers) -> int:
+    """How many values one layer hands to the next: where layers are cut, it is fewest."""
+    before, after = layers[:2]
+    return len({u for u, v in network.edges(before) if u in before and v in after})
 
 
 def _sign(network: nx.MultiDiGraph, key: str) -> Hashable:
@@ -114,9 +125,10 @@ def _runs(signs: Sequence[int]) -> Iterator[tuple[int, int, int]]:
 
 
 def _parts(start: int, period: int, count: int) -> Iterator[tuple[int, int, int]]:
-    """A run, and what is left of it without the first or the last layer, which may differ."""
-    for first in (0, 1):
-        for last in (0, 1):
+    """A run, and what is left of it without its first or last layers, which may differ."""
+    most = count - 2 if count <= MANY else 2
+    for first in range(most + 1):
+        for last in range(most + 1):
             if count - first - last > 1:
                 yield start + first * period, period, count - first - last
 
@@ -126,11 +138,10 @@ def _are_equal(network: nx.MultiDiGraph, layers: Layers) -> bool:
     place = {key: (k, j) for k, layer in enumerate(layers) for j, key in enumerate(layer)}
     entering = [_entering(network, place, layer) for layer in layers]
     first, second = entering[:2]
-    is_chain = any(before == 1 for _, before, *_ in second)
     alike = all(other == second for other in entering[2:])
     return (
-        is_chain
-        and alike
+        alike
+        and _leads_through(second)
         and _enters_alike(first, second)
         and _read_alike(network, place, len(layers))
         and _nested(network, layers)
@@ -158,6 +169,15 @@ def _own_parameters(network: nx.MultiDiGraph, layer: list[str]) -> list[str]:
     before = dict.fromkeys(source for key in layer for source in network.predecessors(key))
     parameters = [key for key in before if network.nodes[key]["kind"] == "parameter"]
     return [key for key in parameters if set(network.successors(key)) <= set(layer)]
+
+
+def _leads_through(layer: Counter[tuple[Any, ...]]) -> bool:
+    """Whether all that is handed to the next layer comes from what the one before handed over."""
+    inside = nx.DiGraph((u, v) for v, before, u, _ in layer if before == 0)
+    carried = [(u, v) for v, before, u, _ in layer if before == 1]
+    reached = {v for _, v in carried}
+    reached |= {u for v in reached if v in inside for u in nx.descendants(inside, v)}
+    return bool(carried) and {u for u, _ in carried} <= reached
 
 
 def _enters_alike(first: Counter[tuple[Any, ...]], second: Counter[tuple[Any, ...]]) -> bool:
