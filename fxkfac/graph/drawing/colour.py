@@ -12,7 +12,7 @@ from fxkfac.functional import FunctionalModel
 
 # From pale to dark, so that the scale holds in grey and for every eye.
 RAMP = ("#FFFAE3", "#FBDF8F", "#F2A93B", "#C8611B", "#7A2E12")
-DARK, LIGHT = "#1F2933", "#FFFFFF"
+DARK, LIGHT = "#111418", "#FFFFFF"
 DECADES = 2.0  # positive numbers that span more than these are put on a logarithmic scale
 
 
@@ -112,7 +112,7 @@ def ink_on(fill: str) -> str:
     """Dark or light, whichever is read more easily on a colour (WCAG 2.2, contrast ratio)."""
     linear = ((c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4) for c in _parts(fill))
     luminance = sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
-    return DARK if luminance > 0.2 else LIGHT
+    return DARK if luminance > 0.195 else LIGHT
 
 
 def _channels(colour: str) -> list[int]:

@@ -106,6 +106,9 @@ def _levels_crossed(network: nx.MultiDiGraph) -> int:
     """Over how many levels edges lead, all together; those with a gradient are drawn twice."""
     levels = enumerate(nx.topological_generations(network))
     level = {key: k for k, keys in levels for key in keys}
+    for key, kind in network.nodes(data="kind"):
+        if kind == "parameter":  # it stands beside its first op
+            level[key] = min((level[op] for op in network.successors(key)), default=0)
     edges = network.edges(data="gradient")
     return sum((level[v] - level[u]) * (2 if passes else 1) for u, v, passes in edges)
 
