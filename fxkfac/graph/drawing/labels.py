@@ -43,6 +43,8 @@ STRUCTURES = {
 SMALL = "8.5"
 
 Cell = tuple[str, str, str]  # a sign, its text, and their colour
+Row = tuple[Cell, ...]
+BLANK: Cell = ("", "", PAPER)
 Node = dict[str, Any]
 
 
@@ -51,10 +53,10 @@ def nesting(depth: int) -> str:
     return NESTING[min(depth, len(NESTING) - 1)]
 
 
-def look(node: Node, entering: Iterable[dict[str, Any]]) -> dict[str, str]:
-    """The look of a node that is no parameter, given the edges that enter it."""
+def look(node: Node, entering: Iterable[dict[str, Any]], flat: bool) -> dict[str, str]:
+    """The look of a node that is no parameter, given the edges that enter it; `flat` is low."""
     if node["kind"] == "op":
-        return _op(node, entering)
+        return _op(node, entering, flat)
     looks = {"quiet": _quiet, "unsupported": _unsupported}
     return looks.get(node["kind"], _end)(node)
 
@@ -75,18 +77,20 @@ def _quiet(node: Node) -> dict[str, str]:
     return {"label": f"<{'<BR/>'.join(lines)}>", "margin": "0.1,0.04", **fill}
 
 
-def _op(node: Node, entering: Iterable[dict[str, Any]]) -> dict[str, str]:
-    """A linear op. Left what comes in, and A; right what goes out, and B."""
+def _op(node: Node, entering: Iterable[dict[str, Any]], flat: bool) -> dict[str, str]:
+    """A linear op. Left what comes in, and A; right what goes out, and B; or all in one line."""
     y = ("<I>y</I>", node["y"], PAPER)
     factors = dict.fromkeys((e["group"], e["A"], e["B"]) for e in entering if "A" in e)
     if not factors:
         return _table(node, BLUE, [((f"bias of {escape(node['joins'])}", "", PAPER), y)])
     if node["tapped"] != node["name"]:
-        y = (y[0], y[1] + _small(f"  at {node['tapped']}", SLATE), PAPER)
-    rows: list[tuple[Cell, Cell]] = [(("<I>x</I>", node["x"], PAPER), y)]
+        y = (y[0], y[1] + GAP + _small(f"at {node['tapped']}", SLATE), PAPER)
+    rows: list[Row] = [(("<I>x</I>", node["x"], PAPER), y)]
     for group, *sizes in factors:
         a, b = (factor_text(group, size) for size in sizes)
         rows.append((("<B>A</B>", a, PALE_BLUE), ("<B>B</B>", b, PALE_RED)))
+    if flat:
+        rows = [rows[0] + rows[1], *((BLANK, BLANK, *row) for row in rows[2:])]
     return _table(node, BLUE, rows)
 
 
@@ -101,12 +105,12 @@ def _unsupported(node: Node) -> dict[str, str]:
     return _table(node, VIOLET, [(("no tap here", "", PAPER), y)])
 
 
-def _table(node: Node, color: str, rows: list[tuple[Cell, Cell]]) -> dict[str, str]:
+def _table(node: Node, color: str, rows: list[Row]) -> dict[str, str]:
     head = f"<B>{escape(node['op'])}</B>{GAP}{_small(node['source'], '#DCE3EC')}"
-    body = "".join(f"<TR>{_cells(*left)}{_cells(*right)}</TR>" for left, right in rows)
+    body = "".join(f"<TR>{''.join(_cells(*cell) for cell in row)}</TR>" for row in rows)
     label = (
         f'<<TABLE BORDER="1" CELLBORDER="0" CELLSPACING="0" CELLPADDING="4" COLOR="{color}" '
-        f'BGCOLOR="{PAPER}"><TR><TD COLSPAN="4" BGCOLOR="{color}" ALIGN="LEFT">'
+        f'BGCOLOR="{PAPER}"><TR><TD COLSPAN="{2 * len(rows[0])}" BGCOLOR="{color}" ALIGN="LEFT">'
         f'<FONT COLOR="{PAPER}">{head}</FONT></TD></TR>{body}</TABLE>>'
     )
     return {"shape": "plain", "label": label}
@@ -150,7 +154,8 @@ def _parameter_cell(network: nx.MultiDiGraph, key: str, around: Sequence[str], b
     box = f'PORT="{key}" BGCOLOR="{node["fill"]}" COLOR="{color}" {style}'
     text = use_text(network, *uses[0]) if beside else ""
     label = f'<TD PORT="{key}_text" BORDER="0" CELLPADDING="1">{_small(text, color)}</TD>'
-    lines = _lines(name_inside(node["names"], around), shape, remark, node["value"])
+    name, more = name_inside(node["names"], around), [shape, remark, node["value"]]
+    lines = _line(name, *more) if network.graph["fold"] else _lines(name, *more)
     ink = f'<FONT COLOR="{node["ink"]}">{lines}</FONT>'
     return f"<TD {box}>{ink}</TD>{label if text else ''}"
 
@@ -199,8 +204,15 @@ def _small(text: str, color: str) -> str:
 
 
 def _lines(name: str, *more: str) -> str:
-    rest = "".join(f'<BR/><FONT POINT-SIZE="9">{escape(text)}</FONT>' for text in more if text)
-    return escape(name) + rest
+    return "<BR/>".join([escape(name), *(_small_of(text) for text in more if text)])
+
+
+def _small_of(text: str) -> str:
+    return f'<FONT POINT-SIZE="9">{escape(text)}</FONT>'
+
+
+def _line(name: str, *more: str) -> str:
+    return "  ".join([escape(name), *(_small_of(text) for text in more if text)])
 
 
 def title(name: str, remark: str, count: int = 1, lines: int = 1) -> str:
@@ -223,15 +235,22 @@ def legend(network: nx.MultiDiGraph, scale: Scale | None = None) -> str:
     shown = {node["kind"] for node in nodes}
     shown |= {sort_of(node) for node in nodes if node["kind"] == "parameter"}
     shown |= {"repeats"} if network.graph["repeats"] else set()
-    columns = ([entry for when, entry in column if when in shown] for column in LEGEND)
+    columns = [[entry for when, entry in column if when in shown] for column in LEGEND]
+    if network.graph["fold"]:
+        columns = [
+            part for c in columns for part in (c[: (len(c) + 1) // 2], c[(len(c) + 1) // 2 :])
+        ]
     lines = zip_longest(*columns, fillvalue="<TD></TD><TD></TD>")
     rows = "".join(f"<TR>{''.join(line)}</TR>" for line in lines)
-    rows += _ramp(scale, "repeats" in shown) if scale is not None else ""
+    if scale is not None:  # what a parameter is, its border says
+        for _, pale in PARAMETERS.values():
+            rows = rows.replace(pale, PAPER)
+        rows += _ramp(scale, "repeats" in shown, 2 * len(columns))
     return f'<<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="3" CELLPADDING="1">{rows}</TABLE>>'
 
 
-def _ramp(scale: Scale, folded: bool) -> str:
-    """The colours of a scale, with its ends."""
+def _ramp(scale: Scale, folded: bool, span: int) -> str:
+    """The colours of a scale, with its ends, under `span` cells."""
     low, high = (number_text([end]) for end in scale.ends)
     steps = scale.steps(9) if low != high else [scale.fill(scale.ends[0])]
     boxes = "".join(f'<TD BGCOLOR="{fill}" WIDTH="16" HEIGHT="13"></TD>' for fill in steps)
@@ -239,7 +258,7 @@ def _ramp(scale: Scale, folded: bool) -> str:
     row = f"{ends[0]}{boxes}{ends[1]}" if low != high else f"{boxes}{ends[1]}"
     table = f'<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="0"><TR>{row}</TR></TABLE>'
     text = _small(scale_text(scale, folded), SLATE)
-    return f'<TR><TD COLSPAN="4" ALIGN="LEFT">{table}</TD></TR><TR><TD COLSPAN="4">{text}</TD></TR>'
+    return f'<TR><TD COLSPAN="{span}">{table}</TD></TR><TR><TD COLSPAN="{span}">{text}</TD></TR>'
 
 
 def scale_text(scale: Scale, folded: bool) -> str:

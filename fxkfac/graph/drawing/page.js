@@ -86,7 +86,7 @@ function nodeRow(node) {
   const factors = node.factors.flatMap(([a, b]) => [element("span", { class: "A" }, `A ${a}`),
     element("span", { class: "B" }, `B ${b}`)]);
   const shapes = node.y ? `${node.x} → ${node.y}` : node.shape;
-  return element("div", { class: "row", onclick: () => choose(node.key) },
+  return element("div", { class: "row", onclick: () => moved || choose(node.key) },
     element("span", { class: node.kind }, node.title),
     ...node.parameters.map((key) => chip(key)),
     element("span", { class: "small" }, shapes), ...factors);
@@ -135,7 +135,7 @@ function fit() {
 }
 
 function centre(row) {
-  view.y = byId("view").clientHeight / 2 - row * ROW * view.scale;
+  view.y = Math.min(MARGIN, byId("view").clientHeight / 2 - row * ROW * view.scale);
   move();
 }
 

@@ -41,7 +41,7 @@ function about(key) {
 function detail({ name, text, curve, count, lost }) {
   if (!curve) return table([[name, text]]);
   const aside = lost ? `, ${lost} not positive` : "";
-  return element("div", {}, element("div", { class: "small" }, `${name} (${count}${aside})`),
+  return element("div", {}, element("div", { class: "small" }, `${name}: ${count} numbers${aside}`),
     curve.length ? plot(curve) : "");
 }
 
@@ -51,7 +51,9 @@ function plot(values) {
   const x = (k) => 8 + (values.length > 1 ? k / (values.length - 1) : 0.5) * 304;
   const y = (log) => 18 + (high > low ? (high - log) / (high - low) : 0.5) * 60;
   const points = logs.map((log, k) => `${x(k).toFixed(1)},${y(log).toFixed(1)}`);
-  const label = (value, at) => drawn("text", { x: 8, y: at, "font-size": 10 }, value.toPrecision(3));
+  const text = (value) => value >= 0.001 && value < 1e5 ? value.toPrecision(3)
+    : value.toExponential(2);
+  const label = (value, at) => drawn("text", { x: 8, y: at, "font-size": 10 }, text(value));
   return drawn("svg", { class: "curve", viewBox: "0 0 320 96" },
     drawn("polyline", { points: points.join(" ") }),
     ...(values.length < 40 ? points.map((point) => drawn("circle", {
@@ -78,3 +80,4 @@ byId("found").textContent = data.counts;
 byId("legend").replaceChildren(...legend());
 render();
 choose(decodeURIComponent(location.hash.slice(1)));
+if (chosen in place) centre(place[chosen]);

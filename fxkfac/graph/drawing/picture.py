@@ -113,7 +113,7 @@ class _Picture:
         remark = "\n".join(t for t in (node.get("code"), node.get("reason")) if t) or node["name"]
         if node["kind"] != "parameter":
             entering = [edge for *_, edge in self.network.in_edges(key, data=True)]
-            look = labels.look(node, entering)
+            look = labels.look(node, entering, self.network.graph["fold"])
         elif self.stack_of[key] == key:
             around = names_around(self.network, self.scopes[key], self.plain)
             beside = self.beside[key]
