@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
-from pictured import PROGRAMS, of_kind
+from pictured import of_kind, partly, positions, tied
 from torch import nn
 
 import fxkfac
@@ -56,8 +56,13 @@ def counts(network):
     return [repeat.count for repeat in network.graph["repeats"].values()]
 
 
-def test_equal_layers_are_drawn_once_with_their_count():
-    program, network = network_of(Layers([Layer() for _ in range(DEPTH)]))
+@pytest.fixture(scope="module")
+def four():
+    return network_of(Layers([Layer() for _ in range(DEPTH)]))
+
+
+def test_equal_layers_are_drawn_once_with_their_count(four):
+    _, network = four
     (repeat,) = network.graph["repeats"].values()
     assert (repeat.count, repeat.first, repeat.last) == (4, ("layers", "0"), ("layers", "3"))
     modules = [node["module"] for node in of_kind(network, "op").values()]
@@ -67,11 +72,10 @@ def test_equal_layers_are_drawn_once_with_their_count():
     inside = {key for key, node in network.nodes(data=True) if node["repeats"]}
     kinds = Counter(network.nodes[key]["kind"] for key in inside)
     assert kinds == {"op": 2, "quiet": 2, "parameter": 4}  # relu and add
-    assert program.uses  # the program itself is as it was
 
 
-def test_what_comes_behind_reads_the_folded_layers():
-    _, network = network_of(Layers([Layer() for _ in range(DEPTH)]))
+def test_what_comes_behind_reads_the_folded_layers(four):
+    _, network = four
     (head,) = (key for key, node in network.nodes(data=True) if node.get("module") == "head")
     (before,) = (u for u, _, kind in network.in_edges(head, data="kind") if kind == "data")
     assert network.nodes[before]["repeats"]
@@ -79,8 +83,8 @@ def test_what_comes_behind_reads_the_folded_layers():
     assert sorted(network.successors(before)) == [head]  # not the layer that is no longer there
 
 
-def test_the_box_is_named_by_its_first_and_last_layer():
-    program, network = network_of(Layers([Layer() for _ in range(DEPTH)]))
+def test_the_box_is_named_by_its_first_and_last_layer(four):
+    program, network = four
     places = scopes(network)
     tree = boxes(program, network, places, plain_scopes(network, places))
     (box,) = (inner for inner in tree.inner if inner.count > 1)
@@ -149,17 +153,14 @@ def test_ops_side_by_side_are_no_layers():
     assert counts(network) == []
 
 
-@pytest.mark.parametrize(
-    "build",
-    [*PROGRAMS, lambda: network_of(Layers([Layer() for _ in range(DEPTH)]))[0]],
-)
-def test_nothing_gets_lost(build):
+@pytest.mark.parametrize("build", [tied, partly, positions])
+def test_nothing_gets_lost(build, four):
     """Every parameter and every op is drawn by itself, or counted."""
-    program = build()
-    plain, once = drawn(program), drawn(program, fold=True)
-    names = [n for node in of_kind(once, "parameter").values() for n in node["names"]]
-    assert sorted(names) == sorted(of_kind(plain, "parameter"))
-    assert ops(once) == ops(plain)
+    for program in (build(), four[0]):
+        plain, once = drawn(program), drawn(program, fold=True)
+        names = [n for node in of_kind(once, "parameter").values() for n in node["names"]]
+        assert sorted(names) == sorted(of_kind(plain, "parameter"))
+        assert ops(once) == ops(plain)
 
 
 def ops(network):
