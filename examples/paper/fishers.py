@@ -50,6 +50,16 @@ def type_2() -> None:
     print(f"  {f.shape[1]} labels, {len(f)} data")
 
 
+def hessian_over_own_labels() -> None:
+    """With σ itself as soft labels, held fixed, the Hessian is the Fisher. Section 2.5.3."""
+    σ = _predict(W).softmax(1)
+    F = exact.type1_fisher(NET, LOSS, (X, Y), NAME)
+    same(exact.hessian(NET, LOSS, (X, σ), NAME), F)
+    off = error(exact.hessian(NET, LOSS, (X, Y), NAME), F)
+    assert off > 0.1
+    print(f"  with the data's labels the relative difference is {off:.3f}")
+
+
 def type_1() -> None:
     """The mean over labels of outer products of gradients, exactly. Section 2.5.3."""
     F = torch.zeros(W.numel(), W.numel()).double()
