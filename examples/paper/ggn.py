@@ -12,7 +12,7 @@ from setting import mlp, rand, run, same
 from torch import Tensor, nn
 
 from fxkfac import exact
-from fxkfac.exact import rvec
+from fxkfac.exact import cvec, rvec
 
 
 def linearization() -> None:
@@ -102,11 +102,13 @@ def flattened_in_both_orders() -> None:
     def predict(W: Tensor) -> Tensor:
         return torch.func.functional_call(net, {"0.weight": W}, (x,))
 
-    for vec in ("rvec", "cvec"):
+    tensor = exact.ggn(net, loss, (x, y), "0.weight").reshape(3, 4, 3, 4)
+    for vec, flatten in {"rvec": rvec, "cvec": cvec}.items():
         J = exact.jacobian(predict, W, vec)
         H = exact.hessian_matrix(lambda f: loss(f, y), predict(W).detach(), vec)
         G = exact.ggn(net, loss, (x, y), "0.weight", vec=vec)
         same(G, J.T @ H @ J)
+        same(G, flatten(flatten(tensor, end_dim=1), start_dim=1))
         linear = exact.linearize(predict, W)
         same(G, exact.hessian_matrix(lambda W, at=linear: loss(at(W), y), W, vec))
         print(f"  {vec}: {tuple(G.shape)}, trace {G.trace():.6f}")
