@@ -12,6 +12,7 @@ from fxkfac.curvature.factors import Factors
 from fxkfac.curvature.kfac import kfac
 from fxkfac.curvature.kfoc import kfoc
 from fxkfac.curvature.likelihoods import Likelihood
+from fxkfac.curvature.losses import likelihood_of
 from fxkfac.curvature.running import RunningAverage
 from fxkfac.curvature.step import Step, step
 from fxkfac.curvature.total import Total, sum_of
@@ -50,6 +51,7 @@ __all__ = [
     "kfoc",
     "laplace",
     "laplacian",
+    "likelihood_of",
     "load",
     "operators",
     "optim",
