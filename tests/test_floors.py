@@ -24,9 +24,11 @@ ALLOWED = {
     "optim": {"errors", "isolation", "functional", "linalg", "graph", "curvature", "exact"},
     "persistence": {"errors", "functional", "graph", "curvature"},
     "attribution": {"errors", "isolation", "functional", "graph", "linalg", "curvature"},
+    "comparison": {"errors", "functional", "graph", "curvature", "exact"},
+    "plots": {"errors", "linalg", "curvature", "comparison"},
     "laplace": {"errors", "isolation", "functional", "linalg", "curvature"},
 }
-LEAVES = {"cli", "__main__", "distributed", "examples"}  # nobody imports these
+LEAVES = {"cli", "__main__", "distributed", "examples", "plots"}  # nobody imports these
 
 
 def module_name(file):
