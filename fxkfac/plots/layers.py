@@ -96,8 +96,7 @@ def memory(report: Report, ax: Axes | None = None) -> Axes:
     found = [row.memory for row in report.rows]
     bars = ax.barh(by_layer(ax, names), found, height=0.6, color=BLUE)
     ax.bar_label(bars, [readable(size) for size in found], padding=3, fontsize="small")
-    ax.xaxis.set_major_formatter(lambda size, _: readable(int(size)))
-    ax.locator_params(axis="x", nbins=5)
+    ax.set_xticks([])  # the bars have their sizes beside them
     ax.set_xlabel(f"memory; all together {readable(report.total.memory)}")
     ax.margins(x=0.15)
     return ax
@@ -152,7 +151,7 @@ def _xy(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]
 
 
 def _legend(ax: Axes) -> None:
-    """Below the plot, where it hides nothing."""
+    """Above the plot, where it hides nothing."""
     ax.legend(
         frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0, 1.0), borderaxespad=0.2,
         handletextpad=0.3, columnspacing=1.2,
