@@ -15,7 +15,7 @@ from torch import nn
 import fxkfac
 from fxkfac import plots
 from fxkfac.comparison import METHODS, LayerError, LayerErrors
-from fxkfac.curvature.report import readable
+from fxkfac.curvature.report import block_name, readable
 from fxkfac.errors import FxkfacError, NonFiniteError, OptionError
 from fxkfac.plots.layers import FACTORS, SHIFT
 
@@ -47,7 +47,7 @@ def labels(ax):
 
 
 def names(report):
-    return [" + ".join(row.params) for row in report]
+    return [block_name(row.params) for row in report]
 
 
 class TestSpectra:
