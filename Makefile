@@ -1,4 +1,4 @@
-# make demo | test | test-all | bench | lint | clean: each makes what it needs.
+# make demo | test | test-slow | bench | lint | clean: each makes what it needs.
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 PEERS := $(VENV)/.peers
 BENCH_OUT := docs/benchmarks
 
-.PHONY: demo test test-all bench lint graphviz clean help
+.PHONY: demo test test-slow bench lint graphviz clean help
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
@@ -35,8 +35,8 @@ demo: $(INSTALLED) graphviz
 test: $(INSTALLED) graphviz
 	$(TESTS) -m "not slow"
 
-test-all: $(INSTALLED) graphviz
-	$(TESTS)
+test-slow: $(INSTALLED) graphviz
+	$(TESTS) -m slow
 
 # Time and memory beside the peers: a table, and the same as JSON, Markdown and a picture.
 $(PEERS): $(INSTALLED)
