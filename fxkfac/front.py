@@ -5,6 +5,7 @@ import fxkfac.exact as exact
 import fxkfac.laplace as laplace
 import fxkfac.optim as optim
 from fxkfac.attribution import influence
+from fxkfac.comparison import layer_errors
 from fxkfac.curvature.accumulation import Accumulation
 from fxkfac.curvature.blocks import Block, Dense, Diagonal, Kronecker
 from fxkfac.curvature.check import check
@@ -15,6 +16,7 @@ from fxkfac.curvature.factors import Factors
 from fxkfac.curvature.kfac import kfac
 from fxkfac.curvature.kfoc import kfoc
 from fxkfac.curvature.likelihoods import Likelihood
+from fxkfac.curvature.report import Report
 from fxkfac.curvature.running import RunningAverage
 from fxkfac.curvature.step import Step, step
 from fxkfac.curvature.total import Total, sum_of
@@ -40,6 +42,7 @@ __all__ = [
     "Kronecker",
     "Likelihood",
     "Program",
+    "Report",
     "RunningAverage",
     "Step",
     "Taylor",
@@ -53,6 +56,7 @@ __all__ = [
     "kfoc",
     "laplace",
     "laplacian",
+    "layer_errors",
     "load",
     "operators",
     "optim",
