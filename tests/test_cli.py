@@ -161,6 +161,38 @@ def test_no_batch_is_lost_or_comes_twice(capsys, name):
     assert torch.equal(fxkfac.load("file", program, loss).dense(), expected.dense())
 
 
+def test_report_tells_what_the_factors_of_a_file_are(capsys):
+    found(capsys, "factors", TARGETS, "--fisher", "empirical", "-o", "f.safetensors")
+    data = found(capsys, "report", TARGETS, "--factors", "f.safetensors")
+    loaded, _ = tensors("f.safetensors")
+    assert (data["fisher"], data["sharing"], data["correction"]) == ("empirical", "expand", None)
+    assert {k: data[k] for k in ("n", "rows", "total")} == loaded.report().as_dict()
+
+
+@pytest.mark.parametrize("correction", ["ekfac", "kfoc"])
+def test_report_corrects_by_the_same_draws(capsys, correction):
+    words = ["--fisher", "mc", "--correction", correction]
+    data = found(capsys, "report", f"{TARGETS}:shuffled", *words)
+    module = importlib.import_module("command_targets")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, loss, loader = module.shuffled()
+        batches = list(loader)
+    program, how = fxkfac.trace(model, batches[0][0]), {"fisher": "mc"}
+    same = lambda: torch.Generator().manual_seed(0)  # noqa: E731
+    factors = fxkfac.kfac(program, loss, batches, generator=same(), **how)
+    expected = getattr(fxkfac, correction)(program, loss, batches, factors, generator=same())
+    assert {k: data[k] for k in ("n", "rows", "total")} == expected.report().as_dict()
+
+
+def test_report_prints_a_table(capsys):
+    status, out, _ = run(capsys, "report", f"{TARGETS}:one_pair")
+    assert status == 0
+    first, header, *_ = out.splitlines()
+    assert first == "type-2, expand: 4 parameters in 2 blocks, over 6 data"
+    assert "cond A" in header
+
+
 @pytest.fixture
 def quick(monkeypatch):
     """Memory is measured in one call each."""
@@ -266,6 +298,14 @@ WRONG = {
     "traced twice": (
         ["check", f"{TARGETS}:function_of_parameters", "--batch-axis=0"],
         "traced already, but there is --batch-axis",
+    ),
+    "corrected twice": (
+        ["report", f"{TARGETS}:used_up", "--correction", "kfoc"],
+        "every step takes two passes",
+    ),
+    "no factors": (
+        ["report", f"{TARGETS}:regression", "--factors", "factors"],
+        "cannot read 'factors'",
     ),
     "said twice": (
         ["factors", TARGETS, "-o", "f", "--resume", "x", "--mc-samples=2"],

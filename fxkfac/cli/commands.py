@@ -9,6 +9,7 @@ from dataclasses import asdict
 from fxkfac.cli.bench import bench
 from fxkfac.cli.factors import factors
 from fxkfac.cli.output import Result, require_folder
+from fxkfac.cli.report import report
 from fxkfac.cli.target import read_target, require_data
 from fxkfac.cli.tracing import program_of
 from fxkfac.curvature.check import check as compare
@@ -74,5 +75,6 @@ COMMANDS = {
     "draw": draw,
     "check": check,
     "factors": factors,
+    "report": report,
     "bench": bench,
 }

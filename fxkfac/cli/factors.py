@@ -29,7 +29,7 @@ HOW = ("fisher", "sharing", "mc_samples")
 def factors(asked: Namespace) -> Result:
     """Factors over all of the data, in a file."""
     require_folder(asked.output)
-    _require_from_file(asked, "resume")
+    require_one_source(asked, "resume")
     target = read_target(asked.target)
     require_data(target, asked.command)
     program = program_of(asked, target)
@@ -74,7 +74,7 @@ def add_all(accumulation: Accumulation, data: Iterable[tuple[Any, Any]]) -> None
         )
 
 
-def _require_from_file(asked: Namespace, option: str) -> None:
+def require_one_source(asked: Namespace, option: str) -> None:
     """Raise `OptionError` where the file says what is asked for, too."""
     file = getattr(asked, option)
     given = [name for name in HOW if getattr(asked, name) is not None]
