@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
 import threading
 import tomllib
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -17,8 +20,13 @@ import torch
 
 import fxkfac
 from fxkfac.cli import main
+from fxkfac.cli.bench import gradient_of
+from fxkfac.cli.factors import new_accumulation
 from fxkfac.cli.interrupt import uninterrupted
 from fxkfac.cli.output import as_json
+from fxkfac.cli.parser import EXAMPLES, make_parser
+from fxkfac.cli.target import read_target
+from fxkfac.cli.tracing import program_of
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -138,11 +146,9 @@ def test_factors_are_those_of_kfac(capsys, tmp_path):
 
 
 def test_another_seed_is_another_model(capsys):
-    files = []
-    for seed in ("0", "1", "0"):
-        found(capsys, "factors", TARGETS, "-o", f"{len(files)}", "--seed", seed)
-        files.append(Path(f"{len(files)}").read_bytes())
-    assert files[0] == files[2] != files[1]
+    for seed in ("0", "1"):
+        found(capsys, "factors", TARGETS, "-o", seed, "--seed", seed)
+    assert Path("0").read_bytes() != Path("1").read_bytes()
 
 
 @pytest.mark.parametrize("name", ["used_up", "drawn", "one_pair"])
@@ -228,9 +234,6 @@ def test_bench_prints_a_table(capsys):
 
 
 def test_the_gradient_that_is_timed_is_the_models():
-    from fxkfac.cli.bench import gradient_of
-    from fxkfac.cli.target import read_target
-
     torch.manual_seed(0)
     target = read_target(f"{TARGETS}:regression")
     program = fxkfac.trace(target.model, target.inputs)
@@ -456,7 +459,7 @@ COMMANDS = {"trace", "draw", "check", "factors", "report", "bench"}
     [
         ("fxkfac ", COMMANDS | {"-h", "--help"}),
         ("fxkfac bench x.py --re", {"--repeats"}),
-        ("fxkfac bench x.py --fisher e", {"empirical"}),
+        pytest.param("fxkfac bench x.py --fisher e", {"empirical"}, marks=pytest.mark.slow),
     ],
 )
 def test_a_shell_can_complete_words(tmp_path, line, expected):
@@ -465,3 +468,56 @@ def test_a_shell_can_complete_words(tmp_path, line, expected):
     asked |= {"COMP_POINT": str(len(line)), "_ARGCOMPLETE_STDOUT_FILENAME": str(answer)}
     subprocess.run([sys.executable, "-m", "fxkfac"], env=environment(**asked), check=True)
     assert {word.strip() for word in answer.read_text().splitlines()} == expected
+
+
+def test_whoever_reads_may_have_enough(monkeypatch):
+    """As `head` has."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    with os.fdopen(writes, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert main(["trace", f"{TARGETS}:inputs_only"]) == 0
+
+
+# --- as documented ---
+
+
+def commands_of(text):
+    blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.S)
+    return [shlex.split(line) for block in blocks for line in block.splitlines()]
+
+
+def test_the_page_is_true(capsys, monkeypatch):
+    """Every command on it is run; the interrupted one is interrupted here after two batches."""
+    Path("examples").symlink_to(ROOT / "examples")
+    monkeypatch.setattr("fxkfac.measure.memory.CALLS", 1)
+    commands = commands_of((ROOT / "docs" / "command_line.md").read_text())
+    assert {words[1] for words in commands} == set(COMMANDS)
+    for words in commands:
+        assert words[0] == "fxkfac"
+        if "--resume" in words:
+            interrupt(words)
+        assert main(words[1:]) == 0, capsys.readouterr().err
+    assert Path("resumed.safetensors").read_bytes() == Path("factors.safetensors").read_bytes()
+    assert Path("model.svg").exists() or Path("model.svg.gv").exists()
+
+
+def interrupt(words):
+    """Leave what Ctrl-C leaves after two batches."""
+    asked = make_parser().parse_args(["factors", words[2], "--fisher", "mc", "-o", "unused"])
+    with torch.random.fork_rng():
+        torch.manual_seed(asked.seed)
+        target = read_target(asked.target)
+        program = program_of(asked, target)
+        accumulation = new_accumulation(asked, program, target)
+        for inputs, targets in islice(target.data, 2):
+            accumulation.add(inputs, targets)
+    fxkfac.save(accumulation, words[words.index("--resume") + 1])
+
+
+def test_examples_in_the_help_are_right():
+    lines = [line.strip() for text in EXAMPLES.values() for line in text.splitlines()]
+    examples = [re.split(r"  +| && ", line)[0] for line in lines if line.startswith("fxkfac ")]
+    assert len(examples) > len(COMMANDS)
+    for example in examples:
+        assert make_parser().parse_args(shlex.split(example)[1:])
