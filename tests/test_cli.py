@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import os
 import re
@@ -25,6 +26,7 @@ from fxkfac.cli.factors import new_accumulation
 from fxkfac.cli.interrupt import uninterrupted
 from fxkfac.cli.output import as_json
 from fxkfac.cli.parser import EXAMPLES, make_parser
+from fxkfac.cli.progress import Shown
 from fxkfac.cli.target import read_target
 from fxkfac.cli.tracing import program_of
 
@@ -330,6 +332,19 @@ def test_what_a_target_cannot_import_is_named(capsys, tmp_path):
     assert "Install it" in line
     Path("broken.py").write_text("def f(:\n")
     assert "SyntaxError: invalid syntax (broken.py:1)" in refusal(capsys, "trace", "broken.py:f")
+    Path("ends.py").write_text("raise SystemExit(3)\n")
+    assert "SystemExit: 3 (ends.py:1)" in refusal(capsys, "trace", "ends.py:f")
+
+
+def test_a_file_that_is_called_like_a_module_does_not_take_its_place(capsys):
+    Path("json.py").write_text("from command_targets import inputs_only\n")
+    assert found(capsys, "trace", "json.py:inputs_only")["uses"]
+    assert sys.modules["json"] is json
+
+
+def test_a_folder_that_may_not_be_written_to_is_named_before_the_work(capsys, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert "you may not write" in refusal(capsys, "factors", f"{TARGETS}:fails", "-o", "f")
 
 
 def test_without_dot_the_source_is_there(capsys, monkeypatch):
@@ -343,6 +358,34 @@ def test_debug_shows_the_traceback(capsys):
     status, out, err = run(capsys, "trace", f"{TARGETS}:fails", "--debug")
     assert (status, out) == (2, "")
     assert 'raise KeyError("weights")' in err
+
+
+# --- progress ---
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def shown(monkeypatch, stream):
+    monkeypatch.setattr(sys, "stderr", stream)
+    batches = [(torch.zeros(2), torch.zeros(2))] * 3
+    assert [len(pair) for pair in Shown(batches, "factors")] == [2, 2, 2]
+    return stream.getvalue()
+
+
+def test_a_terminal_has_a_bar(monkeypatch):
+    assert "3/3" in shown(monkeypatch, Terminal())
+
+
+@pytest.mark.parametrize("stream", [Terminal, io.StringIO])
+def test_else_there_are_lines_now_and_then(monkeypatch, stream):
+    monkeypatch.setitem(sys.modules, "tqdm", None)  # not installed
+    assert shown(monkeypatch, stream()) == ""
+    monkeypatch.setattr("fxkfac.cli.progress.INTERVAL", 0)
+    lines = shown(monkeypatch, stream()).splitlines()
+    assert [line.split(" batches")[0] for line in lines] == [f"factors: {k} of 3" for k in range(3)]
 
 
 # --- what stops a pass ---
@@ -487,6 +530,7 @@ def commands_of(text):
     return [shlex.split(line) for block in blocks for line in block.splitlines()]
 
 
+@pytest.mark.slow
 def test_the_page_is_true(capsys, monkeypatch):
     """Every command on it is run; the interrupted one is interrupted here after two batches."""
     Path("examples").symlink_to(ROOT / "examples")

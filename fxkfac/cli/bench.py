@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Generator
 
-from fxkfac.cli.output import Result, say
+from fxkfac.cli.output import Result, note
 from fxkfac.cli.target import Target, read_target, require_data
 from fxkfac.cli.tracing import program_of
 from fxkfac.curvature.kfac import kfac
@@ -66,11 +66,11 @@ def bench(asked: Namespace) -> Result:
     tracing = time.perf_counter() - start
     with gradient_of(program, target) as gradient:
         calls, refused = _calls(asked, program, target)
-        say(f"bench: timing {'; '.join(calls) or 'nothing'}")
+        note(f"bench: timing {'; '.join(calls) or 'nothing'}")
         ratios = interleaved(gradient, calls, asked.repeats, asked.budget)
         befores = [ratio.gradient_seconds for ratio in ratios.values()]
         seconds = statistics.median(befores) if befores else seconds_of(gradient)
-        say("bench: memory")
+        note("bench: memory")
         device = program.like.device.type
         every = {GRADIENT: gradient, **calls}
         peaks = {name: later_peak(call, Peak(device)) for name, call in every.items()}

@@ -6,6 +6,8 @@ import warnings
 from argparse import Namespace
 from dataclasses import asdict
 
+import torch
+
 from fxkfac.cli.bench import bench
 from fxkfac.cli.factors import factors
 from fxkfac.cli.output import Result, require_folder
@@ -21,7 +23,8 @@ from fxkfac.isolation import own_randomness
 
 def run(asked: Namespace) -> Result:
     """The command that was named, with randomness of its own."""
-    with own_randomness(asked.seed):
+    with own_randomness():
+        torch.manual_seed(asked.seed)  # of accelerators, too, even where none is in use yet
         return COMMANDS[asked.command](asked)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -48,10 +49,20 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def note(line: str) -> None:
+    """The same for who sits and waits."""
+    if sys.stderr.isatty():
+        say(line)
+
+
 def require_folder(path: str) -> None:
     """Raise `FileError` before the work, not after it, where a file cannot be written."""
     folder = Path(path).absolute().parent
     if not folder.is_dir():
         raise FileError(f"cannot write {path!r}: there is no folder {str(folder)!r}. Make it.")
+    if not os.access(folder, os.W_OK):
+        raise FileError(
+            f"cannot write {path!r}: you may not write to {str(folder)!r}. Name another folder."
+        )
     if Path(path).is_dir():
         raise FileError(f"cannot write {path!r}: it is a folder. Name a file.")

@@ -38,7 +38,7 @@ class Shown:
         torch.set_rng_state(self.state)
         total, pairs = number_of_batches(self.data), batches(self.data)
         bar = _bar(pairs, self.what, total) if sys.stderr.isatty() else None
-        yield from bar or _lines(pairs, self.what, total)
+        yield from _lines(pairs, self.what, total) if bar is None else bar
 
 
 def _bar(pairs: Iterator[Pair], what: str, total: int | None) -> Iterable[Pair] | None:

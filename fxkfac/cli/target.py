@@ -164,12 +164,14 @@ def _called(text: str, function: Callable[[], Any]) -> Any:
 
 def _said(error: BaseException) -> str:
     """An error of the user's code in one line, with its place."""
+    said = " ".join(str(error).split())
     frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    places = [(f.filename, f.lineno) for f in frames if not f.filename.startswith("<")]
     if isinstance(error, SyntaxError) and error.filename:
-        place = f" ({Path(error.filename).name}:{error.lineno})"
-        return f"SyntaxError: {error.msg}{place}. --debug shows more."
-    return f"{type(error).__name__}: {' '.join(str(error).split())}{place}. --debug shows more."
+        said, places = error.msg, [(error.filename, error.lineno)]
+    own = [place for place in places if "site-packages" not in place[0]] or places
+    where = f" ({Path(own[-1][0]).name}:{own[-1][1]})" if own else ""
+    return f"{type(error).__name__}: {said}{where}. --debug shows more."
 
 
 def _require_model(text: str, model: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import Any
 
+from fxkfac.cli.output import note
 from fxkfac.cli.target import Target
 from fxkfac.errors import OptionError
 from fxkfac.graph.program import Program
@@ -20,6 +21,7 @@ def program_of(asked: Namespace, target: Target) -> Program:
     }
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     if not isinstance(target.model, Program):
+        note(f"tracing {target.text}")
         return trace(target.model, target.inputs, **given)
     if given:
         raise OptionError(
