@@ -216,6 +216,7 @@ def test_bench_measures_what_was_asked_for(capsys):
         "empirical",
         "loss, gradient, mc",
     ]
+    assert data["n"] == 5
     assert data["rows"][0]["time"] is None
     assert all(row["time"]["repeats"] == 1 for row in data["rows"][1:])
     assert "cannot be enumerated" in data["refused"]["type-1"]

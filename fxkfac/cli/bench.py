@@ -64,6 +64,16 @@ def bench(asked: Namespace) -> Result:
     start = time.perf_counter()
     program = program_of(asked, target)
     tracing = time.perf_counter() - start
+    rows, refused = _measured(asked, program, target)
+    about = _about(program, target, tracing)
+    data = {**about, "rows": [_plain(row, rows[0]) for row in rows], "refused": refused}
+    return Result(data, _text(about, rows, refused))
+
+
+def _measured(
+    asked: Namespace, program: Program, target: Target
+) -> tuple[list[Row], dict[str, str]]:
+    """The gradient and then all calls, and why others are refused."""
     with gradient_of(program, target) as gradient:
         calls, refused = _calls(asked, program, target)
         note(f"bench: timing {'; '.join(calls) or 'nothing'}")
@@ -74,11 +84,8 @@ def bench(asked: Namespace) -> Result:
         device = program.like.device.type
         every = {GRADIENT: gradient, **calls}
         peaks = {name: later_peak(call, Peak(device)) for name, call in every.items()}
-    rows = [Row(GRADIENT, seconds, None, peaks[GRADIENT])]
-    rows += [Row(name, ratio.seconds, ratio, peaks[name]) for name, ratio in ratios.items()]
-    machine = _machine(device, tracing)
-    data = {"machine": machine, "rows": [_plain(r, rows[0]) for r in rows], "refused": refused}
-    return Result(data, _text(rows, refused, machine))
+    rows = [Row(name, ratio.seconds, ratio, peaks[name]) for name, ratio in ratios.items()]
+    return [Row(GRADIENT, seconds, None, peaks[GRADIENT]), *rows], refused
 
 
 @contextmanager
@@ -90,7 +97,6 @@ def gradient_of(program: Program, target: Target) -> Iterator[Call]:
     inputs, targets = target.first
     state = program.state()
     leaves = {n: state[n].detach().requires_grad_() for n in program.asked.selected}
-
     with program.model.holding({**state, **leaves}) as model:
 
         def call() -> Any:
@@ -120,9 +126,11 @@ def _calls(
     return {name: call for name, call in calls.items() if name not in refused}, refused
 
 
-def _machine(device: str, tracing: float) -> dict[str, Any]:
-    cuda = device == "cuda"
+def _about(program: Program, target: Target, tracing: float) -> dict[str, Any]:
+    """What the times are of."""
+    signature, cuda = program.signature, program.like.device.type == "cuda"
     return {
+        "n": signature.batch_size(signature.tensors(target.inputs)),
         "device": torch.cuda.get_device_name() if cuda else platform.machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -141,12 +149,12 @@ def _memory(row: Row, gradient: Row) -> float | None:
     return row.peak_mb / gradient.peak_mb
 
 
-def _text(rows: list[Row], refused: dict[str, str], machine: dict[str, Any]) -> str:
+def _text(about: dict[str, Any], rows: list[Row], refused: dict[str, str]) -> str:
     busy = [row.time.elsewhere for row in rows if row.time]
     said = warning(busy[0]) if busy else None
     lines = [
-        f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}; tracing "
-        f"took {machine['tracing_seconds']:.1f} s",
+        f"{about['n']} data, {about['device']}, {about['threads']} threads, torch "
+        f"{about['torch']}; tracing took {about['tracing_seconds']:.1f} s",
         *columns([HEADER, *(_cells(row, rows[0]) for row in rows)]),
         *(f"{name} is refused: {reason}" for name, reason in refused.items()),
     ]
