@@ -16,6 +16,7 @@ from fxkfac.curvature.factors import Factors
 from fxkfac.curvature.kfac import kfac
 from fxkfac.curvature.kfoc import kfoc
 from fxkfac.curvature.likelihoods import Likelihood
+from fxkfac.curvature.losses import likelihood_of
 from fxkfac.curvature.report import Report
 from fxkfac.curvature.running import RunningAverage
 from fxkfac.curvature.step import Step, step
@@ -57,6 +58,7 @@ __all__ = [
     "laplace",
     "laplacian",
     "layer_errors",
+    "likelihood_of",
     "load",
     "operators",
     "optim",

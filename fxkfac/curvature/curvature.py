@@ -48,7 +48,8 @@ class Curvature(Mapping[str, AnyBlock]):
     def dense(self, *names: str) -> Float[Tensor, "numel numel"]:
         """The curvature of the named parameters (all, without names) as one matrix.
 
-        The order is that of their concatenated rvec, as stored; zeros between blocks.
+        The order is that of their concatenated rvec, as stored; zeros between blocks. For a
+        weight stored as (out, in) it is B ⊗ A (paper, Equation 4a).
 
         Raises:
             UnknownParameter: A name is not among the parameters covered.

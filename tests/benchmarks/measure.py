@@ -17,7 +17,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ import torch
 
 from benchmarks.peers import PEERS
 from benchmarks.problems import PROBLEMS, Problem
-from fxkfac.measure import Peak, later_peak, synchronize
+from fxkfac.measure import MB, Peak, later_peak, synchronize
 
 GRADIENT = "gradient"
 
@@ -35,12 +35,14 @@ GRADIENT = "gradient"
 class First:
     """Of a fresh process: seconds of the first call, and peaks in MB above what is held before.
 
-    `peak_mb` is of a later call, `first_peak_mb` of the first one with the capture.
+    `peak_mb` is of a later call, `first_peak_mb` of the first one with the capture; `factors_mb`
+    is what the factors themselves take, with a bias the blocks that it has of its own left out.
     """
 
     seconds: float
     peak_mb: float | None
     first_peak_mb: float
+    factors_mb: float = 0.0
 
 
 def gradient(problem: Problem) -> Callable[[], Any]:
@@ -63,11 +65,18 @@ def first_call(problem: str, flavour: str, library: str, tiny: bool, device: str
     peak = Peak(device)
     peak.start()
     start = time.perf_counter()
-    call = gradient(built) if library == GRADIENT else PEERS[library].prepare(built, flavour).call
+    prepared = None if library == GRADIENT else PEERS[library].prepare(built, flavour)
+    call = prepared.call if prepared else gradient(built)
     call()
     synchronize()
     seconds, first_peak = time.perf_counter() - start, peak.above()
-    return First(seconds, later_peak(call, peak), first_peak)
+    later = later_peak(call, peak)
+    factors = prepared.read(call()) if prepared else {}
+    return First(seconds, later, first_peak, sum(map(_size, factors.values())))
+
+
+def _size(factors: Iterable[torch.Tensor]) -> float:
+    return sum(f.numel() * f.element_size() for f in factors) / MB
 
 
 def in_fresh_process(
