@@ -18,6 +18,7 @@ from fxkfac.curvature.data import Data
 from fxkfac.curvature.ekfac import ekfac
 from fxkfac.curvature.factors import Factors
 from fxkfac.curvature.kfoc import kfoc
+from fxkfac.curvature.report import block_name
 from fxkfac.errors import BatchAxisError, OptionError
 from fxkfac.functional import FunctionalModel, Params, nest_names
 from fxkfac.graph.program import Program
@@ -83,7 +84,7 @@ class LayerErrors:
         }
 
     def __str__(self) -> str:
-        rows = [(" + ".join(row.params), row) for row in self.rows]
+        rows = [(block_name(row.params), row) for row in self.rows]
         header = ("block", "entries", "norm", *METHODS)
         lines = [_line(name, row) for name, row in [*rows, ("all", self.total)]]
         title = f"relative Frobenius errors beside the exact blocks ({self.fisher})"
@@ -132,8 +133,8 @@ def layer_errors(
     compute, rows = EXPECTED[factors.settings.fisher], []
     for name, block in chosen.items():
         with program.model.autocast.again():
-            C = compute(model, loss, data, list(block.params), values).double()
-        approximations = {method: c[name].dense() for method, c in found.items()}
+            C = compute(model, loss, data, list(block.params), values).cpu().double()
+        approximations = {method: c[name].dense().cpu() for method, c in found.items()}
         approximations[DIAGONAL] = torch.diag(C.diagonal())
         distances = {k: _norm(approximate - C) for k, approximate in approximations.items()}
         rows.append(LayerError(block.params, block.numel, _norm(C), distances))

@@ -35,6 +35,7 @@ PAGES = {
     "influence": 2,
     "laplace": 3,
     "optimizer": 6,
+    "reports": 6,
 }
 
 

@@ -15,7 +15,7 @@ from torch import nn
 import fxkfac
 from fxkfac import plots
 from fxkfac.comparison import METHODS, LayerError, LayerErrors
-from fxkfac.curvature.report import readable
+from fxkfac.curvature.report import block_name, readable
 from fxkfac.errors import FxkfacError, NonFiniteError, OptionError
 from fxkfac.plots.layers import FACTORS, SHIFT
 
@@ -47,7 +47,7 @@ def labels(ax):
 
 
 def names(report):
-    return [" + ".join(row.params) for row in report]
+    return [block_name(row.params) for row in report]
 
 
 class TestSpectra:
@@ -167,7 +167,7 @@ class TestHeatmap:
         (image,) = ax.images
         close(torch.as_tensor(image.get_array()), C.abs())
         largest = C.abs().max().item()
-        close(list(image.get_clim()), [largest * 1e-6, largest])
+        close(list(image.get_clim()), [largest * 1e-4, largest])
         assert image.norm(0.0) == 0.0  # zeros have a colour, that of the lowest
         horizontal = [line.get_ydata()[0] for line in ax.lines[::2]]
         vertical = [line.get_xdata()[0] for line in ax.lines[1::2]]

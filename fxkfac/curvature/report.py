@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -164,7 +164,15 @@ def _part_cells(part: Part) -> tuple[str, ...]:
 
 
 def _name(row: Row) -> str:
-    return "all" if row.kind == "all" else " + ".join(row.params)
+    return "all" if row.kind == "all" else block_name(row.params)
+
+
+def block_name(params: Sequence[str]) -> str:
+    """What a block is called where it is shown: what is in one module has its path once."""
+    first, *others = params
+    path = first.rpartition(".")[0] + "."
+    short = (p if "." in p.removeprefix(path) else p.removeprefix(path) for p in others)
+    return " + ".join([first, *short])
 
 
 def _some(number: int, what: str) -> str:

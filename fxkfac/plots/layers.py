@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fxkfac.comparison import METHODS, LayerErrors
-from fxkfac.curvature.report import Report, Row, readable
+from fxkfac.curvature.report import Report, Row, block_name, readable
 from fxkfac.errors import OptionError
 from fxkfac.plots.style import (
     BLACK,
@@ -38,7 +38,10 @@ def condition_numbers(report: Report, ax: Axes | None = None) -> Axes:
         OptionError: The report has no blocks.
         FxkfacError: Matplotlib is not installed.
     """
-    names = [_name(row) + (" (unknown)" if row.condition is None else "") for row in _rows(report)]
+    names = [
+        block_name(row.params) + (" (unknown)" if row.condition is None else "")
+        for row in _rows(report)
+    ]
     ax = axes_or_new(ax, height=height_for(names))
     points = {
         kind: [(c, y) for y, row in enumerate(report.rows) for c in _conditions(row, kind)]
@@ -75,7 +78,7 @@ def trace_shares(report: Report, ax: Axes | None = None) -> Axes:
             f"the trace of all blocks is {report.total.trace}, so that they have no shares in it; "
             "expected a positive number. `print(report)` says which block it comes from."
         )
-    names = [_name(row) for row in report.rows]
+    names = [block_name(row.params) for row in report.rows]
     ax = axes_or_new(ax, height=height_for(names))
     bars = ax.barh(by_layer(ax, names), found, height=0.6, color=BLUE)
     ax.bar_label(bars, [f"{share:.1f} %" for share in found], padding=3, fontsize="small")
@@ -91,13 +94,12 @@ def memory(report: Report, ax: Axes | None = None) -> Axes:
         OptionError: The report has no blocks.
         FxkfacError: Matplotlib is not installed.
     """
-    names = [_name(row) for row in _rows(report)]
+    names = [block_name(row.params) for row in _rows(report)]
     ax = axes_or_new(ax, height=height_for(names))
     found = [row.memory for row in report.rows]
     bars = ax.barh(by_layer(ax, names), found, height=0.6, color=BLUE)
     ax.bar_label(bars, [readable(size) for size in found], padding=3, fontsize="small")
-    ax.xaxis.set_major_formatter(lambda size, _: readable(int(size)))
-    ax.locator_params(axis="x", nbins=5)
+    ax.set_xticks([])  # the bars have their sizes beside them
     ax.set_xlabel(f"memory; all together {readable(report.total.memory)}")
     ax.margins(x=0.15)
     return ax
@@ -115,7 +117,7 @@ def layer_errors(errors: LayerErrors, ax: Axes | None = None) -> Axes:
     if not errors.rows:
         raise OptionError("there are no layers to draw; expected the errors of at least one.")
     rows = [*errors.rows, errors.total]
-    names = [" + ".join(row.params) + ("" if row.norm else " (zero)") for row in errors.rows]
+    names = [block_name(row.params) + ("" if row.norm else " (zero)") for row in errors.rows]
     ax = axes_or_new(ax, height=height_for([*names, "all"]))
     for k, method in enumerate(METHODS):
         place = SHIFT * (k - 1.5)
@@ -135,10 +137,6 @@ def _rows(report: Report) -> tuple[Row, ...]:
     return report.rows
 
 
-def _name(row: Row) -> str:
-    return " + ".join(row.params)
-
-
 def _conditions(row: Row, kind: str) -> list[float]:
     """Those that are known: of the block, or of one factor of every product."""
     found = [row.condition]
@@ -152,7 +150,7 @@ def _xy(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]
 
 
 def _legend(ax: Axes) -> None:
-    """Below the plot, where it hides nothing."""
+    """Above the plot, where it hides nothing."""
     ax.legend(
         frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0, 1.0), borderaxespad=0.2,
         handletextpad=0.3, columnspacing=1.2,

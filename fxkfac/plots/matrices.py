@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from matplotlib.axes import Axes
 
-DECADES = 6  # below the largest entry, all is drawn alike
+DECADES = 4  # below the largest entry, all is drawn alike
 POINTS = 2000  # of a spectrum with more eigenvalues, so many are drawn
 
 
@@ -83,7 +83,7 @@ def heatmap(
     ax: Axes | None = None,
     largest: float | None = None,
 ) -> Axes:
-    """The absolute values of a matrix on a logarithmic scale, six decades of it.
+    """The absolute values of a matrix on a logarithmic scale, four decades of it.
 
     Args:
         matrix: What `factors.dense()` or `fxkfac.exact.ggn` gives.
@@ -106,7 +106,7 @@ def heatmap(
     from matplotlib.colors import LogNorm
 
     norm = LogNorm(top * 10.0**-DECADES, top, clip=True)  # so that zeros are drawn like the lowest
-    ax.imshow(values.numpy(), norm=norm, cmap="cividis", interpolation="nearest")
+    ax.imshow(values.numpy(), norm=norm, cmap="viridis", interpolation="nearest")
     for end in torch.tensor([0, *sizes]).cumsum(0)[1:-1].tolist():
         ax.axhline(end - 0.5, color="white", linewidth=0.9)
         ax.axvline(end - 0.5, color="white", linewidth=0.9)

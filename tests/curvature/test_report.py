@@ -27,7 +27,7 @@ from factor_cases import (
 from torch import nn
 
 import fxkfac
-from fxkfac.curvature.report import readable
+from fxkfac.curvature.report import block_name, readable
 
 close = torch.testing.assert_close
 INFINITE = float("inf")
@@ -117,7 +117,7 @@ def test_what_is_printed_is_a_line_for_each_product(factors):
     assert header.split()[:4] == ["block", "kind", "A", "B"]
     assert len(lines) == 1 + sum(max(1, len(row.parts)) for row in report)
     assert lines[-1].startswith("all ")
-    assert lines[0].startswith(" + ".join(report.rows[0].params))
+    assert lines[0].startswith(block_name(report.rows[0].params))
 
 
 def test_what_the_table_says_by_word():
@@ -215,7 +215,7 @@ class TestWhatIsNotKnown:
         assert bad.parts[0].condition_A < INFINITE
         agree(good, matrix(factors["2.weight"]))
         assert good.share is report.total.trace is report.total.condition is None
-        assert "0.weight + 0.bias: a factor or entry is NaN or Inf" in str(report)
+        assert "0.weight + bias: a factor or entry is NaN or Inf" in str(report)
         json.dumps(report.as_dict(), allow_nan=False)
 
     def test_what_is_not_semi_definite(self):
@@ -275,3 +275,16 @@ class TestWhatIsNotKnown:
 )
 def test_readable_sizes(size, text):
     assert readable(size) == text
+
+
+@pytest.mark.parametrize(
+    ("params", "name"),
+    [
+        (("a.0.weight", "a.0.bias"), "a.0.weight + bias"),
+        (("W", "b"), "W + b"),
+        (("a.weight", "b.bias"), "a.weight + b.bias"),
+        (("a.weight", "a.b.bias"), "a.weight + a.b.bias"),
+    ],
+)
+def test_a_module_is_named_once(params, name):
+    assert block_name(params) == name
