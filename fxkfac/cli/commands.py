@@ -16,7 +16,6 @@ from fxkfac.cli.target import read_target, require_data
 from fxkfac.cli.tracing import program_of
 from fxkfac.curvature.check import check as compare
 from fxkfac.errors import FileError, TapMismatch
-from fxkfac.graph.draw import draw as drawn
 from fxkfac.graph.table import HEADER, use_row
 from fxkfac.isolation import own_randomness
 
@@ -51,7 +50,7 @@ def draw(asked: Namespace) -> Result:
     program = program_of(asked, read_target(asked.target))
     with warnings.catch_warnings(record=True) as met:
         warnings.simplefilter("always")
-        written = drawn(program, asked.output)
+        written = program.draw(asked.output)
     if written != asked.output:  # the program dot is missing, or fails
         raise FileError(str(met[-1].message))
     return Result({"written": written}, f"wrote {written}")
