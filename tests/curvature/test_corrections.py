@@ -577,6 +577,7 @@ REFUSED = {
     "overlapping",
     "force_by_autograd",
     "vmap_of_hessian",
+    "heat_by_hessian",
     "jacobian_of_the_sum",
     "force_by_func_grad",
     "ensemble_of_forces",
