@@ -29,6 +29,7 @@ from fxkfac.cli.parser import EXAMPLES, make_parser
 from fxkfac.cli.progress import Shown
 from fxkfac.cli.target import read_target
 from fxkfac.cli.tracing import program_of
+from fxkfac.errors import FileError
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -402,6 +403,17 @@ def test_a_loader_that_fails_leaves_what_was_added(capsys):
     assert found(capsys, "factors", TARGETS, *words)["batches"] == 4
     found(capsys, "factors", TARGETS, "-o", "whole.safetensors")
     assert Path("f.safetensors").read_bytes() == Path("whole.safetensors").read_bytes()
+
+
+def test_where_nothing_can_be_kept_this_is_said(capsys, monkeypatch):
+    def full(what, path):
+        raise FileError("the disk is full.")
+
+    monkeypatch.setattr("fxkfac.cli.factors.save", full)
+    status, _, err = run(capsys, "factors", f"{TARGETS}:failing_loader", "-o", "f")
+    lost, wrong = err.splitlines()
+    assert (status, lost) == (2, "fxkfac: nothing is kept: the disk is full.")
+    assert "the disk is gone" in wrong
 
 
 def interrupted(done, times):

@@ -42,7 +42,8 @@ def factors(asked: Namespace) -> Result:
         add_all(accumulation, Shown(target.data, "factors"))
     except BaseException:
         if accumulation.batches > had:
-            _keep(accumulation, asked)
+            with uninterrupted():  # many press Ctrl-C twice
+                _keep(accumulation, asked)
         raise
     computed = accumulation.factors()
     save(computed, asked.output)
