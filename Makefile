@@ -1,4 +1,4 @@
-# make demo | test | test-all | bench | lint | clean: each makes what it needs.
+# make demo | test | test-slow | bench | lint | clean: each makes what it needs.
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 PEERS := $(VENV)/.peers
 BENCH_OUT := docs/benchmarks
 
-.PHONY: demo test test-all bench lint graphviz clean help
+.PHONY: demo test test-slow bench lint graphviz clean help
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
@@ -17,7 +17,7 @@ help:
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt pip setuptools
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[examples,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[cli,examples,dev]'
 	touch $@
 
 # Drawing needs the program dot. Without it fxkfac writes the source and says how to render it.
@@ -35,8 +35,8 @@ demo: $(INSTALLED) graphviz
 test: $(INSTALLED) graphviz
 	$(TESTS) -m "not slow"
 
-test-all: $(INSTALLED) graphviz
-	$(TESTS)
+test-slow: $(INSTALLED) graphviz
+	$(TESTS) -m slow
 
 # Time and memory beside the peers: a table, and the same as JSON, Markdown and a picture.
 $(PEERS): $(INSTALLED)

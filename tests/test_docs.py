@@ -36,6 +36,7 @@ PAGES = {
     "influence": 2,
     "laplace": 3,
     "optimizer": 6,
+    "reports": 6,
 }
 
 

@@ -1,5 +1,6 @@
-"""Products with Jacobians and curvature matrices that never form them. Paper, Definitions 5-18.
+"""Products with Jacobians and curvature matrices that never form them.
 
+Paper, Definitions 5, 6, 11 and 18, and products with the Fishers of Definitions 20 and 21.
 A `vector` is a dict of tensors shaped like parameters, nested as the parameters are. Its names
 choose the block, and a result has the same names. `params` is the dict of tensors of a functional
 model, or replaces tensors of a module. Nothing of the user's changes.
@@ -83,7 +84,7 @@ def hessian_vector_product(
 def ggn_vector_product(
     model: Model, loss: Loss, data: Data, vector: Params, params: Params | None = None
 ) -> dict[str, Any]:
-    """G v with the GGN, which is the type-2 Fisher. Definition 18."""
+    """G v with the GGN: a JVP, the loss Hessian, a VJP. Definition 18."""
     bound, tangents = _tangents(model, vector, params)
     problem = pose(bound, tangents, loss, data)
     return _sandwich(bound, problem, problem.loss_hessian(), tangents, vector)
