@@ -145,6 +145,15 @@ def test_only_equal_layers_fold(layers, read, frozen, expected):
     assert counts(network) == expected
 
 
+def test_frozen_layers_fold_and_ops_without_parameters_do_not():
+    layers = [nn.Sequential(Layer(), nn.Tanh(), nn.ReLU(), nn.Tanh(), nn.ReLU()) for _ in range(3)]
+    model = nn.Sequential(nn.Linear(3, 4), *layers, nn.Linear(4, 2))
+    for layer in model[1:-1]:
+        layer.requires_grad_(False)
+    _, network = network_of(model)
+    assert counts(network) == [3]
+
+
 def test_ops_side_by_side_are_no_layers():
     def heads(params, x):
         return F.scaled_dot_product_attention(*(torch.tanh(x @ w) for w in params["heads"]))

@@ -17,8 +17,10 @@ LAYOUT = {"reshape", "view", "transpose", "permute", "t", "slice", "expand", "sq
 
 
 def relevant(network: nx.MultiDiGraph) -> nx.MultiDiGraph:
-    """A copy without what has no part in the curvature."""
+    """A copy without what has no part in the curvature; `parametric` ops read a parameter."""
     network = network.copy()
+    for key, node in network.nodes(data=True):
+        node["parametric"] = "parameter" in (kind for *_, kind in network.in_edges(key, "kind"))
     network.remove_nodes_from([k for k, n in network.nodes(data=True) if _is_aside(n)])
     fed = {k for k, n in network.nodes(data=True) if n["kind"] not in ("quiet", "prediction")}
     fed |= {d for k in list(fed) for d in nx.descendants(network, k)}

@@ -93,7 +93,7 @@ def _carried(network: nx.MultiDiGraph, layers: Layers) -> int:
 def _sign(network: nx.MultiDiGraph, key: str) -> Hashable:
     """What an op has in common with those of equal layers."""
     node = network.nodes[key]
-    what = ["kind", "ops", "shape", "x", "y", "batch", "group", "A", "B", "repeats"]
+    what = ["kind", "ops", "parametric", "shape", "x", "y", "batch", "group", "A", "B", "repeats"]
     own: list[Any] = [node.get(name) for name in what]
     own[-1] = [network.graph["repeats"][r].count for r in node["repeats"]]
     module = _pattern(node["module"]) if node["kind"] != "quiet" else ""
@@ -139,8 +139,10 @@ def _are_equal(network: nx.MultiDiGraph, layers: Layers) -> bool:
     entering = [_entering(network, place, layer) for layer in layers]
     first, second = entering[:2]
     alike = all(other == second for other in entering[2:])
+    is_layer = any(network.nodes[key]["parametric"] for key in layers[0])
     return (
-        alike
+        is_layer
+        and alike
         and _leads_through(second)
         and _enters_alike(first, second)
         and _read_alike(network, place, len(layers))
