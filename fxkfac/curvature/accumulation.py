@@ -28,8 +28,8 @@ class Accumulation:
         factors = accumulation.factors()
 
     Args:
-        program, loss, params, fisher, mc_samples, sharing, separate_weight_and_bias, mask,
-            generator, backend, memory: As of `fxkfac.kfac`.
+        program, loss, params, fisher, mc_samples, sharing: As of `fxkfac.kfac`.
+        separate_weight_and_bias, mask, generator, backend, memory: As of `fxkfac.kfac`.
 
     Attributes:
         over: The pass over the data that this is the face of.
