@@ -73,6 +73,10 @@ class Accumulation:
     def add(self, inputs: Any, targets: Tensor) -> None:
         """Add one batch. One that fails adds nothing and draws nothing, so that it may come again.
 
+        Args:
+            inputs: As the program's example was.
+            targets: As the loss takes them.
+
         Raises:
             DataError, LossError, NonFiniteError: As `fxkfac.kfac` does.
             MergeError: The model uses its parameters in another way for inputs of this shape.
