@@ -1,4 +1,4 @@
-# make demo | test | test-all | bench | docs | gallery | lint | clean: each makes what it needs.
+# make demo | test | test-slow | bench | docs | gallery | lint | clean: each makes what it needs.
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +11,7 @@ SITE := $(VENV)/.site
 PICTURES := docs/pictures
 BENCH_OUT := docs/benchmarks
 
-.PHONY: demo test test-all bench docs gallery lint graphviz clean help
+.PHONY: demo test test-slow bench docs gallery lint graphviz clean help
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
@@ -37,8 +37,8 @@ demo: $(INSTALLED) graphviz
 test: $(INSTALLED) graphviz
 	$(TESTS) -m "not slow"
 
-test-all: $(INSTALLED) graphviz
-	$(TESTS)
+test-slow: $(INSTALLED) graphviz
+	$(TESTS) -m slow
 
 # Time and memory beside the peers: a table, and the same as JSON, Markdown and a picture.
 $(PEERS): $(INSTALLED)

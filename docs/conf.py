@@ -21,13 +21,14 @@ html_static_path = ["static"]
 html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sphinx = False
+html_show_copyright = False
 myst_heading_anchors = 3
 suppress_warnings = ["myst.header"]  # a table's caption may skip a level
 
 autodoc_member_order = "bysource"
 autodoc_default_options = {
     "members": True,
-    "inherited-members": "Mapping,Operator,Optimizer,Exception,tuple",
+    "inherited-members": "Mapping,Operator,Optimizer,BaseException,tuple",
 }
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
@@ -84,7 +85,23 @@ def _inline(line: str) -> str:
     return "".join(parts)
 
 
+def without_fields(
+    app: Any, what: str, name: str, obj: Any, skip: bool, options: Any
+) -> bool | None:
+    """The fields of a named tuple are in its signature, and say nothing else."""
+    return True if type(obj).__name__ == "_tuplegetter" else None
+
+
+def readable(
+    app: Any, what: str, name: str, obj: Any, options: Any, signature: Any, back: Any
+) -> Any:
+    """A default that a dataclass makes anew is no Python, which Sphinx reads signatures as."""
+    return (signature.replace("<factory>", "..."), back) if signature else None
+
+
 def setup(app: Any) -> None:
     """Register what is above; the docstrings come before napoleon sees them."""
+    app.connect("autodoc-skip-member", without_fields)
+    app.connect("autodoc-process-signature", readable)
     app.add_directive("code-lines", CodeLines)
     app.connect("autodoc-process-docstring", as_rst, priority=400)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from quick import quick
 
 import fxkfac
 from benchmarks import profile, suite
@@ -29,7 +30,7 @@ def _same_threads():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("problem", PROBLEMS)
+@pytest.mark.parametrize("problem", quick(PROBLEMS, {"mlp", "batches"}.__contains__))
 def test_who_does_a_problem_has_the_same_factors(problem):
     rows = compared(problem, "empirical", Settings((problem,), ("empirical",), INSTALLED))
     status = {row.library: row.status for row in rows}
@@ -108,11 +109,13 @@ def test_what_fxkfac_does_not_have_is_left_out(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(("error", "status"), [(0, TIMED), (1e-2, DIFFERS)])
+@pytest.mark.slow
 def test_a_step_is_timed_if_its_gradients_are_right(monkeypatch, error, status):
     monkeypatch.setattr(fxkfac, "step", _step_with(error), raising=False)
     assert _status(flavour=STEP, library="fxkfac") == [status]
 
 
+@pytest.mark.slow
 def test_a_backend_is_timed_as_soon_as_there_is_one(monkeypatch):
     seen, kfac = [], fxkfac.kfac
 
@@ -146,6 +149,7 @@ def test_the_profile_shows_products_and_the_outside(capsys):
     assert "aten::mm" in printed or "aten::addmm" in printed
 
 
+@pytest.mark.slow
 def test_what_was_measured_before_a_stop_is_kept(tmp_path: Path, monkeypatch):
     measured = suite._measured
 
@@ -162,6 +166,7 @@ def test_what_was_measured_before_a_stop_is_kept(tmp_path: Path, monkeypatch):
     assert [row["flavour"] for row in saved["results"]] == ["type-2"]
 
 
+@pytest.mark.slow
 def test_table_json_and_picture_come_out(tmp_path: Path, capsys: pytest.CaptureFixture):
     libraries = ["fxkfac", "hooks", "kronfluence"]
     words = ["--quick", "--problems", "mlp", "--flavours", "type-2", "--libraries", *libraries]

@@ -14,6 +14,7 @@ import torch
 import zoo_functional  # noqa: F401 - registers its entries
 import zoo_wide  # noqa: F401 - likewise
 from drawn import classes, generator, rand, seeded
+from quick import one_in, quick
 from terms import grouped
 from torch import Tensor, nn
 from zoo import ZOO, Made
@@ -552,6 +553,7 @@ has_compiler = any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
 
 
 @pytest.mark.skipif(not has_compiler, reason="inductor needs a C++ compiler")
+@pytest.mark.slow
 def test_compiled_passes():
     case, _, program, factors = made("mlp")
     data = (case.x, case.y)
@@ -578,7 +580,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("name", list(PLAIN)[::4])
+@pytest.mark.parametrize("name", quick(PLAIN, one_in(8)))
 def test_never_farther_than_kfac_in_the_zoo(name):
     entry = PLAIN[name]
     model, params = entry.build()
