@@ -53,7 +53,7 @@ class CodeLines(Directive):
 
 def as_rst(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """Docstrings are Markdown but for their sections: code in single backticks, or indented."""
-    made: list[str] = []
+    made = [""] if what in ("attribute", "property") else []  # else napoleon finds a type there
     in_section = False
     for line in lines:
         if line and not line.startswith(" "):
