@@ -21,9 +21,8 @@ runs those with pictures again.
 
 
 def examples() -> list[Path]:
-    """The examples, by name; of a folder, its files."""
-    found = (ROOT / "examples").rglob("*.py")
-    return sorted(path for path in found if not path.name.startswith("_"))
+    """The examples, by name; those of a folder have a page of their own."""
+    return sorted((ROOT / "examples").glob("*.py"))
 
 
 def says(example: Path) -> tuple[str, str]:

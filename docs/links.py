@@ -20,7 +20,11 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 SOURCES = "source"  # where the pages of code are, one for each file that a page links to
 # Files beside docs/ that are pages of the site, and what the pages are called there.
-ROOT_PAGES = {"README.md": "index.md", "CHANGELOG.md": "changes.md"}
+ROOT_PAGES = {
+    "README.md": "index.md",
+    "CHANGELOG.md": "changes.md",
+    "examples/paper/README.md": "paper.md",
+}
 
 FENCED = re.compile(r"^(```.*?^```)", flags=re.S | re.M)
 LINK = re.compile(r'(!?)\[([^\]\[]*)\]\(([^)\s"]+)(?: "([^"]*)")?\)')
@@ -88,7 +92,8 @@ def line_of(target: str, title: str) -> int:
 
 def folder_of(page: str) -> str:
     """The folder that a page's links start from, from the root; pages are as in the site."""
-    return "" if page in ROOT_PAGES.values() else posixpath.dirname(f"docs/{page}")
+    files = {made: file for file, made in ROOT_PAGES.items()}
+    return posixpath.dirname(files.get(page, f"docs/{page}"))
 
 
 def links_of(markdown: str, page: str) -> Iterator[Link]:

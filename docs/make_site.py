@@ -19,13 +19,15 @@ from links import ROOT, ROOT_PAGES, SOURCES, for_site, in_site, links_of
 
 import fxkfac
 import fxkfac.distributed
+import fxkfac.plots
 
 DOCS, PAGES, SITE = ROOT / "docs", ROOT / "build" / "pages", ROOT / "site"
+CLAIM = re.compile(r"`(\w+\.py):(\w+)`")  # a function of examples/paper
 DIRECTIVE = re.compile(r"^::: (fxkfac\.\S+)$", flags=re.M)
 
 # Pages by their part of the navigation, in order; what is in none of them ends the first part.
 NAVIGATION = {
-    "Begin": ["tour", "mathematics", "gallery", "limits"],
+    "Begin": ["tour", "mathematics", "paper", "gallery", "limits"],
     "How do I": [
         "how_to/functional",
         "how_to/hugging_face",
@@ -38,7 +40,15 @@ NAVIGATION = {
         "how_to/from_kfac_jax",
         "how_to/from_kronfluence",
     ],
-    "Topics": ["operators", "corrections", "persistence", "optimizer", "laplace", "influence"],
+    "Topics": [
+        "operators",
+        "corrections",
+        "persistence",
+        "optimizer",
+        "laplace",
+        "influence",
+        "reports",
+    ],
     "API": [
         "api/index",
         "api/programs",
@@ -51,6 +61,8 @@ NAVIGATION = {
         "api/distributed",
         "api/laplace",
         "api/influence",
+        "api/reports",
+        "api/plots",
         "api/taylor",
         "api/exact",
         "api/rules",
@@ -101,6 +113,7 @@ def pages() -> dict[str, str]:
     """The pages of the site by their paths, links as they are in the repository."""
     texts = {p.relative_to(DOCS).as_posix(): p.read_text() for p in sorted(DOCS.rglob("*.md"))}
     texts |= {page: (ROOT / path).read_text() for path, page in ROOT_PAGES.items()}
+    texts["paper.md"] = CLAIM.sub(r'[`\1:\2`](\1 "\2: def \2")', texts["paper.md"])
     return texts | {"gallery.md": gallery_page()}
 
 

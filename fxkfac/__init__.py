@@ -2,6 +2,7 @@
 
 from fxkfac import errors, exact, laplace, optim
 from fxkfac.attribution import influence
+from fxkfac.comparison import layer_errors
 from fxkfac.curvature.accumulation import Accumulation
 from fxkfac.curvature.blocks import Block, Dense, Diagonal, Kronecker
 from fxkfac.curvature.check import check
@@ -12,6 +13,8 @@ from fxkfac.curvature.factors import Factors
 from fxkfac.curvature.kfac import kfac
 from fxkfac.curvature.kfoc import kfoc
 from fxkfac.curvature.likelihoods import Likelihood
+from fxkfac.curvature.losses import likelihood_of
+from fxkfac.curvature.report import Report
 from fxkfac.curvature.running import RunningAverage
 from fxkfac.curvature.step import Step, step
 from fxkfac.curvature.total import Total, sum_of
@@ -37,6 +40,7 @@ __all__ = [
     "Kronecker",
     "Likelihood",
     "Program",
+    "Report",
     "RunningAverage",
     "Step",
     "Taylor",
@@ -50,6 +54,8 @@ __all__ = [
     "kfoc",
     "laplace",
     "laplacian",
+    "layer_errors",
+    "likelihood_of",
     "load",
     "operators",
     "optim",

@@ -38,6 +38,7 @@ PAGES = {
     "influence": 2,
     "laplace": 3,
     "optimizer": 6,
+    "reports": 6,
     "how_to/functional": 4,
     "how_to/hugging_face": 3,
     "how_to/pinn": 3,

@@ -24,9 +24,11 @@ ALLOWED = {
     "optim": {"errors", "isolation", "functional", "linalg", "graph", "curvature", "exact"},
     "persistence": {"errors", "functional", "graph", "curvature"},
     "attribution": {"errors", "isolation", "functional", "graph", "linalg", "curvature"},
+    "comparison": {"errors", "functional", "graph", "curvature", "exact"},
+    "plots": {"errors", "linalg", "curvature", "comparison"},
     "laplace": {"errors", "isolation", "functional", "linalg", "curvature"},
 }
-LEAVES = {"cli", "__main__", "distributed", "examples"}  # nobody imports these
+LEAVES = {"cli", "__main__", "distributed", "examples", "plots"}  # nobody imports these
 
 
 def module_name(file):
@@ -177,3 +179,11 @@ def test_no_floor_imports_itself_in_a_circle():
 @pytest.mark.parametrize("file", FILES, ids=ids(FILES))
 def test_files_are_short(file):
     assert len(file.read_text().splitlines()) <= 300
+
+
+def test_matplotlib_is_imported_where_it_is_needed_and_pyplot_nowhere():
+    """It is an extra; and pyplot keeps figures that nobody else knows of."""
+    for file in FILES:
+        tree = ast.parse(file.read_text())
+        assert not any("pyplot" in ast.unparse(s) for s in statements(tree, deferred=True)), file
+        assert not any("matplotlib" in ast.unparse(s) for s in statements(tree, False)), file

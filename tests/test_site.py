@@ -14,6 +14,7 @@ import pytest
 
 import fxkfac
 import fxkfac.distributed
+import fxkfac.plots
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "docs"))
@@ -22,7 +23,11 @@ import links  # noqa: E402
 import make_site  # noqa: E402
 
 PAGES = make_site.pages()
-MODULES = {"fxkfac": fxkfac, "fxkfac.distributed": fxkfac.distributed} | {
+MODULES = {
+    "fxkfac": fxkfac,
+    "fxkfac.distributed": fxkfac.distributed,
+    "fxkfac.plots": fxkfac.plots,
+} | {
     f"fxkfac.{name}": value
     for name, value in vars(fxkfac).items()
     if name in fxkfac.__all__ and inspect.ismodule(value)

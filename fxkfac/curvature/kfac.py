@@ -3,7 +3,8 @@
     A = R Σ_rows x xᵀ        B = (1/#rows) Σ_c Σ_rows g gᵀ
 
 with x the input of a use, g the gradient of ⟨▲_c, prediction⟩ at its output, and ▲ the vectors
-that the flavour backpropagates (paper, Sections 4 and 5).
+that the flavour backpropagates. Paper, Definition 23, Equations 4b and 4c; rows beyond the data,
+which the paper leaves out, are those of Eschenhagen et al. (2023).
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def kfac(
     backend: str = "eager",
     memory: int | None = None,
 ) -> Factors:
-    """The Kronecker factors of every parameter of a program (paper, Sections 4 and 5).
+    """The Kronecker factors of every parameter of a program (paper, Definition 23).
 
     Whatever stops the iteration over the data (Ctrl-C, too) carries what was accumulated until then
     as its attribute `factors`. To save on the way and to go on in another process, see

@@ -1,5 +1,6 @@
 """Dense curvature matrices by autodiff: the ground truth. Paper, Definitions 12, 13, 19-21.
 
+All carry the loss's own R, which stands where the paper's Fishers have 1/N (Section 2.5.3).
 All take a model, a loss, data, and `names`, which choose the block:
 
 - a string: the block of that parameter;
@@ -41,7 +42,7 @@ def hessian(
     params: Params | None = None,
     vec: str = "rvec",
 ) -> Tensor:
-    """The Hessian of the loss, [rows, columns]. Paper, Definitions 12 and 13.
+    """The Hessian of the loss, [rows, columns]. Paper, Definitions 12, 13, Section 2.5.1.
 
     Args:
         model: A module, or a function `f(params, *inputs)`.
@@ -85,7 +86,8 @@ def ggn(
 ) -> Tensor:
     """The generalised Gauss-Newton matrix Jᵀ (H_f L) J, [rows, columns]. Paper, Definition 19.
 
-    H_f L is the loss itself, differentiated twice. The type-2 Fisher is the same matrix.
+    H_f L is the loss itself, differentiated twice (Section 2.5.2). Where it does not depend on the
+    labels, as for the torch losses without weights, this is the type-2 Fisher (Section 2.5.4).
 
     Args:
         model, loss, data, names, params, vec: As of `fxkfac.exact.hessian`.
@@ -106,10 +108,10 @@ def type1_fisher(
     params: Params | None = None,
     vec: str = "rvec",
 ) -> Tensor:
-    """R Σ_n Jᵀ E[∇c ∇cᵀ] J over the model's own labels, exact, [rows, columns]. Paper, Section 2.5.
+    """R Σ_n Jᵀ E[∇c ∇cᵀ] J over the model's own labels, exact, [rows, columns]. Section 2.5.3.
 
     Labels are enumerated; for the square loss the expectation is I. Class weights of the true
-    target carry over, so that it equals the GGN for the torch losses.
+    target carry over, so that it equals the GGN for the torch losses (Section 2.5.4).
 
     Args:
         model, loss, data, names, params, vec: As of `fxkfac.exact.hessian`.

@@ -1,5 +1,6 @@
-"""Products with Jacobians and curvature matrices that never form them. Paper, Definitions 5-18.
+"""Products with Jacobians and curvature matrices that never form them.
 
+Paper, Definitions 5, 6, 11 and 18, and products with the Fishers of Definitions 20 and 21.
 A `vector` is a dict of tensors shaped like parameters, nested as the parameters are. Its names
 choose the block, and a result has the same names. `params` is the dict of tensors of a functional
 model, or replaces tensors of a module. Nothing of the user's changes.
@@ -116,7 +117,7 @@ def hessian_vector_product(
 def ggn_vector_product(
     model: Model, loss: Loss, data: Data, vector: Params, params: Params | None = None
 ) -> dict[str, Any]:
-    """G v with the GGN, which is the type-2 Fisher. Paper, Definition 18.
+    """G v with the GGN: a JVP, the loss Hessian, a VJP. Paper, Definition 18.
 
     Args:
         model, loss, data, params: As of `fxkfac.exact.hessian`.

@@ -21,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -56,12 +56,14 @@ class Ratio:
 class First:
     """Of a fresh process: seconds of the first call, and peaks in MB above what is held before.
 
-    `peak_mb` is of a later call, `first_peak_mb` of the first one with the capture.
+    `peak_mb` is of a later call, `first_peak_mb` of the first one with the capture; `factors_mb`
+    is what the factors themselves take, with a bias the blocks that it has of its own left out.
     """
 
     seconds: float
     peak_mb: float | None
     first_peak_mb: float
+    factors_mb: float = 0.0
 
 
 def gradient(problem: Problem) -> Callable[[], Any]:
@@ -187,7 +189,8 @@ def first_call(problem: str, flavour: str, library: str, tiny: bool, device: str
     peak = Peak(device)
     peak.start()
     start = time.perf_counter()
-    call = gradient(built) if library == GRADIENT else PEERS[library].prepare(built, flavour).call
+    prepared = None if library == GRADIENT else PEERS[library].prepare(built, flavour)
+    call = prepared.call if prepared else gradient(built)
     call()
     _synchronize()
     seconds, first_peak = time.perf_counter() - start, peak.above()
@@ -198,7 +201,12 @@ def first_call(problem: str, flavour: str, library: str, tiny: bool, device: str
         call()
         peaks.append(peak.above())
     later = statistics.median(peaks) if peak.on_gpu or peak.resets else None
-    return First(seconds, later, first_peak)
+    factors = prepared.read(call()) if prepared else {}
+    return First(seconds, later, first_peak, sum(map(_size, factors.values())))
+
+
+def _size(factors: Iterable[torch.Tensor]) -> float:
+    return sum(f.numel() * f.element_size() for f in factors) / MB
 
 
 def in_fresh_process(

@@ -81,6 +81,13 @@ class Row:
         return mine / its if mine is not None and its else None
 
     @property
+    def memory_beside_factors(self) -> float | None:
+        """Peak memory less the factors themselves, over the gradient's peak."""
+        if self.memory is None or not self.first or not self.first_of_gradient:
+            return None
+        return self.memory - self.first.factors_mb / (self.first_of_gradient.peak_mb or 1)
+
+    @property
     def first_ratio(self) -> float | None:
         """The first call over a gradient in the steady state."""
         if not self.first or not self.time:

@@ -565,6 +565,7 @@ PLAIN = {
     name: entry
     for name, entry in ZOO.items()
     if entry.expected == "right"
+    and entry.reduce
     and not (entry.coupled or entry.random or entry.target_axis)
     and "batch_axis" not in entry.trace_options
     and "derived" not in entry.trace_options.get("structure", {}).values()
@@ -576,7 +577,17 @@ REFUSED = {
     "overlapping",
     "force_by_autograd",
     "vmap_of_hessian",
+    "heat_by_hessian",
     "jacobian_of_the_sum",
+    "force_by_func_grad",
+    "ensemble_of_forces",
+    "heat_by_autograd",
+    "poisson_by_hessian",
+    "pulled_back",
+    "hessian_vector_product",
+    "energy_and_forces",
+    "energy_forces_and_stress",
+    "hamiltonian",
 }
 
 
