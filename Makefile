@@ -8,7 +8,6 @@ TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 INSTALLED := $(VENV)/.installed
 PEERS := $(VENV)/.peers
 SITE := $(VENV)/.site
-PICTURES := docs/pictures
 BENCH_OUT := docs/benchmarks
 
 .PHONY: demo test test-slow bench docs gallery lint graphviz clean help
@@ -56,10 +55,10 @@ $(SITE): $(INSTALLED)
 docs: $(SITE)
 	$(BIN)/python docs/make_site.py
 
-# The pictures of the gallery anew: every example that says it has one in docs/pictures.
+# The pictures of the gallery anew, by the examples that make them.
 gallery: $(INSTALLED) graphviz
-	for example in $$(grep -l '$(PICTURES)/' examples/*.py); do \
-	  $(BIN)/python $$example --out $(PICTURES) || exit 1; done
+	for example in $$($(BIN)/python docs/gallery.py); do \
+	  $(BIN)/python $$example --out docs/pictures || exit 1; done
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -1,5 +1,7 @@
 """The gallery: every example, what it says of itself, and the pictures that it makes.
 
+Run by itself it names the examples that make pictures, which `make gallery` runs again.
+
 An example is a file in examples/ that begins with a docstring. A picture is an example's where its
 name is in the example's text, and its alternative text is that of the page that shows it.
 """
@@ -42,10 +44,11 @@ def alternative_texts() -> dict[str, str]:
 
 
 def pictures_of(example: Path) -> list[str]:
-    """Names of the pictures that an example makes."""
+    """Names of the pictures that an example makes, as it names them one after the other."""
     text = example.read_text()
-    names = sorted(path.name for path in PICTURES.iterdir())
-    return [name for name in names if re.search(rf"\b{re.escape(name)}\b", text)]
+    names = [path.name for path in PICTURES.iterdir()]
+    at = {name: re.search(rf"\b{re.escape(name)}\b", text) for name in names}
+    return [name for _, name in sorted((m.start(), name) for name, m in at.items() if m)]
 
 
 def entry(example: Path, shown: dict[str, str]) -> str:
@@ -57,7 +60,11 @@ def entry(example: Path, shown: dict[str, str]) -> str:
 
 
 def gallery_page() -> str:
-    """docs/gallery.md, which is there while the site is built. Those with pictures come first."""
+    """docs/gallery.md, which is there while the site is built: one picture, several, none."""
     shown = alternative_texts()
-    ordered = sorted(examples(), key=lambda example: not pictures_of(example))
+    ordered = sorted(examples(), key=lambda example: len(pictures_of(example)) or 99)
     return "\n\n".join([INTRODUCTION.rstrip(), *(entry(e, shown) for e in ordered)]) + "\n"
+
+
+if __name__ == "__main__":
+    print(*(example.relative_to(ROOT) for example in examples() if pictures_of(example)))
