@@ -48,6 +48,7 @@ NAVIGATION = {
         "laplace",
         "influence",
         "reports",
+        "command_line",
     ],
     "API": [
         "api/index",

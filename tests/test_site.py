@@ -28,9 +28,9 @@ MODULES = {
     "fxkfac.distributed": fxkfac.distributed,
     "fxkfac.plots": fxkfac.plots,
 } | {
-    f"fxkfac.{name}": value
-    for name, value in vars(fxkfac).items()
-    if name in fxkfac.__all__ and inspect.ismodule(value)
+    f"fxkfac.{name}": getattr(fxkfac, name)
+    for name in fxkfac.__all__
+    if inspect.ismodule(getattr(fxkfac, name))
 }
 
 

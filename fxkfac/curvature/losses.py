@@ -55,6 +55,14 @@ def likelihood_of(loss: Any) -> Likelihood:
     )
 
 
+def loss_value(loss: Any, prediction: Tensor, targets: Any) -> Tensor:
+    """The loss as a scalar, with its reduction: R Σ_n c(f_n, y_n)."""
+    if not isinstance(loss, Likelihood):
+        return loss(prediction, targets)
+    factor = loss.reduction_factor(float(loss.count(prediction.detach(), targets)))
+    return factor * loss.criterion(prediction, targets)
+
+
 def loss_text(loss: Any) -> str:
     """A loss with all of its options: equal for two losses that are the same function."""
     options = vars(loss) if isinstance(loss, Likelihood) else _module_options(loss)

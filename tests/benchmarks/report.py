@@ -14,11 +14,11 @@ from typing import Any
 import matplotlib
 import torch
 
-from benchmarks.elsewhere import warning
 from benchmarks.own import absent
 from benchmarks.peers import PEERS
 from benchmarks.problems import PROBLEMS, STEP
 from benchmarks.suite import DIFFERS, REFUSED, Row, Settings
+from fxkfac.measure import warning
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

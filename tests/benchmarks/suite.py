@@ -20,10 +20,11 @@ from benchmarks.compare import (
     tolerance,
 )
 from benchmarks.interface import Factors
-from benchmarks.measure import GRADIENT, First, Ratio, gradient, in_fresh_process, interleaved
+from benchmarks.measure import GRADIENT, First, gradient, in_fresh_process
 from benchmarks.own import absent
 from benchmarks.peers import PEERS
 from benchmarks.problems import PROBLEMS, STEP, Problem
+from fxkfac.measure import Ratio, interleaved
 
 TIMED, REFUSED, DIFFERS = "timed", "refused", "differs"
 REFERENCE = "fxkfac"
