@@ -23,7 +23,6 @@ html_copy_source = False
 html_show_sphinx = False
 html_show_copyright = False
 myst_heading_anchors = 3
-suppress_warnings = ["myst.header"]  # a table's caption may skip a level
 
 autodoc_member_order = "bysource"
 autodoc_default_options = {

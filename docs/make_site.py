@@ -25,7 +25,7 @@ DOCS, PAGES, SITE = ROOT / "docs", ROOT / "build" / "pages", ROOT / "site"
 CLAIM = re.compile(r"`(\w+\.py):(\w+)`")  # a function of examples/paper
 DIRECTIVE = re.compile(r"^::: (fxkfac\.\S+)$", flags=re.M)
 
-# Pages by their part of the navigation, in order; what is in none of them ends the first part.
+# Pages by their part of the navigation, in order; what is in none of them is a topic.
 NAVIGATION = {
     "Begin": ["tour", "mathematics", "paper", "gallery", "limits"],
     "How do I": [
@@ -107,7 +107,7 @@ def with_directives(markdown: str) -> str:
 def code_page(path: str) -> str:
     """A page of code, with an anchor for each line."""
     text = (ROOT / path).read_text()
-    return f"---\norphan: true\n---\n\n# {path}\n\n```{{code-lines}}\n{text}```\n"
+    return f"---\norphan: true\n---\n\n# {path}\n\n`````{{code-lines}}\n{text}`````\n"
 
 
 def pages() -> dict[str, str]:
