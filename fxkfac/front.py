@@ -19,6 +19,7 @@ from fxkfac.curvature.likelihoods import Likelihood
 from fxkfac.curvature.losses import likelihood_of
 from fxkfac.curvature.report import Report
 from fxkfac.curvature.running import RunningAverage
+from fxkfac.curvature.spectra import spectra
 from fxkfac.curvature.step import Step, step
 from fxkfac.curvature.total import Total, sum_of
 from fxkfac.errors import FxkfacError
@@ -65,6 +66,7 @@ __all__ = [
     "resume",
     "rules",
     "save",
+    "spectra",
     "step",
     "sum_of",
     "trace",

@@ -119,6 +119,18 @@ def test_draw_writes_the_picture(capsys, tmp_path):
     assert "digraph" in Path(path).read_text()
 
 
+def test_draw_folds_layers_that_repeat(capsys, tmp_path):
+    target = tmp_path / "deep.py"
+    target.write_text(
+        "import torch\nfrom torch import nn\n\n\ndef target():\n"
+        "    layers = [nn.Sequential(nn.Linear(3, 3), nn.Tanh()) for _ in range(4)]\n"
+        "    return nn.Sequential(*layers), torch.randn(5, 3)\n"
+    )
+    path = str(tmp_path / "model.gv")
+    found(capsys, "draw", str(target), "--fold", "-o", path)
+    assert "4 ×" in Path(path).read_text()
+
+
 def test_check_compares_gradients(capsys):
     data = found(capsys, "check", f"{TARGETS}:shuffled")
     assert data["passed"] is True

@@ -34,6 +34,7 @@ PAGES = {
     "tour": 9,
     "operators": 6,
     "corrections": 4,
+    "drawing": 5,
     "persistence": 7,
     "influence": 2,
     "laplace": 3,

@@ -50,7 +50,7 @@ def draw(asked: Namespace) -> Result:
     program = program_of(asked, read_target(asked.target))
     with warnings.catch_warnings(record=True) as met:
         warnings.simplefilter("always")
-        written = program.draw(asked.output)
+        written = program.draw(asked.output, fold=asked.fold)
     if written != asked.output:  # the program dot is missing, or fails
         raise FileError(str(met[-1].message))
     return Result({"written": written}, f"wrote {written}")

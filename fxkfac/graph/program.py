@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -225,11 +226,29 @@ class Program:
         """Parameters and buffers, with tensors in the place of the model's own parameters."""
         return {**self.model.override(params), **self.model.buffers()}
 
-    def draw(self, path: str) -> str:
-        """Draw the graph with its taps; the ending of `path` says the format. Returns the path."""
-        from fxkfac.graph.draw import draw
+    def draw(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        fold: bool = False,
+        colour: Mapping[str, float] | None = None,
+        colour_name: str = "value",
+        details: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> str:
+        """Draw the graph with its taps; the ending of `path` says the format. Returns the path.
 
-        return draw(self, path)
+        Args:
+            path: Ends in .svg, .png, .pdf, .gv, or .html for a page.
+            fold: Draw layers that repeat once, with their count.
+            colour: A number for each parameter that is to be coloured.
+            colour_name: What these numbers are.
+            details: What the page shows of a parameter beside its shapes.
+
+        `fxkfac.graph.drawing.draw` says more, and which errors there are.
+        """
+        from fxkfac.graph.drawing.draw import draw
+
+        return draw(self, path, fold=fold, colour=colour, colour_name=colour_name, details=details)
 
     def to_networkx(self) -> networkx.MultiDiGraph:
         """Parameters, views, ops and taps as a graph with attributes."""

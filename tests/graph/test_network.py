@@ -22,7 +22,7 @@ from pictured import (
 from torch import nn
 
 import fxkfac
-from fxkfac.graph.fold import folded
+from fxkfac.graph.drawing.fold import folded
 
 
 def test_mlp_has_parameters_ops_taps_and_factor_sizes():
