@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxkfac import exact
+import fxkfac.exact as exact
 from fxkfac.curvature.curvature import AnyBlock, Curvature
 from fxkfac.curvature.data import Data
 from fxkfac.curvature.ekfac import ekfac

@@ -188,3 +188,11 @@ def test_matplotlib_is_imported_where_it_is_needed_and_pyplot_nowhere():
         tree = ast.parse(file.read_text())
         assert not any("pyplot" in ast.unparse(s) for s in statements(tree, deferred=True)), file
         assert not any("matplotlib" in ast.unparse(s) for s in statements(tree, False)), file
+
+
+@pytest.mark.parametrize("file", FILES, ids=ids(FILES))
+def test_nobody_inside_asks_the_front_door(file):
+    """It imports everything when it is first asked, and so the one who asks, half imported."""
+    found = list(statements(ast.parse(file.read_text()), deferred=True))
+    asked = [s for s in found if isinstance(s, ast.ImportFrom) and s.module == "fxkfac"]
+    assert not [ast.unparse(s) for s in asked if not s.level]

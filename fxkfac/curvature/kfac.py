@@ -38,7 +38,11 @@ def kfac(
     backend: str = "eager",
     memory: int | None = None,
 ) -> Factors:
-    """The Kronecker factors of every parameter of a program. Paper, Definition 23.
+    """The Kronecker factors of every parameter of a program (paper, Definition 23).
+
+    Whatever stops the iteration over the data (Ctrl-C, too) carries what was accumulated until then
+    as its attribute `factors`. To save on the way and to go on in another process, see
+    `fxkfac.Accumulation`.
 
     Args:
         program: What `fxkfac.trace` returned.
@@ -71,7 +75,8 @@ def kfac(
             `backend="inductor"` they go one by one.
 
     Returns:
-        The factors: a mapping from the name of a weight to its block.
+        A mapping from the name of a weight to its block, in the dtype of the parameters, or in
+        float32 where these are in half precision.
 
     Raises:
         OptionError: `fisher`, `sharing`, `mc_samples` or `memory` is out of range, or do not go
@@ -80,10 +85,6 @@ def kfac(
         LossError: The loss has no likelihood here, or is not convex where that is needed.
         DataError: Inputs and targets that do not fit; `NoDataError` where there are none.
         NonFiniteError: NaN or Inf in a prediction or factor, with the batch and the layer.
-
-        Whatever stops the iteration over the data (Ctrl-C, too) carries what was accumulated
-        until then as its attribute `factors`. To save on the way and to go on in another process,
-        see `fxkfac.Accumulation`.
     """
     accumulation = Accumulation(
         program,

@@ -27,7 +27,11 @@ class Likelihood:
     """A negative log-likelihood; subclass it and give `nll`, or `distribution`, or both.
 
     Everything else is derived by autodiff and may be overridden by a formula. Rows of axis 0 must
-    be independent: `nll(f, y)[n]` depends on `f[n]` alone.
+    be independent: `nll(f, y)[n]` depends on `f[n]` alone (paper, Equation 1 and Section 2.3).
+
+    In all methods `f` is the prediction of a batch, floating and of whatever dtype the model gives,
+    and `y` its targets; what is like `f` has its shape and dtype. A site is what has a label of its
+    own: one datum, or one position of it.
 
         class PoissonRate(Likelihood):
             def distribution(self, prediction):
@@ -45,7 +49,10 @@ class Likelihood:
     def from_distribution(
         fn: Callable[[Tensor], Distribution], reduction: str = "mean"
     ) -> Likelihood:
-        """The likelihood of the distribution that `fn` makes of a prediction."""
+        """The likelihood of the distribution that `fn` makes of a prediction, rows along axis 0.
+
+        Raises `LossError` for a reduction that is neither "mean" nor "sum".
+        """
         return _FromDistribution(fn, reduction)
 
     # --- what a user gives ---
@@ -107,7 +114,10 @@ class Likelihood:
         return torch.func.grad(lambda at: self.criterion(at, y))(f.detach())
 
     def hessian_sqrt(self, f: Tensor, y: Target, v: Tensor) -> Tensor:
-        """S v, like `f`, datum by datum: S Sᵀ is the Hessian of c in f. Section 2.5.2."""
+        """S v, like `f`, datum by datum: S Sᵀ is the Hessian of c in f. Section 2.5.2.
+
+        Raises `LossError` where c is not convex, `NonFiniteError` where its Hessian is not finite.
+        """
         return derived_hessian_sqrt(self, f, y)(v)
 
     def hessian_columns(self, f: Tensor, y: Target) -> Iterator[Tensor]:
@@ -133,7 +143,10 @@ class Likelihood:
         return self.gradient(f, sampled)
 
     def labels(self, f: Tensor) -> Iterator[tuple[Tensor, Target]]:
-        """Each label value, as (its probability at every site, a target that is it everywhere)."""
+        """Each label value, as (its probability at every site, a target that is it everywhere).
+
+        Raises `LossError` where they cannot be listed.
+        """
         raise LossError(
             f"the labels of {type(self).__name__} cannot be enumerated, so there is no exact "
             "fisher='type-1'. Use 'mc' (the same Fisher, sampled) or 'type-2'; 'empirical', "

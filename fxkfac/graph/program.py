@@ -169,7 +169,15 @@ class Program:
 
     @full_precision()
     def at(self, inputs: Inputs) -> tuple[Tapped, list[Tensor]]:
-        """The tapped graph for these inputs, and their tensors; compiled where it is new."""
+        """The tapped graph for these inputs, and their tensors; compiled where it is new.
+
+        Args:
+            inputs: One batch, nested as the example was.
+
+        Raises:
+            DataError: Inputs of another structure, or that hold no batch, NaN or Inf.
+            CaptureError, UnsupportedUse: As `fxkfac.trace`, for inputs of a new shape.
+        """
         tensors = [t.detach() for t in self.signature.tensors(inputs)]
         _require_finite(tensors)
         n = self.signature.batch_size(tensors)
@@ -198,6 +206,10 @@ class Program:
             inputs: One batch, nested as the example was.
             params: Tensors in the place of the model's own parameters.
             sink: What receives the inputs of the uses and the outputs of their ops.
+
+        Raises:
+            DataError, CaptureError, UnsupportedUse: As `at`.
+            UnknownParameter, ParameterError: `params` do not fit the model's.
         """
         tapped, tensors = self.at(inputs)
         return self.run_graph(tapped, tensors, self.state(params), sink or Taps())

@@ -22,8 +22,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import fxkfac
-from benchmarks.measure import gradient, interleaved
+from benchmarks.measure import gradient
 from benchmarks.problems import PROBLEMS, Problem
+from fxkfac.measure import interleaved
 
 aten = torch.ops.aten
 REPEATS, BUDGET = 9, 10
@@ -70,22 +71,11 @@ def multiply_adds(call: Callable[[], Any]) -> int:
 
 
 def _of_sum(_: Any, a: Any, b: Any, **options: Any) -> int:
-    return _of_product(a, b)
-
-
-def _of_product(a: Any, b: Any, **options: Any) -> int:
     return 2 * math.prod(a) * b[-1]
 
 
-# What torch's counter leaves out: products that are written or added in place.
-IN_PLACE: dict[Any, Any] = {
-    aten.mm.out: _of_product,
-    aten.bmm.out: _of_product,
-    aten.addmm_.default: _of_sum,
-    aten.addmm.out: _of_sum,
-    aten.baddbmm_.default: _of_sum,
-    aten.baddbmm.out: _of_sum,
-}
+# What torch's counter leaves out: products that are added in place.
+IN_PLACE: dict[Any, Any] = {aten.addmm_: _of_sum, aten.baddbmm_: _of_sum}
 
 
 def _touch(size: int) -> None:
