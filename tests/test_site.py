@@ -14,6 +14,7 @@ import pytest
 
 import fxkfac
 import fxkfac.distributed
+import fxkfac.graph
 import fxkfac.plots
 
 ROOT = Path(__file__).parent.parent
@@ -26,6 +27,7 @@ PAGES = make_site.pages()
 MODULES = {
     "fxkfac": fxkfac,
     "fxkfac.distributed": fxkfac.distributed,
+    "fxkfac.graph": fxkfac.graph,
     "fxkfac.plots": fxkfac.plots,
 } | {
     f"fxkfac.{name}": getattr(fxkfac, name)
