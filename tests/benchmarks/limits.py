@@ -51,11 +51,11 @@ def limits(problem: Problem) -> Limits:
     one = Problem(problem.model, problem.loss, [data], problem.joint)
     whole, report = multiply_adds(gradient(one)), call().report()
     weights = sums = 0
-    for part in (part for row in report for part in row.parts):
+    for part, has_bias in ((p, len(row.params) > 1) for row in report for p in row.parts):
         assert part.rows is not None
         is_dense = len(part.A) > 1  # else counts of one-hot rows
         d_in, d_out = part.A[-1] * is_dense, part.B[-1]
-        weights += part.rows * d_in * d_out
+        weights += part.rows * (d_in - has_bias) * d_out
         sums += part.rows * (d_in**2 + d_out**2) // 2
     held = report.total.memory
     touch = interleaved(gradient(one), {"touch": lambda: _touch(held)}, REPEATS, BUDGET)["touch"]

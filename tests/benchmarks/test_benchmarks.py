@@ -13,6 +13,7 @@ from benchmarks import profile, suite
 from benchmarks.__main__ import main
 from benchmarks.compare import distance, distance_of_slopes, slope_of
 from benchmarks.interface import Slope
+from benchmarks.limits import limits
 from benchmarks.own import INDUCTOR, absent
 from benchmarks.peers import PEERS
 from benchmarks.problems import PROBLEMS, STEP
@@ -43,6 +44,18 @@ def test_so_it_is_for_other_flavours(flavour):
     rows = compared("mlp", flavour, Settings(("mlp",), (flavour,), INSTALLED))
     assert {row.library for row in rows if row.status == TIMED} >= {"fxkfac", "hooks"}
     assert DIFFERS not in {row.status for row in rows}
+
+
+def test_limits_of_the_arithmetic():
+    """By hand, for the tiny MLP: 8, 12, 6 and 4 wide, 16 data."""
+    found = limits(PROBLEMS["mlp"].make(tiny=True))
+    forward = 16 * (8 * 12 + 12 * 6 + 6 * 4)
+    to_the_taps = 16 * (12 * 6 + 6 * 4)
+    triangles = 16 * (9**2 + 12**2 + 13**2 + 6**2 + 7**2 + 4**2) // 2
+    gradient = 2 * forward + to_the_taps
+    assert found.limit == pytest.approx((forward + to_the_taps + triangles) / gradient, rel=1e-2)
+    assert found.counted > found.limit  # so small factors are taken whole
+    assert found.factors_mb == 4 * (81 + 144 + 169 + 36 + 49 + 16) / 2**20
 
 
 def test_a_wrong_factor_is_seen():
