@@ -48,28 +48,7 @@ def decomposed() -> str:
     return op_names([name for name in names if not name.startswith(inner)])
 
 
-OWN_RULE = """## A rule of your own
-
-A custom op, such as one around a Triton kernel, needs one function: which named axis of the op is
-which. An axis in the weight, the input and the output is a group axis, one in the weight and the
-input alone is summed over, one in the weight and the output alone is an out axis, and all others
-are rows.
-
-```python
-from fxkfac import rules
-
-
-@rules.rule(torch.ops.mine.scaled_product.default)  # y = factor · x W
-def scaled_product(call, operand):
-    if operand.name != "weight":
-        raise rules.NotLinear("the parameter is the input")
-    return rules.Form("i o", "r i", "r o", call.args["x"], scale=call.number("factor"))
-```
-
-`call.args` holds the arguments by name, `call.shape(name)` their shapes. The op needs a fake
-version, so that it can be traced, and a backward, so that gradients reach the taps below it
-(`torch.library.custom_op`, `register_fake`, `register_autograd`). Whether the rule is right is
-checked while tracing, and by `fxkfac.check`.
+OWN_RULE = """A custom op wants [a rule of your own](how_to/rule.md).
 
 """
 

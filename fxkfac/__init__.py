@@ -1,63 +1,24 @@
 """fxkfac: a torch.fx compiler that makes Kronecker-factored curvature visible and usable."""
 
-from fxkfac import errors, exact, laplace, optim
-from fxkfac.attribution import influence, token_influence
-from fxkfac.curvature.accumulation import Accumulation
-from fxkfac.curvature.blocks import Block, Dense, Diagonal, Kronecker
-from fxkfac.curvature.check import check
-from fxkfac.curvature.corrected import Corrected
-from fxkfac.curvature.eigen import EigenBlock
-from fxkfac.curvature.ekfac import ekfac
-from fxkfac.curvature.factors import Factors
-from fxkfac.curvature.kfac import kfac
-from fxkfac.curvature.kfoc import kfoc
-from fxkfac.curvature.likelihoods import Likelihood
-from fxkfac.curvature.running import RunningAverage
-from fxkfac.curvature.step import Step, step
-from fxkfac.curvature.total import Total, sum_of
-from fxkfac.errors import FxkfacError
-from fxkfac.graph import rules
-from fxkfac.graph.coverage import Coverage
-from fxkfac.graph.program import Program
-from fxkfac.graph.trace import trace
-from fxkfac.linalg import operators
-from fxkfac.persistence import load, resume, save
-from fxkfac.taylor import Taylor, laplacian
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "Accumulation",
-    "Block",
-    "Corrected",
-    "Coverage",
-    "Dense",
-    "Diagonal",
-    "EigenBlock",
-    "Factors",
-    "FxkfacError",
-    "Kronecker",
-    "Likelihood",
-    "Program",
-    "RunningAverage",
-    "Step",
-    "Taylor",
-    "Total",
-    "check",
-    "ekfac",
-    "errors",
-    "exact",
-    "influence",
-    "kfac",
-    "kfoc",
-    "laplace",
-    "laplacian",
-    "load",
-    "operators",
-    "optim",
-    "resume",
-    "rules",
-    "save",
-    "step",
-    "sum_of",
-    "token_influence",
-    "trace",
-]
+if TYPE_CHECKING:
+    from fxkfac.front import *  # noqa: F403
+else:
+
+    def __getattr__(name: str) -> Any:
+        """Import everything when something is first asked for.
+
+        PyTorch takes seconds to import, and the command line answers what needs none without it.
+        """
+        if "__all__" in globals():  # everything is here, and this is no part of it
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        front = import_module("fxkfac.front")
+        globals().update({n: getattr(front, n) for n in front.__all__}, __all__=front.__all__)
+        return getattr(sys.modules[__name__], name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *import_module("fxkfac.front").__all__})

@@ -68,3 +68,7 @@ class FileError(FxkfacError):
 
 class RankError(FxkfacError):
     """Another process of a distributed computation has failed, or there are no other processes."""
+
+
+class TargetError(FxkfacError, ValueError):
+    """What a command line names is not there, or does not return a model and what goes with it."""

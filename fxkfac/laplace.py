@@ -112,6 +112,12 @@ def sample(posterior: Posterior, number: int, generator: Generator) -> dict[str,
         posterior: What they are drawn from.
         number: How many.
         generator: On the device of the factors.
+
+    Returns:
+        Tensors in the parameters' own dtypes.
+
+    Raises:
+        OptionError: As `fxkfac.operators.power` does.
     """
     shifts = operators.sample(posterior.precision, number, generator)
     assert isinstance(shifts, dict)
@@ -124,6 +130,11 @@ def linearised(posterior: Posterior, draws: Mapping[str, Tensor], inputs: Inputs
     It is the model that a GGN is the curvature of, so that this is what such a posterior is about.
     All draws run together; pass some at a time where memory is short. A module that draws numbers
     itself, as dropout does, must be in eval mode.
+
+    Args:
+        posterior: The posterior that the draws are from.
+        draws: What `fxkfac.laplace.sample` returned, or tensors of such shapes.
+        inputs: One batch.
     """
     mean = posterior.mean
 
@@ -136,7 +147,11 @@ def linearised(posterior: Posterior, draws: Mapping[str, Tensor], inputs: Inputs
 
 
 def predictions(posterior: Posterior, draws: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
-    """f(θ) for every draw of the parameters, of shape (number, *prediction); as `linearised`."""
+    """f(θ) for every draw of the parameters, of shape (number, *prediction).
+
+    Args:
+        posterior, draws, inputs: As of `fxkfac.laplace.linearised`.
+    """
     run = torch.func.vmap(lambda draw: _prediction(posterior, draw, inputs))
     return run(dict(draws)).detach()
 
@@ -165,6 +180,9 @@ def most_likely(posterior: Posterior) -> Posterior:
     Twice the evidence's slope in log τ is γ − τ‖θ*‖², with γ = Σ λ/(λ + τ) over the eigenvalues of
     H: the number of parameters that the data determine (MacKay 1992). It falls with τ, and is zero
     once.
+
+    Args:
+        posterior: With any prior precision.
 
     Raises:
         OptionError: There is no such τ, since all parameters or all eigenvalues are zero.

@@ -16,6 +16,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+import fxkfac
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -190,3 +192,49 @@ def test_laplace_beside_posteriors(capsys: pytest.CaptureFixture[str]) -> None:
     for name, precision in ours.items():
         spread = (draws[name] - params[name]).square().mean(0) * precision
         assert abs(spread.mean().item() - 1) < 0.1
+
+
+def test_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    example = runpy.run_path(str(ROOT / "examples" / "figures.py"))
+    example["rosenbrock"](tmp_path / "rosenbrock.svg", points=20)
+    model, data = example["synthetic"]()
+    example["monte_carlo"](model, data, (1, 10), tmp_path / "monte-carlo.svg")
+    example["exact_and_kfac"](model, data, "cvec", tmp_path / "kfac-cvec.svg")
+
+    model, (x, y) = example["digit_net"](epochs=1)
+    data, loss = (x[:8], y[:8]), torch.nn.CrossEntropyLoss()
+    program = fxkfac.trace(model, data[0])
+    factors = fxkfac.kfac(program, loss, data)
+    example["overview"](factors, "7.weight", tmp_path / "report.svg")
+    example["layer_errors"](program, loss, data, factors, tmp_path / "layer-errors.svg")
+    said = capsys.readouterr().out
+    assert "over 8 data" in said
+    for path in tmp_path.glob("*.svg"):
+        assert f"Wrote {path}" in said
+        assert "<svg" in path.read_text()
+    assert len(list(tmp_path.glob("*.svg"))) == 5
+
+
+@pytest.mark.slow
+def test_figures_in_both_orders(tmp_path: Path) -> None:
+    example = runpy.run_path(str(ROOT / "examples" / "figures.py"))
+    model, data = example["synthetic"]()
+    sizes = [p.numel() for p in model.parameters()]
+    assert sizes == [20, 4, 16, 4, 12, 3]
+    ggn = fxkfac.exact.ggn(model, torch.nn.MSELoss(), data)
+    example["both_orders"](lambda vec: ggn, "GGN", sizes, tmp_path / "ggn.svg")
+    example["fishers"](model, data, sizes, tmp_path / "fishers.svg")
+    assert "GGN, cvec" in (tmp_path / "ggn.svg").read_text()
+    assert "empirical, rvec" in (tmp_path / "fishers.svg").read_text()
+
+
+def test_kfac_of_figures_9_and_10_is_a_kronecker_product_in_their_orders() -> None:
+    """Of W̃ = (W b): A ⊗ B in column-major order, B ⊗ A in row-major order."""
+    example = runpy.run_path(str(ROOT / "examples" / "figures.py"))
+    model, data = example["synthetic"]()
+    factors = fxkfac.kfac(fxkfac.trace(model, data[0]), torch.nn.MSELoss(), data)
+    for vec in ("cvec", "rvec"):
+        order = example["joined_order"](factors, vec)
+        blocks = [(b.A, b.B) if vec == "cvec" else (b.B, b.A) for b in factors.values()]
+        expected = torch.block_diag(*(torch.kron(*pair) for pair in blocks))
+        torch.testing.assert_close(factors.dense()[order][:, order], expected)

@@ -1,5 +1,6 @@
 """Ways to run a model: frozen in part, in low precision, under autocast, with checkpoints."""
 
+import math
 from collections import Counter
 
 import pytest
@@ -75,6 +76,54 @@ class TestFrozen:
         by_flag, by_name = fxkfac.trace(model, X), fxkfac.trace(model, X, ["12.*"])
         assert by_flag.parameters == by_name.parameters == ("12.weight", "12.bias")
         close(*(fxkfac.kfac(p, MSE(), (X, Y)).dense() for p in (by_flag, by_name)))
+
+
+class TestFrozenNorms:
+    """What a frozen scale enters stays whole; fixed statistics are a scale and a shift."""
+
+    @staticmethod
+    def graph_of(program):
+        return [str(node.target) for node in program.graph_module.graph.nodes]
+
+    @pytest.mark.parametrize("scale", [True, False], ids=["scale", "frozen"])
+    def test_a_layer_norm(self, scale):
+        model = seeded(lambda: nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 3)))
+        program = fxkfac.trace(model, X, ["0.*", "2.*", *["1.*"] * scale])
+        assert ("aten.mul.Tensor" in self.graph_of(program)) == scale
+        assert max(fxkfac.check(program, MSE(), (X, Y)).values()) < 1e-12
+
+    @pytest.mark.parametrize("scale", ["selected", "frozen", "absent"])
+    @pytest.mark.parametrize("space", [(), (3, 2)], ids=["vectors", "images"])
+    def test_a_batch_norm_in_eval_mode(self, scale, space):
+        """Autograd keeps no input of the norm, and the model is what it was."""
+
+        def make():
+            layer = nn.Conv2d(4, 6, 1) if space else nn.Linear(4, 6)
+            norm = (nn.BatchNorm2d if space else nn.BatchNorm1d)(6, affine=scale != "absent")
+            norm.running_mean, norm.running_var = rand(6), 0.5 + rand(6) ** 2
+            head = nn.Linear(6 * math.prod(space), 3)
+            return nn.Sequential(layer, norm, nn.ReLU(), nn.Flatten(), head).eval()
+
+        x = rand(5, 4, *space)
+        selected = ["0.*", "4.*", *["1.*"] * (scale == "selected")]
+        program = fxkfac.trace(seeded(make), x, selected)
+        found = self.graph_of(program)
+        assert "aten.addcmul.default" in found
+        assert not any("batch_norm" in name for name in found)
+        assert max(fxkfac.check(program, MSE(), (x, Y)).values()) < 1e-12
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            program.run(x)
+        assert sum(t.numel() == 5 * 6 * math.prod(space) for t in kept) == 1  # what ReLU gave
+
+    def test_other_dtypes_and_batch_statistics_stay_as_they_are(self):
+        model = seeded(lambda: nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)))
+        found = self.graph_of(fxkfac.trace(model, X, ["0.*", "2.*"]))
+        assert any("batch_norm" in name for name in found)
+        half = model.to(BF16).eval()
+        half[1].float()
+        found = self.graph_of(fxkfac.trace(half, X.to(BF16), ["0.*", "2.*"]))
+        assert "aten.addcmul.default" not in found
 
 
 class Mixed(nn.Module):

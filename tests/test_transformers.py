@@ -10,6 +10,7 @@ import torch
 
 pytest.importorskip("transformers", reason="the models are those of transformers")
 
+from quick import quick
 from test_zoo import State, assert_close, assert_same
 from transformer_models import CASES, Case
 
@@ -18,6 +19,7 @@ from fxkfac import errors
 
 TRACED = 4  # batch size at which everything is traced
 LANGUAGE = ("gpt2", "llama")
+QUICK = {"gpt2", "vit", "wav2vec2", "clip_text"}
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ def traced(name: str) -> Traced:
     return Traced(case, program, before, State.of(case.model, None))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", quick(CASES, QUICK.__contains__))
 def test_coverage(name):
     at = traced(name)
     found = {row.parameter: row.structure for row in at.program.coverage()}
@@ -47,7 +49,7 @@ def test_coverage(name):
     assert at.program.tapped.coupled == at.case.coupled
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", quick(CASES, QUICK.__contains__))
 def test_gradients_from_the_taps_are_autograds(name):
     at = traced(name)
     for n in (TRACED, 2, 7):
@@ -56,7 +58,7 @@ def test_gradients_from_the_taps_are_autograds(name):
         assert max(found.values()) < at.case.tolerance, (n, found)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", quick(CASES, QUICK.__contains__))
 def test_one_graph_is_good_for_all_batch_sizes(name):
     at = traced(name)
     graph = at.program.at(at.case.inputs(TRACED))[0]
@@ -64,7 +66,7 @@ def test_one_graph_is_good_for_all_batch_sizes(name):
     assert all(at.program.at(at.case.inputs(n))[0] is graph for n in (2, 7))
 
 
-@pytest.mark.parametrize("name", [n for n in CASES if n != "clip"])
+@pytest.mark.parametrize("name", quick([n for n in CASES if n != "clip"], QUICK.__contains__))
 def test_parts_of_the_data(name):
     at = traced(name)
     whole = fxkfac.kfac(at.program, at.case.loss, at.case.data(5), fisher="empirical")
@@ -76,7 +78,7 @@ def test_parts_of_the_data(name):
         assert error <= at.case.tolerance * block.dense().norm()
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", quick(CASES, QUICK.__contains__))
 def test_nothing_of_the_users_changes(name):
     at = traced(name)
     at.before.require_same(at.after)
@@ -117,7 +119,7 @@ def test_exact_blocks_of_a_language_model(name):
     assert_close(found.diagonal(), expected.diagonal())
 
 
-@pytest.mark.parametrize("name", LANGUAGE)
+@pytest.mark.parametrize("name", quick(LANGUAGE, {"gpt2"}.__contains__))
 def test_padding_is_as_if_it_were_not_there(name):
     """With the mask, padded data have the factors of the same data without padding."""
     at = traced(name)

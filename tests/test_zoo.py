@@ -11,6 +11,7 @@ import pytest
 import torch
 import zoo_functional  # noqa: F401 - registers its entries
 import zoo_wide  # noqa: F401 - likewise
+from quick import one_in, quick
 from torch import Tensor, nn
 from zoo import SPELLINGS, ZOO, Entry
 
@@ -25,7 +26,7 @@ PLAIN = {name: e for name, e in RIGHT.items() if not e.coupled and not e.random}
 
 
 def entries(chosen: Mapping[str, Entry]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("name", chosen)
+    return pytest.mark.parametrize("name", quick(chosen, one_in(2)))
 
 
 @dataclass(frozen=True)
@@ -227,7 +228,8 @@ def test_nothing_of_the_users_changes(name):
     before.require_same(State.of(at.model, at.params))
 
 
-MEMBERS = [(group, member) for group, s in SPELLINGS.items() for member in s.members]
+SPELLED = [(group, member) for group, s in SPELLINGS.items() for member in s.members]
+MEMBERS = quick(SPELLED, one_in(2))
 KINDS = [(s, apart) for s in ("expand", "reduce") for apart in (False, True)]
 
 

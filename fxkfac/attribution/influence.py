@@ -49,6 +49,9 @@ def influence(
 ) -> Float[Tensor, "n_train n_test"]:
     """score(i, j) = −g_iᵀ (C + λ I)⁻¹ g_j for all pairs of a training and a test datum.
 
+    With g the gradient of one datum's own loss and C the curvature (Koh & Liang 2017; with
+    Kronecker factors Grosse et al. 2023).
+
     It is how fast the loss of test datum j changes as the weight of training datum i grows: below
     zero where i helps j. To leave i out of a mean over N data changes the loss of j by about
     −score / N. A datum is what the batch axis counts: a sequence with all of its tokens.

@@ -28,8 +28,8 @@ class Accumulation:
         factors = accumulation.factors()
 
     Args:
-        program, loss, params, fisher, mc_samples, sharing, separate_weight_and_bias, mask,
-            generator, backend, memory: As of `fxkfac.kfac`.
+        program, loss, params, fisher, mc_samples, sharing: As of `fxkfac.kfac`.
+        separate_weight_and_bias, mask, generator, backend, memory: As of `fxkfac.kfac`.
 
     Attributes:
         over: The pass over the data that this is the face of.
@@ -72,6 +72,10 @@ class Accumulation:
     @full_precision()
     def add(self, inputs: Any, targets: Tensor) -> None:
         """Add one batch. One that fails adds nothing and draws nothing, so that it may come again.
+
+        Args:
+            inputs: As the program's example was.
+            targets: As the loss takes them.
 
         Raises:
             DataError, LossError, NonFiniteError: As `fxkfac.kfac` does.

@@ -1,7 +1,7 @@
 """What is sent back from the prediction: (Fisher flavour, likelihood, f, y) -> ▲_1, ▲_2, ...
 
 Every flavour is C = R Σ_n J_nᵀ (Σ_c ▲_{n,c} ▲_{n,c}ᵀ) J_n; they differ in the ▲ alone (paper,
-Section 4.1). One yielded tensor holds ▲_c of *all* data at once, and carries no R.
+Equation 2 and Section 4.3). One yielded tensor holds ▲_c of *all* data at once, and carries no R.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def backpropagated_vectors(
     mc_samples: int,
     generator: torch.Generator,
 ) -> Iterator[Tensor]:
-    """The vectors ▲ of one flavour, each in the prediction's shape, without R.
+    """The vectors ▲ of one flavour, each in the prediction's shape, without R. Section 4.3.
 
     Args:
         fisher: One of `FISHERS`.

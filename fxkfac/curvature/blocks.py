@@ -38,9 +38,9 @@ class Kronecker(Term):
     A and B are those that the factors hold, and equal inputs have one A: copy before changing one.
 
     Attributes:
-        A: Input-based factor R Σ x̃ x̃ᵀ, of shape (in, in); (group, in, in) for several groups;
-            (in,), its diagonal, for an embedding.
-        B: Gradient-based factor of shape (out, out), or (group, out, out).
+        A: Input-based factor R Σ x̃ x̃ᵀ (paper, Equation 4b), of shape (in, in); (group, in, in) for
+            several groups; (in,), its diagonal, for an embedding.
+        B: Gradient-based factor (Equation 4c) of shape (out, out), or (group, out, out).
         entries: Numbers of the entries in the block, of shape (group, in, out).
     """
 

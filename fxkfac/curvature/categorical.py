@@ -27,6 +27,8 @@ class Categorical(Likelihood):
 
     q is the target as probabilities: one-hot or soft, mixed with the uniform distribution by
     label smoothing, and zero at ignored positions. Every label position is a site.
+
+    Paper, Examples 2 and 4; the Hessian in f is diag σ - σσᵀ (Example 7) without weights.
     """
 
     def __init__(

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from fxkfac.curvature.data import batches
-from fxkfac.curvature.likelihoods import Likelihood
-from fxkfac.curvature.losses import likelihood_of
+from fxkfac.curvature.losses import likelihood_of, loss_value
 from fxkfac.errors import TapMismatch
 from fxkfac.functional import Params
 from fxkfac.graph.program import Program
@@ -49,7 +48,7 @@ def check(
     with own_randomness(0):
         run = program.run(inputs, params, taps)
         likelihood.validate(run.prediction.detach(), targets)
-        cotangent = _loss_gradient(loss, likelihood, run.prediction.detach(), targets)
+        cotangent = _loss_gradient(loss, run.prediction.detach(), targets)
         tensors = program.signature.tensors(inputs)
         at_taps = taps.gradients(run.prediction, cotangent)
         found = tap_gradients(run.tapped, taps.inputs, at_taps, names, state, tensors)
@@ -67,16 +66,10 @@ def check(
     return errors
 
 
-def _loss_gradient(
-    loss: Any, likelihood: Likelihood, prediction: Tensor, targets: Tensor
-) -> Tensor:
+def _loss_gradient(loss: Any, prediction: Tensor, targets: Tensor) -> Tensor:
     """Gradient of the loss, with its reduction, in the prediction."""
     leaf = prediction.requires_grad_()
     with torch.enable_grad():
-        if isinstance(loss, Likelihood):
-            factor = likelihood.reduction_factor(float(likelihood.count(leaf.detach(), targets)))
-            value = factor * likelihood.criterion(leaf, targets)
-        else:
-            value = loss(leaf, targets)
+        value = loss_value(loss, leaf, targets)
     (gradient,) = torch.autograd.grad(value, leaf)
     return gradient

@@ -50,6 +50,11 @@ class Corrected(OfBlocks):
         """The name of a tied parameter that the blocks know it by."""
         return self.factors.canonical(name)
 
+    @property
+    def seen(self) -> tuple[int, Mapping[str, tuple[int, ...]]]:
+        """Number of data of the factors, and for every block with some the rows of its terms."""
+        return self.factors.seen
+
     def __str__(self) -> str:
         width = max((len(name) for name in self.blocks), default=0)
         rows = [

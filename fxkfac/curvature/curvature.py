@@ -12,7 +12,9 @@ from torch import Tensor
 
 from fxkfac.curvature.blocks import Block, Dense, Diagonal
 from fxkfac.curvature.eigen import EigenBlock
+from fxkfac.curvature.report import Report
 from fxkfac.curvature.sharing import accurate_dtype
+from fxkfac.curvature.summarise import report_of
 from fxkfac.errors import UnknownParameter
 from fxkfac.functional import unknown
 from fxkfac.isolation import full_precision
@@ -46,7 +48,8 @@ class Curvature(Mapping[str, AnyBlock]):
     def dense(self, *names: str) -> Float[Tensor, "numel numel"]:
         """The curvature of the named parameters (all, without names) as one matrix.
 
-        The order is that of their concatenated rvec, as stored; zeros between blocks.
+        The order is that of their concatenated rvec, as stored; zeros between blocks. For a
+        weight stored as (out, in) it is B ⊗ A (paper, Equation 4a).
 
         Raises:
             UnknownParameter: A name is not among the parameters covered.
@@ -113,6 +116,26 @@ class Curvature(Mapping[str, AnyBlock]):
         shapes = {n: s for b in blocks for n, s in zip(b.params, b.shapes, strict=True)}
         labels = tuple(", ".join(block.params) for block in blocks)
         return Named(BlockDiagonal(tuple(b.operator for b in blocks), labels), shapes)
+
+    @full_precision()
+    def report(self) -> Report:
+        """What the blocks are, in numbers: a row for each, and one for all; `print` shows a table.
+
+        Sizes, condition numbers of A, B and their product, rank, largest eigenvalue, trace and its
+        share in that of all, bytes. What is singular, empty or not finite is said so. It takes the
+        eigenvalues of every factor; a sum of overlapping products is written out for them.
+        """
+        n, rows = self.seen
+        blocks = dict(self)
+        return report_of(list(blocks.values()), n, [rows.get(name, ()) for name in blocks])
+
+    @property
+    def seen(self) -> tuple[int | None, Mapping[str, tuple[int, ...]]]:
+        """Number of data seen, and for every block with factors the rows of each of its terms.
+
+        `None` and nothing where blocks are a sum or an average of what was counted.
+        """
+        return None, {}
 
 
 class OfBlocks(Curvature):

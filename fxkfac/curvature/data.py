@@ -44,6 +44,16 @@ def pair(batch: Any) -> tuple[Any, Tensor]:
     return batch[0], batch[1]
 
 
+def number_of_batches(data: Data) -> int | None:
+    """How many there are; `None` where that shows only at their end."""
+    if _is_pair(data):
+        return 1
+    try:
+        return len(data)
+    except TypeError:  # an iterator, or a loader of an iterable data set
+        return None
+
+
 def _is_pair(data: Any) -> bool:
     return isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[1], Tensor)
 

@@ -110,6 +110,15 @@ class Factors(Curvature):
         """R, for all data seen (paper, Equation 1)."""
         return self.likelihood.reduction_factor(self.count)
 
+    @property
+    def seen(self) -> tuple[int, Mapping[str, tuple[int, ...]]]:
+        """Number of data seen, and for every block with factors the rows of each of its terms."""
+        rows = {
+            name: tuple(int(torch.as_tensor(p.rows).sum()) for p in products)
+            for name, products in self.products.items()
+        }
+        return self.n, rows
+
     def __getitem__(self, name: str) -> AnyBlock:
         name = self.canonical(name)
         if (block := self._unfactored(name)) is not None:

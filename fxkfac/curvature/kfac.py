@@ -3,7 +3,8 @@
     A = R Σ_rows x xᵀ        B = (1/#rows) Σ_c Σ_rows g gᵀ
 
 with x the input of a use, g the gradient of ⟨▲_c, prediction⟩ at its output, and ▲ the vectors
-that the flavour backpropagates (paper, Sections 4 and 5).
+that the flavour backpropagates. Paper, Definition 23, Equations 4b and 4c; rows beyond the data,
+which the paper leaves out, are those of Eschenhagen et al. (2023).
 """
 
 from __future__ import annotations
@@ -37,7 +38,11 @@ def kfac(
     backend: str = "eager",
     memory: int | None = None,
 ) -> Factors:
-    """The Kronecker factors of every parameter of a program.
+    """The Kronecker factors of every parameter of a program (paper, Definition 23).
+
+    Whatever stops the iteration over the data (Ctrl-C, too) carries what was accumulated until then
+    as its attribute `factors`. To save on the way and to go on in another process, see
+    `fxkfac.Accumulation`.
 
     Args:
         program: What `fxkfac.trace` returned.
@@ -70,7 +75,8 @@ def kfac(
             `backend="inductor"` they go one by one.
 
     Returns:
-        The factors: a mapping from the name of a weight to its block.
+        A mapping from the name of a weight to its block, in the dtype of the parameters, or in
+        float32 where these are in half precision.
 
     Raises:
         OptionError: `fisher`, `sharing`, `mc_samples` or `memory` is out of range, or do not go
@@ -79,10 +85,6 @@ def kfac(
         LossError: The loss has no likelihood here, or is not convex where that is needed.
         DataError: Inputs and targets that do not fit; `NoDataError` where there are none.
         NonFiniteError: NaN or Inf in a prediction or factor, with the batch and the layer.
-
-        Whatever stops the iteration over the data (Ctrl-C, too) carries what was accumulated
-        until then as its attribute `factors`. To save on the way and to go on in another process,
-        see `fxkfac.Accumulation`.
     """
     accumulation = Accumulation(
         program,

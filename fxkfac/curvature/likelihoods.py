@@ -1,6 +1,6 @@
 """A loss as a negative log-likelihood: (prediction f, target y) -> criterion, gradient, S, samples.
 
-Paper, Equation (1) and Section 2.3: the empirical risk is R Σ_n c(f_n, y_n) with
+Paper, Equation 1 and Section 2.3: the empirical risk is R Σ_n c(f_n, y_n) with
 c(f, y) = -log r(y | f). A `Likelihood` keeps the criterion c apart from the reduction factor R,
 which belongs to the whole data set, and gives what the Fisher flavours send back: gradients,
 would-be gradients for sampled labels, and a square root S of the Hessian of c.
@@ -27,7 +27,11 @@ class Likelihood:
     """A negative log-likelihood; subclass it and give `nll`, or `distribution`, or both.
 
     Everything else is derived by autodiff and may be overridden by a formula. Rows of axis 0 must
-    be independent: `nll(f, y)[n]` depends on `f[n]` alone.
+    be independent: `nll(f, y)[n]` depends on `f[n]` alone (paper, Equation 1 and Section 2.3).
+
+    In all methods `f` is the prediction of a batch, floating and of whatever dtype the model gives,
+    and `y` its targets; what is like `f` has its shape and dtype. A site is what has a label of its
+    own: one datum, or one position of it.
 
         class PoissonRate(Likelihood):
             def distribution(self, prediction):
@@ -45,7 +49,10 @@ class Likelihood:
     def from_distribution(
         fn: Callable[[Tensor], Distribution], reduction: str = "mean"
     ) -> Likelihood:
-        """The likelihood of the distribution that `fn` makes of a prediction."""
+        """The likelihood of the distribution that `fn` makes of a prediction, rows along axis 0.
+
+        Raises `LossError` for a reduction that is neither "mean" nor "sum".
+        """
         return _FromDistribution(fn, reduction)
 
     # --- what a user gives ---
@@ -67,7 +74,7 @@ class Likelihood:
     # --- what is derived from it ---
 
     def criterion(self, f: Tensor, y: Target) -> Tensor:
-        """Σ_n c(f_n, y_n), a scalar, without R."""
+        """Σ_n c(f_n, y_n), a scalar, without R. Equation 1."""
         rows = self.nll(f, y)
         if rows.shape != f.shape[:1]:
             raise LossError(
@@ -90,7 +97,7 @@ class Likelihood:
         return False
 
     def reduction_factor(self, count: float) -> float:
-        """R, given the count of the whole data set. Raises `NoDataError` if there is none."""
+        """R of Equation 1, given the count of the whole data set. Raises `NoDataError` at zero."""
         if self.reduction == "sum":
             return self.scale
         if self.reduction != "mean":
@@ -107,7 +114,10 @@ class Likelihood:
         return torch.func.grad(lambda at: self.criterion(at, y))(f.detach())
 
     def hessian_sqrt(self, f: Tensor, y: Target, v: Tensor) -> Tensor:
-        """S v, like `f`, datum by datum: S Sᵀ is the Hessian of c in f. Section 2.4.2."""
+        """S v, like `f`, datum by datum: S Sᵀ is the Hessian of c in f. Section 2.5.2.
+
+        Raises `LossError` where c is not convex, `NonFiniteError` where its Hessian is not finite.
+        """
         return derived_hessian_sqrt(self, f, y)(v)
 
     def hessian_columns(self, f: Tensor, y: Target) -> Iterator[Tensor]:
@@ -122,18 +132,21 @@ class Likelihood:
             yield S(unit.view(shape).expand(f.shape))
 
     def sample(self, f: Tensor, generator: torch.Generator) -> Target:
-        """ỹ drawn from r(· | f); the same state of `generator` draws the same ỹ."""
+        """ỹ drawn from r(· | f), the same for the same state of `generator`. Section 2.3."""
         seed = torch.randint(2**62, (), generator=generator, device=generator.device)
         # torch.distributions knows only the global generator, which is the caller's.
         with own_randomness(int(seed)):
             return self.distribution(f.detach()).sample()
 
     def sampled_gradient(self, f: Tensor, y: Target, sampled: Target) -> Tensor:
-        """The would-be gradient ∇_f c(f, ỹ), times √ of the weight that the target `y` gives."""
+        """The would-be gradient ∇_f c(f, ỹ), times √ of the weight of `y`. Section 2.5.3."""
         return self.gradient(f, sampled)
 
     def labels(self, f: Tensor) -> Iterator[tuple[Tensor, Target]]:
-        """Each label value, as (its probability at every site, a target that is it everywhere)."""
+        """Each label value, as (its probability at every site, a target that is it everywhere).
+
+        Raises `LossError` where they cannot be listed.
+        """
         raise LossError(
             f"the labels of {type(self).__name__} cannot be enumerated, so there is no exact "
             "fisher='type-1'. Use 'mc' (the same Fisher, sampled) or 'type-2'; 'empirical', "

@@ -57,8 +57,8 @@ def step(
 
     Args:
         program: What `fxkfac.trace` returned.
-        loss, data, params, fisher, mc_samples, sharing, separate_weight_and_bias, mask, generator,
-            backend, memory: As of `fxkfac.kfac`.
+        loss, data, params, fisher, mc_samples, sharing: As of `fxkfac.kfac`.
+        separate_weight_and_bias, mask, generator, backend, memory: As of `fxkfac.kfac`.
 
     Returns:
         The loss of all data with its reduction, its gradients, and the factors.

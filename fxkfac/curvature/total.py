@@ -24,6 +24,10 @@ def sum_of(*parts: Curvature) -> Total:
     Args:
         parts: The factors of each loss. A parameter may be in one of them or in several.
 
+    Returns:
+        A mapping from the name of a weight to its block, a `Block` of all terms where there are
+        several; and no copy of what the parts hold.
+
     Raises:
         MergeError: A parameter has another shape, or an exact block here and factors there.
     """

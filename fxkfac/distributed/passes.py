@@ -64,7 +64,18 @@ def step(
     group: Any = None,
     **options: Any,
 ) -> Step:
-    """Loss, gradients and factors of all ranks' data, as `kfac` but with `fxkfac.step`."""
+    """Loss, gradients and factors of all ranks' data; every rank of the group calls it.
+
+    Args:
+        program, loss, data, generator, group: As of `fxkfac.distributed.kfac`.
+        options: Further arguments of `fxkfac.step`, by name.
+
+    Returns:
+        What `fxkfac.distributed.all_reduce` returns.
+
+    Raises:
+        MergeError, NoDataError, RankError, FxkfacError: As `fxkfac.distributed.kfac` does.
+    """
     found: Step = _of_all(step_here, program, loss, data, generator, group, options)
     return found
 

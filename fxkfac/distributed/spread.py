@@ -30,8 +30,9 @@ def eigh(matrices: Matrices, group: Any = None) -> Any:
         group: A group of `torch.distributed`; all ranks by default.
 
     Returns:
-        In the place of each matrix, as of `torch.linalg.eigh`: its eigenvalues (.., d) in ascending
-        order, and its eigenvectors (.., d, d), one a column; the same on every rank, bit for bit.
+        What is as of `torch.linalg.eigh` in the place of each matrix, its eigenvalues (.., d) in
+        ascending order, and its eigenvectors (.., d, d), one a column; the same on every rank, bit
+        for bit.
 
     Raises:
         OptionError: A tensor is no square matrix.
@@ -55,7 +56,7 @@ def spread(function: Callable[[Tensor], Result], matrices: Matrices, group: Any 
         group: A group of `torch.distributed`; all ranks by default.
 
     Returns:
-        The results in the place of the matrices, in a dict or a list: contiguous, without gradient,
+        The results in the place of the matrices, in a dict or a list, contiguous, without gradient,
         and the same on every rank, bit for bit.
 
     Raises:

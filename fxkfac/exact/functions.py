@@ -1,6 +1,6 @@
 """Derivatives of any tensor-to-tensor function as matrices, in both flattening orders.
 
-Paper, Definitions 3-15: Jacobians, Hessians and linearisation, rvec and cvec.
+Paper, Definitions 3-10 and 12-15: Jacobians, Hessians and linearisation, rvec and cvec.
 """
 
 from __future__ import annotations
@@ -19,7 +19,18 @@ FLATTENINGS: dict[str, Callable[[Tensor], Tensor]] = {"rvec": rvec, "cvec": cvec
 
 
 def jacobian(f: Callable[[Tensor], Tensor], x: Tensor, vec: str = "rvec") -> Tensor:
-    """The matrix J[i, j] = ∂[vec f(x)]_i / ∂[vec x]_j, [dim f, dim x]. Definitions 7 and 8."""
+    """The matrix J[i, j] = ∂[vec f(x)]_i / ∂[vec x]_j, [dim f, dim x]. Paper, Definitions 7 and 8.
+
+    The rvec one, reshaped to (*f.shape, *x.shape), is the general Jacobian of Definition 4.
+
+    Args:
+        f: A function from a tensor to a tensor, of whatever shapes.
+        x: Where.
+        vec: `"rvec"` (row-major) or `"cvec"` (column-major), of both.
+
+    Raises:
+        OptionError: There is no such `vec`.
+    """
     with torch.enable_grad():
         at = x.detach().requires_grad_()
         out = f(at)
@@ -28,14 +39,24 @@ def jacobian(f: Callable[[Tensor], Tensor], x: Tensor, vec: str = "rvec") -> Ten
 
 
 def hessian_matrix(f: Callable[[Tensor], Tensor], x: Tensor, vec: str = "rvec") -> Tensor:
-    """The matrix of second derivatives of a scalar f, [dim x, dim x]. Definitions 12 and 13."""
+    """The matrix of second derivatives, [dim x, dim x]. Paper, Definitions 12 and 13.
+
+    The rvec one, reshaped to (*x.shape, *x.shape), is the general Hessian of Definition 10.
+
+    Args:
+        f: A function from a tensor to a scalar.
+        x, vec: As of `fxkfac.exact.jacobian`.
+
+    Raises:
+        OptionError: There is no such `vec`.
+    """
     return jacobian(torch.func.grad(f), x, vec)
 
 
 def linearize(f: Callable[[Any], Any], at: Any) -> Callable[[Any], Any]:
     """h̄(x) = f(x₀) + J(x₀) (x - x₀), a function of x that may be differentiated further.
 
-    The Hessian of g ∘ h̄ at x₀ is the GGN of g ∘ f. Definitions 14 and 15.
+    Paper, Definitions 14 and 15. The Hessian of g ∘ h̄ at x₀ is the GGN of g ∘ f (Definition 17).
 
     Args:
         f: A function of one tensor, or of a dict, list or tuple of tensors.

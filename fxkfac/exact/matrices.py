@@ -1,5 +1,6 @@
 """Dense curvature matrices by autodiff: the ground truth. Paper, Definitions 12, 13, 19-21.
 
+All carry the loss's own R, which stands where the paper's Fishers have 1/N (Section 2.5.3).
 All take a model, a loss, data, and `names`, which choose the block:
 
 - a string: the block of that parameter;
@@ -41,7 +42,30 @@ def hessian(
     params: Params | None = None,
     vec: str = "rvec",
 ) -> Tensor:
-    """The Hessian of the loss, [rows, columns]. Definitions 12 and 13."""
+    """The Hessian of the loss, [rows, columns]. Paper, Definitions 12, 13, Section 2.5.1.
+
+    Args:
+        model: A module, or a function `f(params, *inputs)`.
+        loss: As of `fxkfac.kfac`; its reduction decides R.
+        data: One (inputs, targets), or an iterable of such pairs, which counts as one data set.
+        names: Which block: a name; a list, for the matrix of these parameters joined; a tuple of
+            two, for the mixed block, rows of the first and columns of the second; or `None`, for
+            all parameters that require gradients.
+        params: The nested tensors of a function; or tensors in the place of a module's own.
+        vec: `"rvec"`, the order of stored entries (row-major), or `"cvec"` (column-major).
+
+    Returns:
+        The matrix, in the dtype and on the device of the prediction.
+
+    Raises:
+        UnknownParameter, ParameterError: No parameter has this name, or one is named twice, or has
+            no derivative.
+        DataError: There are no data, batches that do not fit each other, or targets that do not fit
+            the prediction, or N data in a prediction that is not N equal parts along axis 0.
+        LossError: The loss has no likelihood here.
+        NonFiniteError: The prediction holds NaN or Inf.
+        OptionError: There is no such `vec`, or a tuple of `names` is not of two.
+    """
     block = _block(model, loss, data, names, params, vec)
     leaves = block.problem.prediction.of
     with torch.enable_grad():
@@ -60,9 +84,16 @@ def ggn(
     params: Params | None = None,
     vec: str = "rvec",
 ) -> Tensor:
-    """The generalised Gauss-Newton matrix Jᵀ (H_f L) J, [rows, columns]. Definition 19.
+    """The generalised Gauss-Newton matrix Jᵀ (H_f L) J, [rows, columns]. Paper, Definition 19.
 
-    H_f L is the loss itself, differentiated twice. The type-2 Fisher is the same matrix.
+    H_f L is the loss itself, differentiated twice (Section 2.5.2). Where it does not depend on the
+    labels, as for the torch losses without weights, this is the type-2 Fisher (Section 2.5.4).
+
+    Args:
+        model, loss, data, names, params, vec: As of `fxkfac.exact.hessian`.
+
+    Raises:
+        FxkfacError: As `fxkfac.exact.hessian`.
     """
     block = _block(model, loss, data, names, params, vec)
     return block.sandwich(block.problem.loss_hessian())
@@ -77,13 +108,17 @@ def type1_fisher(
     params: Params | None = None,
     vec: str = "rvec",
 ) -> Tensor:
-    """R Σ_n Jᵀ E[∇c ∇cᵀ] J over the model's own labels, exact, [rows, columns]. Section 2.5.
+    """R Σ_n Jᵀ E[∇c ∇cᵀ] J over the model's own labels, exact, [rows, columns]. Section 2.5.3.
 
     Labels are enumerated; for the square loss the expectation is I. Class weights of the true
-    target carry over, so that it equals the GGN for the torch losses.
+    target carry over, so that it equals the GGN for the torch losses (Section 2.5.4).
+
+    Args:
+        model, loss, data, names, params, vec: As of `fxkfac.exact.hessian`.
 
     Raises:
         LossError: The labels of the likelihood cannot be enumerated.
+        FxkfacError: As `fxkfac.exact.hessian`.
     """
     block = _block(model, loss, data, names, params, vec)
     return block.sandwich(block.problem.fisher("type-1", 1, None))
@@ -100,9 +135,17 @@ def mc_fisher(
     mc_samples: int = 1,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """The type-1 Fisher with `mc_samples` labels drawn for every datum. Definition 20.
+    """The type-1 Fisher with labels drawn for every datum, [rows, columns]. Paper, Definition 20.
 
-    Without a `generator`, labels come from a new one: the same in every call.
+    Args:
+        model, loss, data, names, params, vec: As of `fxkfac.exact.hessian`.
+        mc_samples: Number of labels drawn for each datum.
+        generator: Where they are drawn from; a new one by default, the same in every call.
+
+    Raises:
+        LossError: The likelihood has no distribution.
+        OptionError: `mc_samples` is less than one.
+        FxkfacError: As `fxkfac.exact.hessian`.
     """
     block = _block(model, loss, data, names, params, vec)
     return block.sandwich(block.problem.fisher("mc", mc_samples, generator))
@@ -117,7 +160,14 @@ def empirical_fisher(
     params: Params | None = None,
     vec: str = "rvec",
 ) -> Tensor:
-    """R Σ_n ∇c_n ∇c_nᵀ with the data's own labels, [rows, columns]. Definition 21."""
+    """R Σ_n ∇c_n ∇c_nᵀ with the data's own labels, [rows, columns]. Paper, Definition 21.
+
+    Args:
+        model, loss, data, names, params, vec: As of `fxkfac.exact.hessian`.
+
+    Raises:
+        FxkfacError: As `fxkfac.exact.hessian`.
+    """
     block = _block(model, loss, data, names, params, vec)
     return block.sandwich(block.problem.fisher("empirical", 1, None))
 

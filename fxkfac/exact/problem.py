@@ -76,7 +76,7 @@ class Problem:
         return self.loss(self.prediction.f, self.target)
 
     def loss_hessian(self) -> Middle:
-        """U -> (H_f L) U: the loss itself differentiated twice, R included. Definition 17."""
+        """U -> (H_f L) U: the loss itself differentiated twice, R included. Section 2.5.2."""
         with torch.enable_grad():
             f = self.prediction.f.detach().requires_grad_()
             L = self.loss(f, self.target)
@@ -84,7 +84,7 @@ class Problem:
         return lambda U: torch.stack([vjp(slope, [f], u.reshape(f.shape))[0] for u in U]).view_as(U)
 
     def fisher(self, fisher: str, mc_samples: int, generator: torch.Generator | None) -> Middle:
-        """U -> R Σ_c ▲_c (▲_cᵀ U), datum by datum. Definitions 20 and 21."""
+        """U -> R Σ_c ▲_c (▲_cᵀ U), datum by datum. Equation 2, Definitions 20 and 21."""
         if fisher == "forward-only":
             raise OptionError(
                 "fisher='forward-only' sends nothing back, so it has no matrix in the parameters; "

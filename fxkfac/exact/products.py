@@ -1,5 +1,6 @@
-"""Products with Jacobians and curvature matrices that never form them. Paper, Definitions 5-18.
+"""Products with Jacobians and curvature matrices that never form them.
 
+Paper, Definitions 5, 6, 11 and 18, and products with the Fishers of Definitions 20 and 21.
 A `vector` is a dict of tensors shaped like parameters, nested as the parameters are. Its names
 choose the block, and a result has the same names. `params` is the dict of tensors of a functional
 model, or replaces tensors of a module. Nothing of the user's changes.
@@ -34,7 +35,17 @@ from fxkfac.isolation import full_precision
 def jacobian_vector_product(
     model: Model, inputs: Inputs, vector: Params, params: Params | None = None
 ) -> Tensor:
-    """J v: how the prediction changes along `vector`, in the prediction's shape. Definition 6."""
+    """J v: how the prediction changes along a vector, in its own shape. Paper, Definition 6.
+
+    Args:
+        model, params: As of `fxkfac.exact.hessian`.
+        inputs: One batch.
+        vector: Tensors in the shapes of some parameters, nested as these are.
+
+    Raises:
+        UnknownParameter, ParameterError: No parameter has this name, or a tensor another shape.
+        NonFiniteError: The prediction holds NaN or Inf.
+    """
     bound, tangents = _tangents(model, vector, params)
     return predict(bound, tangents, inputs).jvp(tangents)
 
@@ -47,7 +58,19 @@ def vector_jacobian_product(
     names: str | list[str] | None = None,
     params: Params | None = None,
 ) -> dict[str, Tensor]:
-    """Jᵀ u for u in the prediction's shape; by default for all selected parameters. Def. 5."""
+    """Jᵀ u, by name, in the shapes of the parameters. Paper, Definition 5.
+
+    Args:
+        model, params: As of `fxkfac.exact.hessian`.
+        inputs: One batch.
+        cotangent: u, in the prediction's shape.
+        names: A parameter, or a list; by default all that require gradients.
+
+    Raises:
+        UnknownParameter: No parameter has this name.
+        DataError: The cotangent has another shape than the prediction.
+        NonFiniteError: The prediction holds NaN or Inf.
+    """
     listed = [names] if isinstance(names, str) else names
     bound = bind_for(model, params, listed)
     chosen = canonical(bound, bound.selected if listed is None else listed)
@@ -65,7 +88,18 @@ def vector_jacobian_product(
 def hessian_vector_product(
     model: Model, loss: Loss, data: Data, vector: Params, params: Params | None = None
 ) -> dict[str, Any]:
-    """H v with the Hessian of the loss. Definition 11."""
+    """H v with the Hessian of the loss. Paper, Definition 11.
+
+    Args:
+        model, loss, data, params: As of `fxkfac.exact.hessian`.
+        vector: Tensors in the shapes of some parameters, nested as these are.
+
+    Returns:
+        Tensors under the names, and in the nesting, of the vector.
+
+    Raises:
+        FxkfacError: As `fxkfac.exact.hessian`; `ParameterError` for a tensor of another shape.
+    """
     bound, tangents = _tangents(model, vector, params)
     problem = pose(bound, tangents, loss, data)
     leaves = problem.prediction.of(tangents)
@@ -83,7 +117,18 @@ def hessian_vector_product(
 def ggn_vector_product(
     model: Model, loss: Loss, data: Data, vector: Params, params: Params | None = None
 ) -> dict[str, Any]:
-    """G v with the GGN, which is the type-2 Fisher. Definition 18."""
+    """G v with the GGN: a JVP, the loss Hessian, a VJP. Paper, Definition 18.
+
+    Args:
+        model, loss, data, params: As of `fxkfac.exact.hessian`.
+        vector: Tensors in the shapes of some parameters, nested as these are.
+
+    Returns:
+        Tensors under the names, and in the nesting, of the vector.
+
+    Raises:
+        FxkfacError: As `fxkfac.exact.hessian`; `ParameterError` for a tensor of another shape.
+    """
     bound, tangents = _tangents(model, vector, params)
     problem = pose(bound, tangents, loss, data)
     return _sandwich(bound, problem, problem.loss_hessian(), tangents, vector)
@@ -100,14 +145,19 @@ def fisher_vector_product(
     mc_samples: int = 1,
     generator: torch.Generator | None = None,
 ) -> dict[str, Any]:
-    """F v, with F the Fisher of any flavour. Definitions 20 and 21.
+    """F v, with F the Fisher of any flavour. Paper, Definitions 20 and 21.
 
     Args:
-        model, loss, data, vector, params: As everywhere here.
+        model, loss, data, vector, params: As of `fxkfac.exact.ggn_vector_product`.
         fisher: "type-1" (exact expectation over labels), "mc", "empirical"; "type-2" and
             "curvature-propagation" go through the likelihood's S. "forward-only" has no matrix.
         mc_samples: Number of labels drawn for each datum, where they are drawn.
         generator: Where they are drawn from; a new one by default, the same in every call.
+
+    Raises:
+        OptionError: There is no such flavour, or it has no matrix; `mc_samples` is less than one.
+        LossError: The likelihood lacks what the flavour needs.
+        FxkfacError: As `fxkfac.exact.ggn_vector_product`.
     """
     bound, tangents = _tangents(model, vector, params)
     problem = pose(bound, tangents, loss, data)

@@ -113,7 +113,9 @@ def by_export(bound: FunctionalModel, signature: Signature, tensors: list[Tensor
             raise Refusal(f"the graph takes an input of kind {spec.kind}")
     result = program.graph_signature.user_outputs[-1]
     own = tuple(bound.tensors), tuple(bound.buffers())
-    module = rebuild(program.graph_module, roles, *own, len(tensors), str(result))
+    module = rebuild(
+        program.graph_module, roles, own[0], bound.selected, own[1], len(tensors), str(result)
+    )
     return Captured(module, *own, "torch.export")
 
 
@@ -171,7 +173,9 @@ def by_make_fx(mode: str) -> Callable[[FunctionalModel, Signature, list[Tensor]]
         (output,) = (n for n in module.graph.nodes if n.op == "output")
         (result,) = output.all_input_nodes
         own = tuple(bound.tensors), tuple(bound.buffers())
-        module = rebuild(module, roles, *own, len(tensors), result.name, saved_detach=True)
+        module = rebuild(
+            module, roles, own[0], bound.selected, own[1], len(tensors), result.name, True
+        )
         return Captured(module, *own, f"make_fx ({mode})")
 
     return capture

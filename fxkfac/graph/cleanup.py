@@ -47,6 +47,7 @@ def rebuild(
     module: GraphModule,
     roles: Mapping[str, str | int | Tensor],
     parameters: Sequence[str],
+    selected: Sequence[str],
     buffers: Sequence[str],
     inputs: int,
     result: str,
@@ -59,6 +60,7 @@ def rebuild(
         roles: For each of its placeholders: the name of a parameter or buffer, the position of an
             input tensor, or a constant.
         parameters, buffers: Their names, in the order in which they become placeholders.
+        selected: Names of the parameters whose curvature is asked for.
         inputs: Number of input tensors, the placeholders that follow.
         result: Name of the node that is the prediction.
         saved_detach: Whether a `detach` without mark is one that autograd put there.
@@ -83,7 +85,7 @@ def rebuild(
     graph.output(copies[next(n for n in module.graph.nodes if n.name == result)])
     graph.eliminate_dead_code()
     drop_zeros(graph)
-    decompose(graph, [named[name] for name in parameters], tensors)
+    decompose(graph, [named[name] for name in selected], tensors)
     merge_common(graph)
     graph.eliminate_dead_code()
     return GraphModule(root, graph)

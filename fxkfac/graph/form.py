@@ -88,9 +88,10 @@ class Form:
     """One linear op as one einsum over named axes.
 
     Attributes:
-        weight, x, y: einops axis lists of the weight operand, of the prepared input (empty: the
-            input is the constant one) and of the output. `(g o)` is one axis of the tensor that
-            holds two axes of the einsum; `1` is an axis of length one.
+        weight: einops axis list of the weight operand. `(g o)` is one axis of the tensor that holds
+            two axes of the einsum; `1` is an axis of length one.
+        x: That of the prepared input; empty where the input is the constant one.
+        y: That of the output.
         input: The node of the input, `None` where it is the constant one.
         prepare: What happens to the input before the axis list `x` holds.
         folded: What happens to a gradient at the output before the axis list `y` holds.

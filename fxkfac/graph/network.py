@@ -180,14 +180,26 @@ def _op_of(use: Use) -> tuple[str, str]:
     """Names of the op that the parameter enters, and of its operand there."""
     operand = use.view.chain[-1]
     readers = {node.name: node for node in operand.users}
-    if use.node not in readers:  # tapped at an addition behind the op
-        readers = {n: r for n, r in readers.items() if op_name(r) == use.op and _leads(r, use.node)}
-    return use.node if use.node in readers else next(iter(readers)), operand.name
+    if use.node not in readers:  # tapped behind the op: at an addition, or where rows have chosen
+        ways = [n for n, r in readers.items() if op_name(r) == use.op and _leads(r, use.node)]
+        ways += [n for n, r in readers.items() if _feeds(r, use.node)]
+        return ways[0], operand.name
+    return use.node, operand.name
 
 
 def _leads(node: Node, end: str) -> bool:
     """Whether only layout ops lie between a node and the one named `end`."""
     return any(user.name == end or (is_layout(user) and _leads(user, end)) for user in node.users)
+
+
+def _feeds(node: Node, end: str) -> bool:
+    """Whether the node named `end` has anything from this one."""
+    seen, waiting = {node}, [node]
+    while waiting:
+        new = set(waiting.pop().users) - seen
+        seen |= new
+        waiting += new
+    return any(reader.name == end for reader in seen)
 
 
 def _input_names(program: Program) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -168,7 +169,15 @@ class Program:
 
     @full_precision()
     def at(self, inputs: Inputs) -> tuple[Tapped, list[Tensor]]:
-        """The tapped graph for these inputs, and their tensors; compiled where it is new."""
+        """The tapped graph for these inputs, and their tensors; compiled where it is new.
+
+        Args:
+            inputs: One batch, nested as the example was.
+
+        Raises:
+            DataError: Inputs of another structure, or that hold no batch, NaN or Inf.
+            CaptureError, UnsupportedUse: As `fxkfac.trace`, for inputs of a new shape.
+        """
         tensors = [t.detach() for t in self.signature.tensors(inputs)]
         _require_finite(tensors)
         n = self.signature.batch_size(tensors)
@@ -197,6 +206,10 @@ class Program:
             inputs: One batch, nested as the example was.
             params: Tensors in the place of the model's own parameters.
             sink: What receives the inputs of the uses and the outputs of their ops.
+
+        Raises:
+            DataError, CaptureError, UnsupportedUse: As `at`.
+            UnknownParameter, ParameterError: `params` do not fit the model's.
         """
         tapped, tensors = self.at(inputs)
         return self.run_graph(tapped, tensors, self.state(params), sink or Taps())
@@ -213,11 +226,29 @@ class Program:
         """Parameters and buffers, with tensors in the place of the model's own parameters."""
         return {**self.model.override(params), **self.model.buffers()}
 
-    def draw(self, path: str) -> str:
-        """Draw the graph with its taps; the ending of `path` says the format. Returns the path."""
-        from fxkfac.graph.draw import draw
+    def draw(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        fold: bool = False,
+        colour: Mapping[str, float] | None = None,
+        colour_name: str = "value",
+        details: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> str:
+        """Draw the graph with its taps; the ending of `path` says the format. Returns the path.
 
-        return draw(self, path)
+        Args:
+            path: Ends in .svg, .png, .pdf, .gv, or .html for a page.
+            fold: Draw layers that repeat once, with their count.
+            colour: A number for each parameter that is to be coloured.
+            colour_name: What these numbers are.
+            details: What the page shows of a parameter beside its shapes.
+
+        `fxkfac.graph.drawing.draw` says more, and which errors there are.
+        """
+        from fxkfac.graph.drawing.draw import draw
+
+        return draw(self, path, fold=fold, colour=colour, colour_name=colour_name, details=details)
 
     def to_networkx(self) -> networkx.MultiDiGraph:
         """Parameters, views, ops and taps as a graph with attributes."""

@@ -9,7 +9,11 @@ from torch import Tensor
 def rvec(t: Tensor, start_dim: int = 0, end_dim: int = -1) -> Tensor:
     """Flatten the axes `start_dim..end_dim`, the last one varying fastest (row-major).
 
-    For a matrix this puts its rows one after another: PyTorch's own order. Definition 2.
+    For a matrix this puts its rows one after another: PyTorch's own order. Paper, Definition 2.
+
+    Args:
+        t: A tensor; a view of it is returned where there is one.
+        start_dim, end_dim: The first and the last axis that is flattened.
     """
     return t.flatten(start_dim, end_dim)
 
@@ -17,7 +21,11 @@ def rvec(t: Tensor, start_dim: int = 0, end_dim: int = -1) -> Tensor:
 def cvec(t: Tensor, start_dim: int = 0, end_dim: int = -1) -> Tensor:
     """Flatten the axes `start_dim..end_dim`, the first one varying fastest (column-major).
 
-    For a matrix this puts its columns one after another: the literature's order. Definition 1.
+    For a matrix this puts its columns one after another: the literature's order. Paper,
+    Definition 1.
+
+    Args:
+        t, start_dim, end_dim: As of `fxkfac.exact.rvec`.
     """
     if t.ndim == 0:
         return t.flatten()

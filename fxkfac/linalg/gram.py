@@ -32,7 +32,7 @@ READ = 8  # for every number that a product reads
 COPY = 16  # for every number that is copied out of its order first
 CALL = 2**18  # for every product, however small
 TILE = 128  # columns that are transposed at once, for the cache as well
-FEW = 512  # rows whose whole square takes no longer than its triangle and the mirror do
+FEW = 192  # rows whose whole square takes no longer than its triangle and the mirror do
 
 
 @dataclass

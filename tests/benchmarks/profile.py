@@ -15,12 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from benchmarks.elsewhere import Elsewhere, warning
 from benchmarks.interface import Prepared, Refused
-from benchmarks.measure import seconds_of
 from benchmarks.own import INDUCTOR
 from benchmarks.peers import PEERS
 from benchmarks.problems import ALL, PROBLEMS
+from fxkfac.measure import Elsewhere, seconds_of, warning
 
 CALL = "one call of fxkfac"
 WARM_UPS, TIMED = 2, 3

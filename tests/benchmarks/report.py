@@ -14,11 +14,11 @@ from typing import Any
 import matplotlib
 import torch
 
-from benchmarks.elsewhere import warning
 from benchmarks.own import absent
 from benchmarks.peers import PEERS
 from benchmarks.problems import PROBLEMS, STEP
 from benchmarks.suite import DIFFERS, REFUSED, Row, Settings
+from fxkfac.measure import warning
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -28,12 +28,12 @@ FLAVOURS = {STEP: "loss + gradient + mc in one pass"}
 EXPLANATION = """\
 time: seconds of the call over those of torch.autograd.grad of the same loss, parameters and batch,
 measured interleaved in one process; median and quartiles. memory: peak resident set of a call in a
-fresh process, above what is held before it, over that of the gradient. first call: seconds of
-capture and first factors in a fresh process, compiling anew where something is compiled, and how
-many gradients that is. A ⊗ B off: largest relative distance of a layer's factors to fxkfac's on a
-tiny size of the problem; where labels are drawn, that of the mean of 100 draws to the type-2
-factors. Who differs is not timed; - is what the library does not do; why is in the JSON and in the
-Markdown."""
+fresh process, above what is held before it, over that of the gradient, and in brackets the same
+less the factors themselves. first call: seconds of capture and first factors in a fresh process,
+compiling anew where something is compiled, and how many gradients that is. A ⊗ B off: largest
+relative distance of a layer's factors to fxkfac's on a tiny size of the problem; where labels are
+drawn, that of the mean of 100 draws to the type-2 factors. Who differs is not timed; - is what the
+library does not do; why is in the JSON and in the Markdown."""
 COLOURS = ("#0b5fa5", "#0891b2", "#57534e", "#c2410c", "#7e22ce", "#15803d", "#b45309", "#be185d")
 MARKERS = "oXsD^v<P"
 
@@ -48,7 +48,7 @@ def cells(row: Row) -> tuple[str, ...]:
         return (*start, word, "", "", "", off)
     t = row.time
     first = f"{row.first.seconds:.2f} s ({row.first_ratio:.0f})" if row.first else ""
-    memory = "" if row.memory is None else f"{row.memory:.2f}"
+    memory = "" if row.memory is None else f"{row.memory:.2f} ({row.memory_beside_factors:.2f})"
     return (*start, f"{t.median:.2f}", f"{t.lower:.2f} to {t.upper:.2f}", memory, first, off)
 
 
@@ -147,9 +147,14 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def _plain(row: Row) -> dict[str, Any]:
+    ratios = {k: getattr(row, k) for k in ("memory", "memory_beside_factors", "first_ratio")}
+    return asdict(row) | ratios
+
+
 def as_json(rows: list[Row], settings: Settings, machine: dict[str, Any]) -> str:
     """Everything that was measured."""
-    results = [asdict(row) | {"memory": row.memory, "first_ratio": row.first_ratio} for row in rows]
+    results = [_plain(row) for row in rows]
     whole = {"machine": machine, "settings": asdict(settings), "results": results}
     return json.dumps(whole, indent=1)
 

@@ -20,10 +20,11 @@ from benchmarks.compare import (
     tolerance,
 )
 from benchmarks.interface import Factors
-from benchmarks.measure import GRADIENT, First, Ratio, gradient, in_fresh_process, interleaved
+from benchmarks.measure import GRADIENT, First, gradient, in_fresh_process
 from benchmarks.own import absent
 from benchmarks.peers import PEERS
 from benchmarks.problems import PROBLEMS, STEP, Problem
+from fxkfac.measure import Ratio, interleaved
 
 TIMED, REFUSED, DIFFERS = "timed", "refused", "differs"
 REFERENCE = "fxkfac"
@@ -79,6 +80,13 @@ class Row:
             return None
         mine, its = self.first.peak_mb, self.first_of_gradient.peak_mb
         return mine / its if mine is not None and its else None
+
+    @property
+    def memory_beside_factors(self) -> float | None:
+        """Peak memory less the factors themselves, over the gradient's peak."""
+        if self.memory is None or not self.first or not self.first_of_gradient:
+            return None
+        return self.memory - self.first.factors_mb / (self.first_of_gradient.peak_mb or 1)
 
     @property
     def first_ratio(self) -> float | None:

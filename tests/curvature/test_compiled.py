@@ -9,6 +9,7 @@ import zoo_functional  # noqa: F401 - registers its entries
 import zoo_wide  # noqa: F401 - likewise
 from benchmarks.models import GPT
 from drawn import classes, generator, rand, seeded
+from quick import quick
 from torch import nn
 from zoo import ZOO
 
@@ -63,14 +64,12 @@ def compare(program, loss, data, digits, flavours=FLAVOURS):
 
 SOME = {"dropout_train", "batch_norm_train", "layer_norm", "unused_parameter", "lora", "rms_norm"}
 SOME |= {"shared_storage", "rnn_module", "embedding_padding", "attention_weights", "conv_groups"}
-SOME |= {"conv_circular", "transposed_conv_2d", "laplacian", "custom_function", "switched"}
+SOME |= {"conv_circular", "transposed_conv_2d", "custom_function", "switched"}
 LACKING = {"packed_lstm", "packed_gru", "packed_projected", "expert_choice", "loop_over_data"}
 RIGHT = [n for n, e in ZOO.items() if e.expected == "right" and n not in LACKING]
 
 
-@pytest.mark.parametrize(
-    "name", [n if n in SOME else pytest.param(n, marks=pytest.mark.slow) for n in RIGHT]
-)
+@pytest.mark.parametrize("name", quick(RIGHT, SOME.__contains__))
 def test_a_graph_that_is_cut_at_the_prediction(name, monkeypatch):
     """The parts themselves, run as they are: compiling all of them takes too long."""
     monkeypatch.setattr(parts, "_code", lambda module, given: module)
@@ -101,6 +100,7 @@ def test_convolutions():
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_attention_with_padding():
     """Padding that ignored targets show, and that a mask shows."""
     model, tokens, targets = seeded(lambda: GPT(1, 8, 2, 6, 7)), classes(4, 6, C=7), classes(4, 6)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import networkx as nx
 import torch
 import torch.nn.functional as F
@@ -73,11 +75,13 @@ def two_layers(params: dict[str, dict[str, Tensor]], x: Tensor) -> Tensor:
     return first_layer(params["first"], x) @ params["second"]["w"].T
 
 
+@cache  # nothing that draws a program changes it
 def mlp() -> fxkfac.Program:
     model = nn.Sequential(nn.Linear(16, 10), nn.ReLU(), nn.Linear(10, 3))
     return fxkfac.trace(model, torch.randn(8, 16))
 
 
+@cache
 def cnn() -> fxkfac.Program:
     model = nn.Sequential(
         nn.Conv2d(2, 4, 3, groups=2), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 3)
@@ -85,22 +89,27 @@ def cnn() -> fxkfac.Program:
     return fxkfac.trace(model, torch.randn(5, 2, 8, 8))
 
 
+@cache
 def tied() -> fxkfac.Program:
     return fxkfac.trace(Tied(), torch.randn(4, 5))
 
 
+@cache
 def partly(unsupported: str = "skip") -> fxkfac.Program:
     return fxkfac.trace(Partly(), torch.randn(6, 4), unsupported=unsupported)
 
 
+@cache
 def positions() -> fxkfac.Program:
     return fxkfac.trace(Positions(), torch.randint(7, (4, 5)))
 
 
+@cache
 def attention() -> fxkfac.Program:
     return fxkfac.trace(Attention(), torch.randn(3, 6, 4))
 
 
+@cache
 def functional() -> fxkfac.Program:
     params = {
         "first": {"w": torch.randn(4, 5), "b": torch.randn(5)},

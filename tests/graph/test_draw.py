@@ -9,13 +9,23 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from pictured import PROGRAMS, attention, functional, mlp, of_kind, partly
+from golden import parse
+from pictured import PROGRAMS, attention, functional, mlp, of_kind, partly, tied
 from torch import nn
 
 import fxkfac
-from fxkfac.errors import FxkfacError, OptionError
-from fxkfac.graph.draw import FORMATS, dot_source, draw
-from fxkfac.graph.fold import folded
+from fxkfac.errors import FxkfacError, NonFiniteError, OptionError, UnknownParameter
+from fxkfac.graph.drawing import draw as drawing
+from fxkfac.graph.drawing import picture
+from fxkfac.graph.drawing.colour import RAMP, blend, ink_on, scale_of
+from fxkfac.graph.drawing.draw import FORMATS, draw
+from fxkfac.graph.drawing.drawn import drawn
+from fxkfac.graph.drawing.fold import folded
+
+
+def dot_source(program):
+    return picture.dot_source(program, drawn(program))
+
 
 needs_dot = pytest.mark.skipif(shutil.which("dot") is None, reason="graphviz is not installed")
 
@@ -111,7 +121,7 @@ def test_unwritable_path_is_named(tmp_path):
 
 
 def test_drawing_is_the_same_every_time():
-    assert dot_source(attention()) == dot_source(attention())
+    assert dot_source(attention()) == dot_source(attention.__wrapped__())  # traced anew
 
 
 @needs_dot
@@ -124,3 +134,160 @@ def test_an_svg_shows_all_of_itself(tmp_path):
     assert shown[2:] == pytest.approx([width, height], abs=1)
     transform = root.find("{http://www.w3.org/2000/svg}g").attrib["transform"]
     assert "scale(1 1)" in transform
+
+
+# Exactness: the drawing of three layers, word for word.
+
+
+def test_three_layers_are_drawn_exactly():
+    model = nn.Sequential(
+        nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 2, bias=False)
+    )
+    found = parse(dot_source(fxkfac.trace(model, torch.randn(3, 4))))
+    assert {name: box for name, (box, _) in found.boxes.items()} == {
+        "": "", "cluster_": "", "cluster_0": "cluster_", "cluster_2": "cluster_",
+        "cluster_4": "cluster_",
+    }  # fmt: skip
+    ops = {key: label for key, (_, label) in found.nodes.items() if "linear" in key}
+    sizes = {key: words(label["label"]) for key, label in ops.items()}
+    assert sizes == {
+        "linear": "linear x N×4 y N×5 A 5×5 B 5×5",
+        "linear_1": "linear x N×5 y N×6 A 6×6 B 6×6",
+        "linear_2": "linear x N×6 y N×2 A 6×6 B 2×2",
+    }
+    data = [(u, v) for u, v, look in found.edges if ":" not in u and dict(look).get("dir") is None]
+    assert sorted(data) == [
+        ("input_0", "linear"), ("linear", "relu"), ("linear_1", "tanh"), ("linear_2", "output"),
+        ("relu", "linear_1"), ("tanh", "linear_2"),
+    ]  # fmt: skip
+    back = {(u, v) for u, v, look in found.edges if dict(look).get("dir") == "back"}
+    assert back == set(data) - {("input_0", "linear")}
+    uses = sorted(v for u, v, _ in found.edges if ":" in u)
+    assert uses == ["linear:w", "linear:w", "linear_1:w", "linear_1:w", "linear_2:w"]
+
+
+def words(label):
+    return " ".join(re.sub(r"<[^>]*>|&#8194;", " ", label[1:-1]).split())
+
+
+def test_a_tie_is_one_parameter_with_several_arrows():
+    found = parse(dot_source(tied()))
+    sources = [u for u, v, _ in found.edges if "p_w" in u or "p0_w" in u]
+    assert len(sources) >= 2
+    boxes = re.findall(r'PORT="p\w*_w"', dot_source(tied()))
+    assert len(boxes) == 1
+
+
+def test_fallback_and_unsupported_parameters_have_colours_of_their_own():
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    source = dot_source(fxkfac.trace(model, torch.randn(3, 4)))
+    assert "parameter without factors" in source
+    assert "parameter without factors" not in dot_source(mlp())
+    colours = {picture.labels.PARAMETERS[key][1] for key in ("factors", "other", "unsupported")}
+    assert len(colours) == 3
+    assert all(colour in source + dot_source(partly()) for colour in colours)
+
+
+# Colours.
+
+VALUES = {"0.weight": 1.0, "0.bias": 10.0, "2.weight": 1000.0}
+
+
+def coloured(program, values, name="condition number"):
+    scale = scale_of(program.model, values, name)
+    network = drawn(program, scale=scale)
+    return network, picture.dot_source(program, network, scale)
+
+
+def test_colours_say_how_large_a_number_is():
+    network, source = coloured(mlp(), VALUES)
+    fills = {name: node["fill"] for name, node in of_kind(network, "parameter").items()}
+    assert fills == {
+        "0.weight": RAMP[0],
+        "0.bias": blend(1 / 3),  # 10 is a third of the way from 1 to 1000
+        "2.weight": RAMP[-1],
+        "2.bias": "#FFFFFF",
+    }
+    assert "colour of a parameter: condition number, logarithmic" in source
+    assert "1e+03" in source
+    assert f'BGCOLOR="{RAMP[-1]}"' in source
+
+
+def test_numbers_that_lie_close_or_are_not_positive_have_a_linear_scale():
+    network, source = coloured(mlp(), {"0.weight": -1.0, "0.bias": 0.0, "2.weight": 3.0})
+    assert of_kind(network, "parameter")["0.bias"]["fill"] == blend(0.25)
+    assert "logarithmic" not in source
+    network, _ = coloured(mlp(), {"0.weight": torch.tensor(2.0)})  # one number has one colour
+    assert of_kind(network, "parameter")["0.weight"]["fill"] == RAMP[2]
+
+
+def test_text_is_legible_on_every_colour():
+    def luminance(colour):
+        parts = [int(colour[k : k + 2], 16) / 255 for k in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    greys = []
+    for fill in [blend(k / 20) for k in range(21)]:
+        light, dark = sorted((luminance(fill), luminance(ink_on(fill))), reverse=True)
+        assert (light + 0.05) / (dark + 0.05) > 4  # WCAG asks for 3 in large text, 4.5 in small
+        greys.append(luminance(fill))
+    assert greys == sorted(greys, reverse=True)  # larger is darker, in print as well
+
+
+def test_folded_layers_have_the_colour_of_the_largest():
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3)))
+    program = fxkfac.trace(model, torch.randn(3, 4))
+    scale = scale_of(
+        program.model, {"0.0.weight": 1.0, "1.0.weight": 3.0, "2.0.bias": 2.0}, "error"
+    )
+    network = drawn(program, True, scale)
+    weight = of_kind(network, "parameter")["0.0.weight"]
+    assert (weight["value"], weight["fill"]) == ("1 … 3", RAMP[-1])
+    source = picture.dot_source(program, network, scale)
+    assert "of repeated layers the largest" in source
+    assert "3 ×" in source
+
+
+def test_a_tied_parameter_may_have_any_of_its_names():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    model[2].weight = model[0].weight
+    program = fxkfac.trace(model, torch.randn(3, 4))
+    assert scale_of(program.model, {"2.weight": 1.0}, "").values == {"0.weight": 1.0}
+
+
+# What goes wrong.
+
+
+@pytest.mark.parametrize(
+    ("colour", "error", "message"),
+    [
+        ({"0.wieght": 1.0}, UnknownParameter, r"0\.wieght.*Did you mean '0\.weight'"),
+        ({"0.weight": float("nan")}, NonFiniteError, r"0\.weight'\] is nan.*Leave"),
+        ({"0.weight": float("inf")}, NonFiniteError, r"is inf.*finite"),
+        ({"0.weight": "large"}, OptionError, r"str, 'large'; expected a number"),
+        ({"0.weight": torch.ones(2)}, OptionError, r"a Tensor.*expected a number"),
+        ({}, OptionError, "empty mapping.*Leave it out"),
+        ([1.0], OptionError, "list; expected a mapping"),
+    ],
+)
+def test_wrong_colours_are_named(tmp_path, colour, error, message):
+    with pytest.raises(error, match=message):
+        mlp().draw(str(tmp_path / "p.svg"), colour=colour)
+    assert not list(tmp_path.iterdir())
+
+
+def test_details_are_for_pages(tmp_path):
+    with pytest.raises(OptionError, match=r"'\.svg'; expected '\.html'"):
+        mlp().draw(str(tmp_path / "p.svg"), details={"0.weight": {"trace": 1.0}})
+
+
+def test_what_is_too_large_for_dot_is_refused_with_a_remedy(tmp_path, monkeypatch):
+    monkeypatch.setattr(drawing, "LIMIT", 6)
+    program = mlp()
+    with pytest.raises(OptionError, match=r"9 nodes.*cross 7 levels.*at most 6.*fold=True.*html"):
+        program.draw(str(tmp_path / "p.svg"))
+    with pytest.raises(OptionError, match=r"Instead of a picture write a page"):
+        program.draw(str(tmp_path / "p.svg"), fold=True)
+    assert Path(program.draw(str(tmp_path / "p.gv"))).exists()
+    assert Path(program.draw(str(tmp_path / "p.html"))).exists()

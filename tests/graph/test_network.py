@@ -22,7 +22,7 @@ from pictured import (
 from torch import nn
 
 import fxkfac
-from fxkfac.graph.fold import folded
+from fxkfac.graph.drawing.fold import folded
 
 
 def test_mlp_has_parameters_ops_taps_and_factor_sizes():
@@ -125,6 +125,20 @@ def test_op_that_meets_no_data_says_where_it_is_tapped():
     table = next(o for o in of_kind(network, "op").values() if o["module"] == "places")
     assert network.nodes[table["tapped"]]["op"] == "add"
     assert (table["A"], table["B"], table["y"]) == ("diagonal 5", "3×3", "N×5×3")
+
+
+def test_weights_that_rows_choose_enter_where_they_are_chosen():
+    """They are tapped at the product behind it."""
+
+    def chosen(params, x, expert):
+        return torch.bmm(params["w"][expert], x.unsqueeze(-1)).squeeze(-1)
+
+    inputs = (torch.randn(5, 3), torch.randint(4, (5,)))
+    network = fxkfac.trace(chosen, inputs, {"w": torch.randn(4, 2, 3)}).to_networkx()
+    ((_, op, edge),) = uses(network)
+    assert network.nodes[op]["op"] == "index"
+    assert network.nodes[edge["tapped"]]["op"] == "bmm"
+    assert (edge["group"], edge["A"], edge["B"]) == (4, "3×3", "2×2")
 
 
 def test_ops_tell_the_line_of_the_user():

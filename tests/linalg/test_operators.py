@@ -145,6 +145,43 @@ def test_determinant_and_condition_are_those_of_the_matrix(make, size, seed):
     close(ops.condition(op), λ.max() / λ.min(), rtol=1e-8, atol=0)
 
 
+@every
+@shapes
+def test_summaries_are_those_of_the_eigenvalues(make, size, seed):
+    op = make(Source(seed), *size)
+    C = matrix(op)
+    λ = torch.linalg.eigvalsh(C)
+    found = ops.summary(op)
+    assert found.numel == len(C)
+    assert found.rank == torch.linalg.matrix_rank(C, hermitian=True)
+    off(found.largest, λ.max().clamp_min(0).item())
+    off(found.smallest, λ.min().clamp_min(0).item())
+    off(found.trace, C.trace().item())
+    off(found.squares, C.square().sum().item())
+    if found.rank == len(C):
+        close(found.condition, (λ.max() / λ.min()).item(), rtol=1e-6, atol=0)
+    else:
+        assert found.condition == float("inf")
+    if found.rank:
+        close(found.effective_rank, (C.trace() ** 2 / C.square().sum()).item())
+
+
+def test_products_of_small_factors_are_not_singular():
+    """In float32 the eigenvalues of the product would vanish, and those of its inverse overflow."""
+    A = 1e-30 * torch.tensor([[[2.0, 1.0], [1.0, 2.0]]])
+    found = ops.summary(ops.Kronecker(A, A))
+    assert found.rank == 4
+    close(found.condition, 9.0, rtol=1e-5, atol=0)
+    close(found.effective_rank, (16 / 10) ** 2, rtol=1e-5, atol=0)
+
+
+def test_a_sum_of_squares_is_zero_where_rounding_squared_is():
+    Q = torch.eye(2, dtype=F64).unsqueeze(0)
+    for small, rank in ((1e-20, 4), (1e-31, 3), (0.0, 3)):
+        λ = torch.tensor([[[1.0, 1.0], [1.0, small]]], dtype=F64)
+        assert ops.summary(ops.Eigenbasis(Q, Q, λ)).rank == rank
+
+
 @every_regular
 @shapes
 def test_roots(make, size, seed):

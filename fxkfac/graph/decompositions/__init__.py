@@ -21,22 +21,25 @@ from fxkfac.graph.dependence import depend_on
 __all__ = ["DECOMPOSITIONS", "decompose", "elementwise", "joins", "look_ups", "norms", "products"]
 
 
-def decompose(graph: Graph, held: Sequence[Node], inputs: Sequence[Node]) -> None:
-    """Rewrite in place every node of an op in `DECOMPOSITIONS`.
+def decompose(graph: Graph, selected: Sequence[Node], inputs: Sequence[Node]) -> None:
+    """Rewrite in place every node of an op in `DECOMPOSITIONS` that a selected parameter enters.
 
     Args:
         graph: The graph.
-        held: The placeholders of the parameters.
+        selected: The placeholders of the parameters whose curvature is asked for. What frozen ones
+            enter stays whole, which is faster and keeps less.
         inputs: The placeholders of the data.
     """
-    own = depend_on(graph, held) - depend_on(graph, inputs)
+    own = depend_on(graph, selected) - depend_on(graph, inputs)
     for node in list(graph.nodes):
         rewrite = DECOMPOSITIONS.get(node.target)
-        if rewrite is None:
+        if rewrite is None or own.isdisjoint(node.all_input_nodes):
             continue
         with graph.inserting_before(node):
             result = rewrite(Rewriter(graph, node, own))
         if result is not None:
             node.replace_all_uses_with(result)
             graph.erase_node(node)
+    for node in list(graph.nodes):
+        norms.fix_statistics(node)
     graph.lint()

@@ -33,6 +33,12 @@ CHANNELS = {
     aten._batch_norm_no_update.default,
     aten._batch_norm_with_update_functional.default,
 }
+FIXED = {  # batch norms that may take their statistics from buffers
+    aten.batch_norm.default,
+    aten.native_batch_norm.default,
+    aten._native_batch_norm_legit_no_training.default,
+    aten._batch_norm_no_update.default,
+}
 
 
 @decomposition(*LAST, *CHANNELS)
@@ -51,6 +57,47 @@ def norm(at: Rewriter) -> Node | None:
                 user.replace_all_uses_with(_scaled(at, first, weight, bias))
             at.graph.erase_node(user)
     return plain
+
+
+def fix_statistics(node: Node) -> None:
+    """Rewrite a batch norm in eval mode as one scale and one shift of the channels.
+
+    It is what its kernel computes; but autograd keeps the input of the kernel, and not that of a
+    product with a scale that asks for no gradient.
+    """
+    if node.target not in FIXED or not _is_one_dtype(node):
+        return
+    at = Rewriter(node.graph, node, set())
+    outputs = [node] if len(at.schema.returns) == 1 else list(node.users)
+    if at["training"] or any(u.args[1] != 0 for u in outputs if u is not node):
+        return
+    with node.graph.inserting_before(node):
+        result = _affine(at)
+    for output in outputs:
+        output.replace_all_uses_with(result)
+        node.graph.erase_node(output)
+    if node not in outputs:
+        node.graph.erase_node(node)
+
+
+def _affine(at: Rewriter) -> Node:
+    """shift + x · scale, with scale = w / √(variance + ε) and shift = b - mean · scale."""
+    scale = at.call(aten.rsqrt.default, at.call(aten.add.Tensor, at["running_var"], at["eps"]))
+    if at["weight"] is not None:
+        scale = at.call(aten.mul.Tensor, scale, at["weight"])
+    shift = at.call(aten.neg.default, at.call(aten.mul.Tensor, at["running_mean"], scale))
+    if at["bias"] is not None:
+        shift = at.call(aten.add.Tensor, shift, at["bias"])
+    x = at["input"]
+    channels = [-1, *[1] * (x.meta["val"].ndim - 2)]
+    shift, scale = (at.call(aten.reshape.default, v, channels) for v in (shift, scale))
+    return at.call(aten.addcmul.default, shift, x, scale)
+
+
+def _is_one_dtype(node: Node) -> bool:
+    """Whether data, statistics, scale and shift are known to have the same dtype."""
+    dtypes = {_dtype(n, 0) for n in node.all_input_nodes}
+    return len(dtypes) == 1 and None not in dtypes
 
 
 def _scaled(at: Rewriter, x: Node, weight: Node | None, bias: Node | None) -> Node:

@@ -55,7 +55,7 @@ class Call:
         return self.shapes[self.node]
 
     def number(self, name: str) -> Any:
-        """The value of the scalar or list argument `name`, sizes evaluated."""
+        """The value of the scalar or list argument `name`; sizes that are nodes are evaluated."""
         value = self.args[name]
         if isinstance(value, list | tuple):
             return [self.numbers.get(v, v) for v in value]
@@ -68,7 +68,18 @@ RULES: dict[OpOverload, Rule] = {}
 
 
 def rule(*overloads: OpOverload) -> Callable[[Rule], Rule]:
-    """Register a rule under one or more ATen overloads. Registering twice is an error."""
+    """Register a rule under one or more ATen overloads.
+
+    Args:
+        overloads: Such as `torch.ops.aten.linear.default`.
+
+    Returns:
+        A decorator, for a function of a `Call` and an `Operand` that returns a `Form`, or raises
+        `NotLinear` with the reason.
+
+    Raises:
+        ValueError: An overload has a rule already.
+    """
     return register(RULES, *overloads)
 
 

@@ -25,6 +25,7 @@ from fxkfac.linalg.operators.named import Named
 from fxkfac.linalg.operators.products import product, transpose
 from fxkfac.linalg.operators.roots import cholesky, inverse_root, sample
 from fxkfac.linalg.operators.spectra import diagonalised, eigenvalues, eigh
+from fxkfac.linalg.operators.summary import Summary, summary
 
 __all__ = [
     "DAMP",
@@ -41,6 +42,7 @@ __all__ = [
     "Operator",
     "Placed",
     "Sum",
+    "Summary",
     "add",
     "cholesky",
     "condition",
@@ -60,6 +62,7 @@ __all__ = [
     "sample",
     "scaled",
     "solve",
+    "summary",
     "to_dense",
     "to_dtype",
     "to_scipy",

@@ -102,6 +102,10 @@ def to_dtype(operator: Operator, dtype: torch.dtype) -> Operator:
 
     So badly conditioned factors are taken apart in float64, and used in what they came in:
     `to_dtype(power(to_dtype(C, torch.float64), -1), torch.float32)`.
+
+    Args:
+        operator: C, of which nothing is changed.
+        dtype: A floating dtype.
     """
     if isinstance(operator, Sum | KroneckerSum | BlockDiagonal | Placed):
         return each_part(lambda part: to_dtype(part, dtype), operator)

@@ -162,9 +162,14 @@ class Sum(Operator):
 
 
 def identity(shape: Sequence[int], like: Tensor, scale: float | Tensor = 1.0) -> Diagonal:
-    """scale · I on arrays of a shape, in the dtype and on the device of a tensor.
+    """scale · I on arrays of a shape.
 
     Its diagonal is one number in memory.
+
+    Args:
+        shape: The arrays' shape.
+        like: A tensor of the dtype and on the device that the operator is to have.
+        scale: A number, or a tensor of no axes.
     """
     number = torch.as_tensor(scale, dtype=like.dtype, device=like.device)
     return Diagonal(number.expand(tuple(shape)))

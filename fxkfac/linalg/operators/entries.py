@@ -38,7 +38,7 @@ def units(operator: Operator) -> Iterator[Tensor]:
 @public
 @singledispatch
 def to_dense(operator: Operator) -> Float[Tensor, "numel numel"]:
-    """The matrix, over the rvec of the arrays that it acts on."""
+    """The matrix, (numel, numel), over the rvec of the arrays that it acts on."""
     rows = [apply(transpose(operator), e).flatten(1) for e in units(operator)]
     return torch.cat(rows) if rows else operator.like.new_zeros(0, 0)
 
@@ -84,7 +84,10 @@ def _(operator: Sum) -> Tensor:
 
 
 def diagonal(operator: Operator) -> Tensor | dict[str, Tensor]:
-    """The entries of the diagonal, as an array (*shape) that the operator acts on; or by name."""
+    """The entries of the diagonal, as an array (*shape) that the operator acts on; or by name.
+
+    Read off the factors; of a sum of overlapping parts by one product with every unit vector.
+    """
     found = diagonal_of(operator)
     return operator.split(found) if isinstance(operator, Named) else found
 
@@ -165,7 +168,7 @@ def trace(operator: Operator) -> Tensor:
 
 @public
 def inner(one: Operator, other: Operator) -> Tensor:
-    """The Frobenius inner product tr(C D) of two operators on the same arrays.
+    """The Frobenius inner product tr(C D) of two operators on the same arrays, of no axes.
 
     By the factors of Kronecker products and the entries of diagonals and matrices; of others by
     one product of each with every unit vector, some at a time.
@@ -205,7 +208,7 @@ def inner(one: Operator, other: Operator) -> Tensor:
 
 @public
 def norm(operator: Operator) -> Tensor:
-    """The Frobenius norm."""
+    """The Frobenius norm √Σ C_ij², a tensor of no axes, by `inner`."""
     return inner(operator, operator).sqrt()
 
 

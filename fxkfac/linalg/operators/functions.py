@@ -27,6 +27,10 @@ def power(operator: Operator, exponent: float) -> Operator:
 
     A sum of two Kronecker products is inverted without being written out, where one is regular.
 
+    Args:
+        operator: C.
+        exponent: p.
+
     Raises:
         NonFiniteError: A factor holds NaN or Inf.
         OptionError: The exponent is negative and the operator singular, up to rounding; or what
@@ -83,7 +87,10 @@ def logdet(operator: Operator) -> Tensor:
 
 @public
 def det(operator: Operator) -> Tensor:
-    """det C, a tensor of no axes."""
+    """det C, a tensor of no axes.
+
+    Raises as `diagonalised` does.
+    """
     return logdet(operator).exp()
 
 

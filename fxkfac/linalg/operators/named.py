@@ -59,6 +59,9 @@ class Named(Operator):
     def joined(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Tensors by name as vectors (*batch, numel), in the operator's dtype.
 
+        Args:
+            tensors: One of shape (*batch, *shape) for each of `shapes`.
+
         Raises:
             UnknownParameter: A name is missing, or is not among the operator's.
             ParameterError: A tensor has another shape.
@@ -90,7 +93,7 @@ class Named(Operator):
         return tuple(t.shape[:before])
 
     def split(self, vectors: Tensor) -> dict[str, Tensor]:
-        """Vectors (*batch, numel) as tensors by name."""
+        """Vectors (*batch, numel) as tensors by name, (*batch, *shape): views."""
         parts = vectors.split(self.sizes, dim=-1)
         pairs = zip(self.shapes.items(), parts, strict=True)
         return {name: part.reshape(*part.shape[:-1], *shape) for (name, shape), part in pairs}

@@ -1,0 +1,1 @@
+"""Program -> picture or page: what is drawn of its network, where, and how it looks."""
