@@ -69,7 +69,7 @@ NAVIGATION = {
         "api/rules",
         "api/errors",
     ],
-    "Design": ["design", "rules", "zoo", "benchmarks/benchmarks", "changes"],
+    "Design": ["design", "rules", "zoo", "benchmarks/benchmarks", "speed", "changes"],
 }
 
 
