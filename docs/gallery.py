@@ -17,8 +17,8 @@ from links import LINK, ROOT
 PICTURES = ROOT / "docs" / "pictures"
 INTRODUCTION = """# Gallery
 
-What the examples make, on real data, most in about a minute or less on two cores, training in several. `make gallery`
-runs those with pictures again.
+What the examples make, on real data, most in about a minute or less on two cores, training in
+several. `make gallery` runs those with pictures again.
 """
 
 
