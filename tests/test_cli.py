@@ -466,6 +466,11 @@ def environment(**more):
     return os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": threads} | more
 
 
+def _listen() -> None:
+    """As in a terminal: what a shell runs in the background ignores Ctrl-C, and so do its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_keeps_the_factors_and_resuming_gives_the_same_bits(capsys, tmp_path):
     words = ["factors", f"{TARGETS}:blocking", "--fisher", "mc"]
     process = subprocess.Popen(
@@ -474,6 +479,7 @@ def test_ctrl_c_keeps_the_factors_and_resuming_gives_the_same_bits(capsys, tmp_p
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=_listen,
     )
     assert process.stderr is not None
     assert process.stderr.readline() == "waiting\n"
