@@ -467,7 +467,7 @@ def environment(**more):
 
 
 def _listen() -> None:
-    """As in a terminal: what a shell runs in the background ignores Ctrl-C, and so do its children."""
+    """As in a terminal: what a shell runs in the background ignores Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
