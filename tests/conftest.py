@@ -10,7 +10,7 @@ settings.load_profile("fxkfac")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--random-models", type=int, default=100, help="how many random models to draw"
+        "--random-models", type=int, default=60, help="how many random models to draw"
     )
 
 
