@@ -40,17 +40,23 @@ def _numbers(operator: Operator) -> list[float]:
     return [float(value) for value in λ.sort(descending=True).values.tolist()]
 
 
+def factors_of(block: AnyBlock) -> Iterator[tuple[str, Operator]]:
+    """`A` and `B` of every Kronecker product of a block, numbered where there are several."""
+    terms = block.terms if isinstance(block, Block) else ()
+    for k, term in enumerate(terms):
+        A, B = term.operator.A, term.operator.B
+        one = B.new_ones(1, 1, 1)
+        yield _numbered("A", k, len(terms)), operators.Kronecker(A, one)
+        yield _numbered("B", k, len(terms)), operators.Kronecker(one, B)
+
+
 def _operators(block: AnyBlock) -> Iterator[tuple[str, Operator]]:
     """Everything of a block that has a spectrum of its own."""
     if isinstance(block, EigenBlock):
         for k, part in enumerate(block.terms):
             yield _numbered("block", k, len(block.terms)), part.operator
     elif isinstance(block, Block):
-        for k, term in enumerate(block.terms):
-            A, B = term.operator.A, term.operator.B
-            one = B.new_ones(1, 1, 1)
-            yield _numbered("A", k, len(block.terms)), operators.Kronecker(A, one)
-            yield _numbered("B", k, len(block.terms)), operators.Kronecker(one, B)
+        yield from factors_of(block)
     else:
         yield "block", block.operator
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fxkfac.curvature.blocks import Block, OfParameters
+from fxkfac.curvature.curvature import AnyBlock
+from fxkfac.curvature.spectra import factors_of
 from fxkfac.errors import NonFiniteError, OptionError
 from fxkfac.linalg import operators
 from fxkfac.plots.style import BLACK, BLUE, GREY, ORANGE, axes_or_new, quiet
@@ -21,7 +22,7 @@ DECADES = 4  # below the largest entry, all is drawn alike
 POINTS = 2000  # of a spectrum with more eigenvalues, so many are drawn
 
 
-def spectra(block: OfParameters, ax: Axes | None = None) -> Axes:
+def spectra(block: AnyBlock, ax: Axes | None = None) -> Axes:
     """Eigenvalues of A, of B and of the block, each over the largest of its own, in falling order.
 
     The horizontal axis is the place among all of them, from 0 to 1. Zeros have no place on a
@@ -58,16 +59,12 @@ def spectra(block: OfParameters, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def _operators(block: OfParameters) -> Iterator[tuple[str, operators.Operator, str, str]]:
+def _operators(block: AnyBlock) -> Iterator[tuple[str, operators.Operator, str, str]]:
     """Name, operator, colour and line of all that has a spectrum."""
-    terms = block.terms if isinstance(block, Block) else ()
-    for k, term in enumerate(terms):
-        number = f" {k + 1}" if len(terms) > 1 else ""
-        A, B = term.operator.A, term.operator.B
-        yield f"A{number}", operators.Kronecker(A, A.new_ones(1, 1, 1)), BLUE, "--"
-        yield f"B{number}", operators.Kronecker(B.new_ones(1, 1), B), ORANGE, "-."
-    label = "A ⊗ B" if len(terms) == 1 else "block"
-    yield label, block.operator, BLACK, "-"
+    factors = list(factors_of(block))
+    for label, operator in factors:
+        yield label, operator, *((BLUE, "--") if label.startswith("A") else (ORANGE, "-."))
+    yield "A ⊗ B" if len(factors) == 2 else "block", block.operator, BLACK, "-"
 
 
 def _some(number: int) -> Tensor:
