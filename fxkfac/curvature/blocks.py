@@ -55,6 +55,13 @@ class Kronecker(Term):
         A = self.A if self.A.ndim == 3 else self.A.unsqueeze(0)
         return operators.Kronecker(A, self.B if self.B.ndim == 3 else self.B.unsqueeze(0))
 
+    @property
+    def sides(self) -> tuple[operators.Kronecker, operators.Kronecker]:
+        """A ⊗ 1 and 1 ⊗ B: each factor by itself, with all of its groups."""
+        whole = self.operator
+        one = whole.B.new_ones(1, 1, 1)
+        return operators.Kronecker(whole.A, one), operators.Kronecker(one, whole.B)
+
 
 @dataclass(frozen=True)
 class OfParameters(ABC):

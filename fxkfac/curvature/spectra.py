@@ -44,10 +44,8 @@ def factors_of(block: AnyBlock) -> Iterator[tuple[str, Operator]]:
     """`A` and `B` of every Kronecker product of a block, numbered where there are several."""
     terms = block.terms if isinstance(block, Block) else ()
     for k, term in enumerate(terms):
-        A, B = term.operator.A, term.operator.B
-        one = B.new_ones(1, 1, 1)
-        yield _numbered("A", k, len(terms)), operators.Kronecker(A, one)
-        yield _numbered("B", k, len(terms)), operators.Kronecker(one, B)
+        for label, side in zip("AB", term.sides, strict=True):
+            yield _numbered(label, k, len(terms)), side
 
 
 def _operators(block: AnyBlock) -> Iterator[tuple[str, Operator]]:

@@ -62,9 +62,7 @@ def _part(term: Kronecker | EigenTerm, rows: int | None, summaries: Summaries) -
     if isinstance(term, EigenTerm):
         sizes = term.eigenvalues.shape[-2:-1] if term.Q_A is None else term.Q_A.shape
         return Part(tuple(sizes), tuple(term.Q_B.shape), rows, None, None)
-    A, B = term.operator.A, term.operator.B
-    of_A = _condition(operators.Kronecker(A, A.new_ones(1, 1, 1)), summaries)
-    of_B = _condition(operators.Kronecker(B.new_ones(1, 1), B), summaries)
+    of_A, of_B = (_condition(side, summaries) for side in term.sides)
     return Part(tuple(term.A.shape), tuple(term.B.shape), rows, of_A, of_B)
 
 
