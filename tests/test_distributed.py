@@ -255,6 +255,7 @@ def test_without_a_group_there_are_no_ranks() -> None:
         fxkfac.distributed.eigh([torch.eye(2)])
 
 
+@pytest.mark.slow
 def test_the_example() -> None:
     command = [
         sys.executable,

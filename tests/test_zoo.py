@@ -26,7 +26,7 @@ PLAIN = {name: e for name, e in RIGHT.items() if not e.coupled and not e.random}
 
 
 def entries(chosen: Mapping[str, Entry]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("name", quick(chosen, one_in(4)))
+    return pytest.mark.parametrize("name", quick(chosen, one_in(6)))
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,7 @@ def test_nothing_of_the_users_changes(name):
 
 
 SPELLED = [(group, member) for group, s in SPELLINGS.items() for member in s.members]
-MEMBERS = quick(SPELLED, one_in(4))
+MEMBERS = quick(SPELLED, one_in(6))
 KINDS = [(s, apart) for s in ("expand", "reduce") for apart in (False, True)]
 
 

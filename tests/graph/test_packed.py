@@ -129,7 +129,8 @@ def test_styles(forward):
 RNNS = [nn.GRU(4, 3, bidirectional=True), nn.LSTM(4, 3, 2, proj_size=2)]
 
 
-@pytest.mark.parametrize("rnn", quick(RNNS, lambda rnn: rnn.proj_size == 0))
+@pytest.mark.slow
+@pytest.mark.parametrize("rnn", RNNS)
 def test_factors_are_those_of_each_sequence_alone(rnn):
     """Without packing, without padding, and in batches of one."""
     d = 2 if rnn.proj_size else 6
