@@ -135,7 +135,8 @@ def _numbers(form: Form, x: Routed) -> Tensor:
     if not form.routes.ends:
         return x.numbers.remainder(form.routes.size)  # W[-1] is the last one
     rows = x.x.shape[axis_tokens(form.x).index(form.routes.axes)]
-    return torch.searchsorted(x.numbers, torch.arange(rows).to(x.numbers), right=True)
+    places = torch.arange(rows, dtype=x.numbers.dtype, device=x.numbers.device)
+    return torch.searchsorted(x.numbers, places, right=True)
 
 
 def normal_y(use: Use, y: Tensor, batch: BatchAxis | None) -> Tensor:
