@@ -20,6 +20,7 @@ from fxkfac.curvature.likelihoods import (
     widen,
 )
 from fxkfac.errors import DataError, LossError
+from fxkfac.isolation import generator_on
 
 
 class Categorical(Likelihood):
@@ -114,9 +115,9 @@ class Categorical(Likelihood):
     def sample(self, f: Tensor, generator: torch.Generator) -> Tensor:
         """ỹ ~ Categorical(σ) at every position, as class indices. Example 4."""
         σ = widen(f.detach()).softmax(_class_axis(f)).movedim(_class_axis(f), -1)
-        flat = σ.reshape(-1, σ.shape[-1]).to(generator.device)
-        drawn = torch.multinomial(flat, 1, generator=generator)
-        return drawn.reshape(σ.shape[:-1]).to(f.device)
+        flat = σ.reshape(-1, σ.shape[-1])
+        drawn = torch.multinomial(flat, 1, generator=generator_on(f.device, generator))
+        return drawn.reshape(σ.shape[:-1])
 
     def sampled_gradient(self, f: Tensor, y: Tensor, sampled: Tensor) -> Tensor:
         """√w (σ - onehot(ỹ)), so that its expected square is the Hessian, weights included."""
