@@ -30,7 +30,10 @@ from fxkfac import errors
 if not torch.cuda.is_available():
     pytest.skip("there is no GPU here", allow_module_level=True)
 
+# Module.cuda gives each parameter a storage of its own.
+APART = {"shared_storage"}
 PLAIN = {n: e for n, e in ZOO.items() if e.expected == "right" and not e.coupled and not e.random}
+PLAIN = {n: e for n, e in PLAIN.items() if n not in APART}
 
 
 @pytest.mark.parametrize("name", CAPABILITIES)
@@ -84,8 +87,9 @@ def test_random_labels_are_drawn_on_the_generators_device(device: str) -> None:
     ]
     assert torch.equal(before, torch.cuda.get_rng_state())
     first, again, other = map(of_factors, made)
-    assert all(torch.equal(first[k], again[k]) for k in first)
-    assert not all(torch.equal(first[k], other[k]) for k in first)
+    # Not bit for bit: a convolution may add up in any order there.
+    assert all((first[k] - again[k]).norm() < 1e-12 * first[k].norm() for k in first)
+    assert any((first[k] - other[k]).norm() > 1e-3 * first[k].norm() for k in first)
     exact = of_factors(fxkfac.kfac(program, CE, data, fisher="type-2"))
     assert all((first[k] - exact[k]).norm() < 0.2 * exact[k].norm() for k in exact)
 

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fxkfac.curvature.images import image_sums, input_image, output_image
+from fxkfac.curvature.images import Image, image_sums
 from fxkfac.curvature.moments import InputSums, Moment
 from fxkfac.curvature.perdatum import exact_moment
 from fxkfac.curvature.plan import Scales
@@ -30,6 +30,7 @@ from fxkfac.curvature.sharing import (
     reduced_output,
 )
 from fxkfac.curvature.together import of_each
+from fxkfac.graph.form import BatchAxis
 from fxkfac.graph.ir import Use
 from fxkfac.graph.normal import Input, normal_y
 
@@ -85,7 +86,9 @@ class Collector(Receiver):
             if term.is_bias:
                 self._add_ones(k, place, use, y)
             elif self.settings.sharing == "reduce":
-                sums_of_images = image_sums(use, x) if kept is None else None
+                image = self._input_image(use, x, kept)
+                by_datum = image is not None and use.batch == BatchAxis("n", 1, 1)
+                sums_of_images = image_sums(image) if image and by_datum else None
                 part = reduced_input(use, x, y, kept, term.scales(place), sums_of_images)
                 self._add_means(k, self._means.add(k, part, len(term.uses)))
             elif counts_only(term):
@@ -97,7 +100,7 @@ class Collector(Receiver):
     def _add_rows(
         self, sums: InputSums, scales: Scales, use: Use, x: Input, y: Tensor, kept: Kept
     ) -> None:
-        image = input_image(use, x) if kept is None else None
+        image = self._input_image(use, x, kept)
         if image is None:
             rows, number = expanded_input(use, x, y, kept)
             sums.of(scales).add(rows, number)
@@ -105,6 +108,12 @@ class Collector(Receiver):
             number = normal_y(use, y, None).shape[1:-1].numel()
             sums.of(scales).add_image(image, number)
         sums.rows = sums.rows + number
+
+    def _input_image(self, use: Use, x: Input, kept: Kept) -> Image | None:
+        images = self.schedule.inputs[use]
+        if images is None or kept is not None or not isinstance(x, Tensor):
+            return None
+        return images.of(x.unsqueeze(0))
 
     def _add_ones(self, k: int, place: int, use: Use, y: Tensor) -> None:
         """A bias by itself: one row for each datum, whose input is one."""
@@ -143,8 +152,8 @@ class Collector(Receiver):
         elif self.settings.sharing == "reduce":
             part = of_each(partial(reduced_output, use, kept=kept), g)
             self._add_sums(k, self._sums.add(k, part, len(term.uses)))
-        elif (image := output_image(use, g) if kept is None else None) is not None:
-            self.outputs[k].add_image(image)
+        elif kept is None and (images := self.schedule.outputs[use]):
+            self.outputs[k].add_image(images.of(g))
         else:
             rows = of_each(partial(expanded_output, use, kept=kept), g)
             self.outputs[k].add(rows.flatten(1, 2) if rows.ndim > 4 else rows)

@@ -68,7 +68,8 @@ def _fused_lstm(
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return *_lstm(_plus(from_x, b_ih), _plus(from_h, b_hh), (c, c)), from_x
+    h, new = _lstm(_plus(from_x, b_ih), _plus(from_h, b_hh), (c, c))
+    return h, new, from_x
 
 
 def _plus(x: Tensor, b: Tensor | None) -> Tensor:

@@ -134,8 +134,11 @@ def add_rows(gram: Gram, rows: Float[Tensor, "group rows d"]) -> None:
 def _add_products(total: Tensor, rows: Tensor, beta: float, number: int) -> None:
     """By matrix products: strips of rows, as long as the triangle has them."""
     group, _, d = rows.shape
-    if group > 1 and number == 1:
-        total.baddbmm_(rows.mT, rows, beta=beta)
+    if number == 1:
+        if group > 1:
+            total.baddbmm_(rows.mT, rows, beta=beta)
+        else:
+            total[0].addmm_(rows[0].mT, rows[0], beta=beta)
         return
     width = max(1, -(-d // number))
     for t, x in zip(total.unbind(), rows.unbind(), strict=True):
