@@ -65,13 +65,13 @@ def test_models_of_the_zoo_on_a_gpu(name: str) -> None:
         if "same device" in str(error):
             pytest.skip("its function has tensors on the CPU in it")
         raise
-    tolerance = max(entry.tolerance, 1e-9)
+    # PyTorch's own weight norm of float64 is 2e-8 off on a GPU.
+    tolerance = 1e-7 if name == "weight_norm" else max(entry.tolerance, 1e-9)
     assert max(fxkfac.check(program, entry.loss, data).values()) < tolerance
     found = of_factors(fxkfac.kfac(program, entry.loss, data, fisher="empirical"))
     on_cpu = entry.trace(*entry.build(), 4)
     expected = fxkfac.kfac(on_cpu, entry.loss, entry.data(4), fisher="empirical")
-    if entry.tolerance <= 1e-9:
-        assert_equal(found, of_factors(expected), "cuda")
+    assert_equal(found, of_factors(expected), "cuda", tolerance)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -131,9 +131,11 @@ def test_autocast_leaves_factors_in_float32(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("fisher", ["empirical", "type-2"])
-def test_inductor_on_a_gpu(fisher: str) -> None:
-    found = kfac(network().cuda(), on("cuda", digits_like()), fisher=fisher, backend="inductor")
-    assert_equal(found, on_the_cpu(fisher), "cuda")
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_inductor_on_a_gpu(fisher: str, sharing: str) -> None:
+    options = {"fisher": fisher, "sharing": sharing}
+    found = kfac(network().cuda(), on("cuda", digits_like()), backend="inductor", **options)
+    assert_equal(found, kfac(network(), digits_like(), **options), "cuda")
 
 
 def test_one_rank_with_nccl(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ class Collector(Receiver):
         if not self.hold:
             self.inputs = [self.inputs[k] for k in self.schedule.same_input]
         self.outputs = [Moment() for _ in self.schedule.terms]
-        self._means: Awaited[int, tuple[Tensor, Tensor]] = Awaited()
+        self._means: Awaited[int, tuple[Tensor, Tensor, bool]] = Awaited()
         self._sums: Awaited[int, Tensor] = Awaited()
         self._gradients: Awaited[str, tuple[Use, Tensor]] = Awaited()
 
@@ -90,7 +90,7 @@ class Collector(Receiver):
                 by_datum = image is not None and use.batch == BatchAxis("n", 1, 1)
                 sums_of_images = image_sums(image) if image and by_datum else None
                 part = reduced_input(use, x, y, kept, term.scales(place), sums_of_images)
-                self._add_means(k, self._means.add(k, part, len(term.uses)))
+                self._add_means(k, self._means.add(k, (*part, kept is None), len(term.uses)))
             elif counts_only(term):
                 counts, number = counted_input(use, x, y, kept)
                 sums.merge(InputSums(counts=counts, rows=number))
@@ -122,15 +122,18 @@ class Collector(Receiver):
             self.inputs[k].of(()).add(torch.ones(1, n, 1, dtype=accurate_dtype(y), device=y.device))
             self.inputs[k].rows = n
 
-    def _add_means(self, k: int, parts: list[tuple[Tensor, Tensor]]) -> None:
-        """x̂ = mean_s x over all uses of a term."""
+    def _add_means(self, k: int, parts: list[tuple[Tensor, Tensor, bool]]) -> None:
+        """x̂ = mean_s x over all uses of a term; the last of each says whether all rows count."""
         if not parts:
             return
-        total, places = _sum([x for x, _ in parts]), _sum([p for _, p in parts])
+        total, places = _sum([x for x, *_ in parts]), _sum([p for _, p, _ in parts])
         mean = total / places.clamp_min(1).unsqueeze(-1)
-        number = (places > 0).sum(-1)
         self.inputs[k].of(()).add(mean)
-        self.inputs[k].rows = int(number) if len(number) == 1 else number
+        if any(whole for *_, whole in parts):
+            self.inputs[k].rows = mean.shape[1]
+        else:
+            number = (places > 0).sum(-1)
+            self.inputs[k].rows = int(number) if len(number) == 1 else number
 
     # --- B and exact blocks ---
 

@@ -44,6 +44,11 @@ class Moment:
     count: int | Tensor = 0
     waiting: list[Tensor] = field(default_factory=list)
 
+    @staticmethod
+    def of(total: Float[Tensor, "group d d"]) -> Moment:
+        """A sum that is there: of x̃ as rows, without a rest."""
+        return Moment(total=total, gram=Gram(total, is_empty=False))
+
     def add(self, x: Float[Tensor, "group *rows d"], count: int | Tensor = 0) -> None:
         """Add rows; `count` says how many of them count."""
         self.count = self.count + count

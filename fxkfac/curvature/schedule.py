@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,6 +12,7 @@ from fxkfac.curvature.plan import BlockPlan, TermPlan, plan_blocks
 from fxkfac.graph.axes import axis_lengths
 from fxkfac.graph.form import OneHot
 from fxkfac.graph.ir import Use
+from fxkfac.graph.normal import normal_weight
 from fxkfac.graph.program import Program, Tapped
 
 
@@ -50,6 +51,17 @@ class Schedule:
     def outputs(self) -> Mapping[Use, Images | None]:
         """Where gradients at outputs are."""
         return {use: output_images(use) for use in self.heard}
+
+    @cached_property
+    def widest(self) -> int:
+        """The largest number of rows of a factor."""
+        return max((max(s) for t in self.terms for s in self._sizes(t)), default=0)
+
+    def _sizes(self, term: TermPlan) -> Iterator[tuple[int, int]]:
+        if not term.is_bias:
+            for place, use in enumerate(term.uses):
+                _, d_in, d_out = normal_weight(use).shape
+                yield (0 if counts_only(term) else d_in + len(term.scales(place))), d_out
 
     @cached_property
     def heard(self) -> frozenset[Use]:

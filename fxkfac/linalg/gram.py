@@ -134,17 +134,20 @@ def add_rows(gram: Gram, rows: Float[Tensor, "group rows d"]) -> None:
 def _add_products(total: Tensor, rows: Tensor, beta: float, number: int) -> None:
     """By matrix products: strips of rows, as long as the triangle has them."""
     group, _, d = rows.shape
-    if number == 1:
-        if group > 1:
-            total.baddbmm_(rows.mT, rows, beta=beta)
+    if group > 1 and number == 1:
+        if beta:
+            total.baddbmm_(rows.mT, rows)
         else:
-            total[0].addmm_(rows[0].mT, rows[0], beta=beta)
+            torch.bmm(rows.mT, rows, out=total)
         return
     width = max(1, -(-d // number))
     for t, x in zip(total.unbind(), rows.unbind(), strict=True):
         for start in range(0, d, width):
             strip, end = slice(start, start + width), min(start + width, d)
-            t[strip, :end].addmm_(x[:, strip].mT, x[:, :end], beta=beta)
+            if beta:
+                t[strip, :end].addmm_(x[:, strip].mT, x[:, :end])
+            else:  # compiled code would read what is there
+                torch.mm(x[:, strip].mT, x[:, :end], out=t[strip, :end])
 
 
 def _pieces(gram: Gram, rows: int) -> int:
