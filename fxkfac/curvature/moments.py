@@ -1,7 +1,7 @@
 """Rows -> Σ x xᵀ, summed as they come along: over uses, backpropagated vectors and batches.
 
-A sum of products costs a pass over d² numbers, however few the rows. So few rows wait until there
-are enough of them.
+A sum of products costs a pass over d² numbers, however few the rows. So on a CPU few rows wait
+until there are enough of them; on a GPU a copy takes as long as a product.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Moment:
     def add(self, x: Float[Tensor, "group *rows d"], count: int | Tensor = 0) -> None:
         """Add rows; `count` says how many of them count."""
         self.count = self.count + count
-        if x.shape[1:-1].numel() >= ENOUGH:
+        if x.device.type != "cpu" or x.shape[1:-1].numel() >= ENOUGH:
             self._multiply(x)
             return
         # A copy: a larger tensor would stay alive, and the user's own may change.
@@ -130,7 +130,7 @@ class Moment:
             self._multiply(rows[0] if len(rows) == 1 else torch.cat(rows, dim=1))
 
     def _multiply(self, x: Tensor) -> None:
-        gram = self.room(len(x), x.shape[-1], x)
+        gram = self.room(x.shape[0], x.shape[-1], x)
         add_gram(gram, x.flatten(2, -2) if x.ndim > 4 else x)
         if self.scales:
             self.sums = _plus(self.sums, x.sum(tuple(range(1, x.ndim - 1))))

@@ -110,7 +110,7 @@ def _spread(use: Use, t: Tensor, axes: str, batch: BatchAxis | None) -> tuple[Te
     if not lacking:
         return t, axes
     lengths = axis_lengths(use.form.y, use.y_shape, use.form.sizes)
-    sizes = {a: lengths[a] for a in lacking} | use.form.row_sizes(axes, None)
+    sizes = {a: lengths[a] for a in lacking} | dict(use.form.row_sizes(axes, None))
     wider = f"{axes} {' '.join(lacking)}"
     return repeat(t, f"{axes} -> {wider}", **sizes), wider
 

@@ -134,8 +134,10 @@ def add_rows(gram: Gram, rows: Float[Tensor, "group rows d"]) -> None:
 def _add_products(total: Tensor, rows: Tensor, beta: float, number: int) -> None:
     """By matrix products: strips of rows, as long as the triangle has them."""
     group, _, d = rows.shape
-    if group > 1 and number == 1:
-        if beta:
+    if number == 1:
+        if group == 1:
+            _multiply(total[0], rows[0].mT, rows[0], beta)
+        elif beta:
             total.baddbmm_(rows.mT, rows)
         else:
             torch.bmm(rows.mT, rows, out=total)
@@ -144,10 +146,14 @@ def _add_products(total: Tensor, rows: Tensor, beta: float, number: int) -> None
     for t, x in zip(total.unbind(), rows.unbind(), strict=True):
         for start in range(0, d, width):
             strip, end = slice(start, start + width), min(start + width, d)
-            if beta:
-                t[strip, :end].addmm_(x[:, strip].mT, x[:, :end])
-            else:  # compiled code would read what is there
-                torch.mm(x[:, strip].mT, x[:, :end], out=t[strip, :end])
+            _multiply(t[strip, :end], x[:, strip].mT, x[:, :end], beta)
+
+
+def _multiply(total: Tensor, left: Tensor, right: Tensor, beta: float) -> None:
+    if beta:
+        total.addmm_(left, right)
+    else:  # `addmm` of compiled code would read what is there
+        torch.mm(left, right, out=total)
 
 
 def _pieces(gram: Gram, rows: int) -> int:
