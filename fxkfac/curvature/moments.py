@@ -44,6 +44,11 @@ class Moment:
     count: int | Tensor = 0
     waiting: list[Tensor] = field(default_factory=list)
 
+    @staticmethod
+    def of(total: Float[Tensor, "group d d"]) -> Moment:
+        """A sum that is there: of x̃ as rows, without a rest."""
+        return Moment(total=total, gram=Gram(total, is_empty=False))
+
     def add(self, x: Float[Tensor, "group *rows d"], count: int | Tensor = 0) -> None:
         """Add rows; `count` says how many of them count."""
         self.count = self.count + count
@@ -83,14 +88,13 @@ class Moment:
         if self.total is None or self.gram is None:
             return None
         d = self.gram.matrix().shape[-1]
-        if self.scales:
-            c = self.total.new_tensor(self.scales)
+        for k, c in enumerate(self.scales, start=d):
             assert self.sums is not None
-            border = self.sums.unsqueeze(-1) * c
-            self.total[:, :d, d:] = border
-            self.total[:, d:, :d] = border.mT
-            count = torch.as_tensor(self.count, dtype=c.dtype, device=c.device)
-            self.total[:, d:, d:] = count.view(-1, 1, 1) * c.outer(c)
+            border = self.sums if c == 1.0 else c * self.sums
+            self.total[:, :d, k] = border
+            self.total[:, k, :d] = border
+            for m, e in enumerate(self.scales, start=d):
+                self.total[:, k, m] = c * e * self.count
         return self.total
 
     def cleared(self) -> Float[Tensor, "group d d"]:

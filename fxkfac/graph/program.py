@@ -151,7 +151,10 @@ class Program:
 
     def structures_for(self, tapped: Tapped) -> dict[str, Choice]:
         """The same for one of the program's graphs."""
-        return self.asked.choose(tapped, self._sizes())
+        if "structures" not in tapped.memo:
+            tapped.memo["structures"] = self.asked.choose(tapped, self._sizes())
+        found: dict[str, Choice] = tapped.memo["structures"]
+        return dict(found)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
