@@ -215,7 +215,7 @@ def _checked(library: str, built: Problem, flavour: str, expected: Factors) -> t
     _require("factors", _off(factors, expected or factors, flavour))
     if flavour == STEP:
         assert prepared.slope is not None
-        _require("loss or gradients", distance_of_slopes(prepared.slope(result), slope_of(built)))
+        _require("loss or gradients", distance_of_slopes(prepared.slope(result), built))
     return Warm(prepared.call, seconds, size_of(factors)), factors
 
 

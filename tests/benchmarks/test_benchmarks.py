@@ -11,7 +11,7 @@ from quick import quick
 import fxkfac
 from benchmarks import profile, suite
 from benchmarks.__main__ import main
-from benchmarks.compare import distance, distance_of_slopes, slope_of
+from benchmarks.compare import distance, distance_of_slopes, distance_to, in_double, slope_of
 from benchmarks.interface import Slope
 from benchmarks.limits import limits
 from benchmarks.own import INDUCTOR, absent
@@ -71,18 +71,28 @@ def test_a_wrong_factor_is_seen():
 
 def test_a_wrong_gradient_is_seen():
     expected = Slope(torch.tensor(2.0), {"a": torch.ones(3), "zero": torch.zeros(2)})
-    assert distance_of_slopes(expected, expected) == 0
+    assert distance_to(expected, expected) == 0
     for name in expected.gradients:
         wrong = expected.gradients | {name: expected.gradients[name] + 0.01}
-        assert distance_of_slopes(Slope(expected.loss, wrong), expected) >= 0.0099
-    assert distance_of_slopes(Slope(2.2 * torch.ones(()), expected.gradients), expected) > 0.09
+        assert distance_to(Slope(expected.loss, wrong), expected) >= 0.0099
+    assert distance_to(Slope(2.2 * torch.ones(()), expected.gradients), expected) > 0.09
 
 
 @pytest.mark.parametrize("problem", [name for name, p in PROBLEMS.items() if STEP in p.flavours])
 def test_a_step_by_hooks_has_the_gradients(problem):
     built = PROBLEMS[problem].make(True)
     prepared = PEERS["hooks"].prepare(built, STEP)
-    assert distance_of_slopes(prepared.slope(prepared.call()), slope_of(built)) < 1e-5
+    assert distance_of_slopes(prepared.slope(prepared.call()), built) < 1e-5
+
+
+@pytest.mark.parametrize("problem", ["mlp", "pinn"])
+def test_the_same_in_double_precision(problem):
+    built = PROBLEMS[problem].make(True)
+    found = slope_of(in_double(built))
+    assert all(g.dtype == torch.float64 for g in found.gradients.values())
+    assert distance_of_slopes(found, built) < 1e-5
+    wrong = {name: 1.01 * g for name, g in found.gradients.items()}
+    assert distance_of_slopes(Slope(found.loss, wrong), built) > 0.009
 
 
 class _Step(NamedTuple):
