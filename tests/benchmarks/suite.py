@@ -17,7 +17,6 @@ from benchmarks.compare import (
     distance_of_inputs,
     distance_of_slopes,
     is_exact,
-    slope_of,
     tolerance,
 )
 from benchmarks.interface import Factors
