@@ -70,22 +70,24 @@ def test_training(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With what was found, KFAC ends where Adam does or below, after half of the steps.
+    """With what was found, and half of the steps, KFAC ends where Adam does.
 
-    The clock is that of the process, which does not run while others do.
+    For digits that is below a tenth of its loss; for text within two percent. The clock is that of
+    the process, which does not run while others do.
     """
     monkeypatch.setattr(time, "perf_counter", time.process_time)
     task = training["TASKS"][key]
     fxkfac.trace(task.model(0), next(task.batches(1, 0))[0][:8])  # the first takes longer
     turns = training["in_turn"](task, task.found, 1)
     adam, kfac = turns[0]["Adam"], turns[0]["KFAC"]
-    assert adam.losses[-1] < {"digits": 5e-3, "text": 2.1}[key]
-    assert kfac.losses[-1] <= adam.losses[-1]
+    assert adam.losses[-1] < {"digits": 5e-3, "text": 1.75}[key]
+    assert kfac.losses[-1] < {"digits": 0.1, "text": 1.02}[key] * adam.losses[-1]
     assert 2 * kfac.steps[-1] == adam.steps[-1] == task.steps
     assert kfac.seconds[-1] < adam.seconds[-1]
     training["report"](turns)
-    said = capsys.readouterr().out
-    assert f"KFAC is there after {kfac.steps[kfac.reaches(adam.losses[-1])]} steps" in said
+    at = kfac.reaches(adam.losses[-1])
+    there = "does not reach" if at is None else f"is there after {kfac.steps[at]} steps"
+    assert f"KFAC {there}" in capsys.readouterr().out
     training["draw"]({key: turns}, tmp_path / "training.svg")
     assert "seconds, tracing included" in (tmp_path / "training.svg").read_text()
 
