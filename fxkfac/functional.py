@@ -141,11 +141,19 @@ class FunctionalModel:
 
     def current(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
         """Parameters (all, without names) as they are now, detached from any graph."""
-        held = dict(self.tensors)
-        if isinstance(self.model, nn.Module):
-            live = dict(self.model.named_parameters(remove_duplicate=False))
-            held |= {name: live[name] for name in held if name not in self.replaced}
-        return {name: held[name].detach() for name in (held if names is None else names)}
+        names = self.tensors if names is None else names
+        return {name: self._now(name).detach() for name in names}
+
+    def _now(self, name: str) -> Tensor:
+        """A parameter as it is now: a module may hold another one than when it was bound."""
+        if not isinstance(self.model, nn.Module) or name in self.replaced:
+            return self.tensors[name]
+        *path, last = name.split(".")
+        module: Any = self.model
+        for part in path:
+            module = module._modules[part]
+        found: Tensor = module._parameters[last]
+        return found
 
     def resolve(self, name: str) -> str:
         """The canonical name of a parameter. Raises `UnknownParameter` with near misses."""

@@ -11,7 +11,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 
 @contextmanager
@@ -24,6 +24,14 @@ def own_randomness(seed: int | None = None) -> Iterator[None]:
             for device in cuda:
                 torch.cuda.default_generators[device].manual_seed(seed)
         yield
+
+
+def generator_on(device: torch.device, generator: Generator) -> Generator:
+    """A generator that draws on this device: itself, or one there that it gives the seed of."""
+    if generator.device.type == device.type:
+        return generator
+    seed = torch.randint(2**62, (), generator=generator, device=generator.device)
+    return Generator(device).manual_seed(int(seed))
 
 
 def is_finite(t: Tensor) -> bool:

@@ -9,7 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fxkfac.curvature.collect import Collector
 from fxkfac.curvature.compiled import Compiled, Kind, compiled
+from fxkfac.curvature.inside import pays, take_gradients, take_inputs
 from fxkfac.curvature.parts import Values
 from fxkfac.curvature.receive import Receiver
 from fxkfac.errors import OptionError
@@ -85,7 +87,11 @@ class _Compiled:
     def send_back(self, vectors: Iterable[Tensor]) -> None:
         if self.code.taps:
             for vector in vectors:
-                self.receiver.gradients(self.code.send_back(self.values, vector))
+                found = self.code.send_back(self.values, vector)
+                if isinstance(self.receiver, Collector) and self.code.rows is not None:
+                    take_gradients(self.receiver, found)
+                else:
+                    self.receiver.gradients(found)
         self.receiver.finish()
 
     def gradients(self, cotangent: Tensor) -> Sequence[Tensor | None]:
@@ -95,8 +101,11 @@ class _Compiled:
 def _inductor(batch: Forward) -> Differentiable:
     arguments, names = [*batch.state.values(), *batch.tensors], list(batch.state)
     places = tuple(names.index(name) for name in batch.wanted)
-    code = compiled(batch.tapped, tuple(map(Kind.of, arguments)), places)
+    sink = batch.receiver if pays(batch.receiver, arguments[0].device) else None
+    code = compiled(batch.tapped, tuple(map(Kind.of, arguments)), places, sink)
     values = code.run(arguments)
+    if sink is not None and code.rows is not None:
+        take_inputs(sink, code.sums(values), code.rows)
     for use, output in enumerate(code.outputs):
         batch.receiver.input(use, code.input(values, use), output)
     n = batch.program.signature.batch_size(batch.tensors)

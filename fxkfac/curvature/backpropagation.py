@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fxkfac.curvature.likelihoods import Likelihood, hessian_root
 from fxkfac.errors import OptionError
+from fxkfac.isolation import generator_on
 
 
 def backpropagated_vectors(
@@ -107,7 +108,7 @@ def _type1(at: _Backpropagation) -> Iterator[Tensor]:
 
 def _curvature_propagation(at: _Backpropagation) -> Iterator[Tensor]:
     S = hessian_root(at.likelihood, at.f, at.y)
-    g = at.generator
+    g = generator_on(at.f.device, at.generator)
     for _ in range(at.mc_samples):
         signs = 2 * torch.randint(2, at.f.shape, generator=g, device=g.device).to(at.f) - 1
         yield S(signs) / math.sqrt(at.mc_samples)  # ▲ = S ε / √M

@@ -20,6 +20,7 @@ from fxkfac.curvature.likelihoods import (
     widen,
 )
 from fxkfac.errors import DataError, LossError
+from fxkfac.isolation import generator_on
 
 
 class Categorical(Likelihood):
@@ -64,10 +65,10 @@ class Categorical(Likelihood):
         """The valid label positions, each with its class weight; for soft targets, all of them."""
         if y.is_floating_point():
             return f.numel() / f.shape[_class_axis(f)]
-        valid = y[y != self.ignore_index]
+        valid = y != self.ignore_index
         if self.weight is None:
-            return float(valid.numel())
-        return float(self.weight.to(widen(f))[valid].sum())
+            return float(valid.sum())
+        return float(self.weight.to(widen(f))[y[valid]].sum())
 
     def ignores(self, y: Tensor) -> bool:
         """Whether a class is `ignore_index`."""
@@ -114,9 +115,9 @@ class Categorical(Likelihood):
     def sample(self, f: Tensor, generator: torch.Generator) -> Tensor:
         """ỹ ~ Categorical(σ) at every position, as class indices. Example 4."""
         σ = widen(f.detach()).softmax(_class_axis(f)).movedim(_class_axis(f), -1)
-        flat = σ.reshape(-1, σ.shape[-1]).to(generator.device)
-        drawn = torch.multinomial(flat, 1, generator=generator)
-        return drawn.reshape(σ.shape[:-1]).to(f.device)
+        flat = σ.reshape(-1, σ.shape[-1])
+        drawn = torch.multinomial(flat, 1, generator=generator_on(f.device, generator))
+        return drawn.reshape(σ.shape[:-1])
 
     def sampled_gradient(self, f: Tensor, y: Tensor, sampled: Tensor) -> Tensor:
         """√w (σ - onehot(ỹ)), so that its expected square is the Hessian, weights included."""
@@ -160,12 +161,11 @@ class Categorical(Likelihood):
                 f"shape {positions}, or class probabilities, floating of shape {tuple(f.shape)}. "
                 f"Classes lie on axis {axis}."
             )
-        valid = y[y != self.ignore_index]
-        wrong = valid[(valid < 0) | (valid >= classes)]
-        if wrong.numel():
+        wrong = ((y < 0) | (y >= classes)) & (y != self.ignore_index)
+        if wrong.any():
             raise DataError(
-                f"{wrong.numel()} of {y.numel()} targets are no class index, among them "
-                f"{wrong.unique()[:3].tolist()}; expected 0..{classes - 1}, or ignore_index="
+                f"{int(wrong.sum())} of {y.numel()} targets are no class index, among them "
+                f"{y[wrong].unique()[:3].tolist()}; expected 0..{classes - 1}, or ignore_index="
                 f"{self.ignore_index}. Renumber the classes, or widen the prediction."
             )
 

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fxkfac.curvature.images import image_sums, input_image, output_image
+from fxkfac.curvature.images import Image, image_sums
 from fxkfac.curvature.moments import InputSums, Moment
 from fxkfac.curvature.perdatum import exact_moment
 from fxkfac.curvature.plan import Scales
@@ -30,6 +30,7 @@ from fxkfac.curvature.sharing import (
     reduced_output,
 )
 from fxkfac.curvature.together import of_each
+from fxkfac.graph.form import BatchAxis
 from fxkfac.graph.ir import Use
 from fxkfac.graph.normal import Input, normal_y
 
@@ -55,7 +56,7 @@ class Collector(Receiver):
         if not self.hold:
             self.inputs = [self.inputs[k] for k in self.schedule.same_input]
         self.outputs = [Moment() for _ in self.schedule.terms]
-        self._means: Awaited[int, tuple[Tensor, Tensor]] = Awaited()
+        self._means: Awaited[int, tuple[Tensor, Tensor, bool]] = Awaited()
         self._sums: Awaited[int, Tensor] = Awaited()
         self._gradients: Awaited[str, tuple[Use, Tensor]] = Awaited()
 
@@ -85,9 +86,11 @@ class Collector(Receiver):
             if term.is_bias:
                 self._add_ones(k, place, use, y)
             elif self.settings.sharing == "reduce":
-                sums_of_images = image_sums(use, x) if kept is None else None
+                image = self._input_image(use, x, kept)
+                by_datum = image is not None and use.batch == BatchAxis("n", 1, 1)
+                sums_of_images = image_sums(image) if image and by_datum else None
                 part = reduced_input(use, x, y, kept, term.scales(place), sums_of_images)
-                self._add_means(k, self._means.add(k, part, len(term.uses)))
+                self._add_means(k, self._means.add(k, (*part, kept is None), len(term.uses)))
             elif counts_only(term):
                 counts, number = counted_input(use, x, y, kept)
                 sums.merge(InputSums(counts=counts, rows=number))
@@ -97,7 +100,7 @@ class Collector(Receiver):
     def _add_rows(
         self, sums: InputSums, scales: Scales, use: Use, x: Input, y: Tensor, kept: Kept
     ) -> None:
-        image = input_image(use, x) if kept is None else None
+        image = self._input_image(use, x, kept)
         if image is None:
             rows, number = expanded_input(use, x, y, kept)
             sums.of(scales).add(rows, number)
@@ -106,6 +109,12 @@ class Collector(Receiver):
             sums.of(scales).add_image(image, number)
         sums.rows = sums.rows + number
 
+    def _input_image(self, use: Use, x: Input, kept: Kept) -> Image | None:
+        images = self.schedule.inputs[use]
+        if images is None or kept is not None or not isinstance(x, Tensor):
+            return None
+        return images.of(x.unsqueeze(0))
+
     def _add_ones(self, k: int, place: int, use: Use, y: Tensor) -> None:
         """A bias by itself: one row for each datum, whose input is one."""
         if place == 0:
@@ -113,15 +122,18 @@ class Collector(Receiver):
             self.inputs[k].of(()).add(torch.ones(1, n, 1, dtype=accurate_dtype(y), device=y.device))
             self.inputs[k].rows = n
 
-    def _add_means(self, k: int, parts: list[tuple[Tensor, Tensor]]) -> None:
-        """x̂ = mean_s x over all uses of a term."""
+    def _add_means(self, k: int, parts: list[tuple[Tensor, Tensor, bool]]) -> None:
+        """x̂ = mean_s x over all uses of a term; the last of each says whether all rows count."""
         if not parts:
             return
-        total, places = _sum([x for x, _ in parts]), _sum([p for _, p in parts])
+        total, places = _sum([x for x, *_ in parts]), _sum([p for _, p, _ in parts])
         mean = total / places.clamp_min(1).unsqueeze(-1)
-        number = (places > 0).sum(-1)
         self.inputs[k].of(()).add(mean)
-        self.inputs[k].rows = int(number) if len(number) == 1 else number
+        if any(whole for *_, whole in parts):
+            self.inputs[k].rows = mean.shape[1]
+        else:
+            number = (places > 0).sum(-1)
+            self.inputs[k].rows = int(number) if len(number) == 1 else number
 
     # --- B and exact blocks ---
 
@@ -143,8 +155,8 @@ class Collector(Receiver):
         elif self.settings.sharing == "reduce":
             part = of_each(partial(reduced_output, use, kept=kept), g)
             self._add_sums(k, self._sums.add(k, part, len(term.uses)))
-        elif (image := output_image(use, g) if kept is None else None) is not None:
-            self.outputs[k].add_image(image)
+        elif kept is None and (images := self.schedule.outputs[use]):
+            self.outputs[k].add_image(images.of(g))
         else:
             rows = of_each(partial(expanded_output, use, kept=kept), g)
             self.outputs[k].add(rows.flatten(1, 2) if rows.ndim > 4 else rows)

@@ -6,8 +6,8 @@ Autograd is run while tracing, so that forward and backward pass become one join
 
 It is cut at the prediction: what no vector reaches is the forward part, and hands over what the
 others read. So vectors are made of the prediction, and labels drawn, by the same code as ever, and
-one compiled backward pass serves all vectors. Products of rows stay with the sink: they are
-library calls in any case, and it adds them up in place, one triangle of each.
+one compiled backward pass serves all vectors. Products of rows stay with the sink, which adds them
+up in place, one triangle of each; or, where that is faster, they are in the graph: see `inside`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_aggregate
 
+from fxkfac.curvature.collect import Collector
+from fxkfac.curvature.inside import Rows, Summed, alike
 from fxkfac.curvature.parts import EAGER, Part, Values, first_line, nodes_in, part_of
 from fxkfac.errors import OptionError
 from fxkfac.graph.capture import quietly
@@ -61,15 +63,16 @@ class Compiled:
     Attributes:
         arguments: A vector, a cotangent; then parameters, buffers and data, as the graph has them.
         forward: From parameters and data to the prediction, inputs, and what is read later.
-        backward: From a vector to the gradients at the taps.
+        backward: From a vector to the gradients at the taps; or sums in the place of either.
         gradient: From a cotangent to the gradients of parameters.
         prediction: The prediction.
-        inputs: The input of every use, by its position.
-        taps: The gradients at the taps at which one arrives.
+        inputs: The input of every use, by its position; or the sums of every term.
+        taps: The gradients at the taps at which one arrives; or the sums of every term and block.
         wanted: Gradients of parameters; `None` where the prediction does not depend on one.
         later: What is read when something is sent back.
         outputs: For every use, what has the shape of its op's output.
         layout: How vectors are in memory.
+        rows: Of the sums of inputs; `None` where sums are taken outside.
     """
 
     arguments: tuple[str, ...]
@@ -78,11 +81,12 @@ class Compiled:
     gradient: Part
     prediction: str
     inputs: Mapping[int, Any]
-    taps: Mapping[int, str]
+    taps: Mapping[Any, str]
     wanted: tuple[str | None, ...]
     later: tuple[str, ...]
     outputs: tuple[Tensor, ...]
     layout: Kind
+    rows: Rows | None
 
     def run(self, tensors: Iterable[Tensor]) -> Values:
         """Run forwards on parameters, buffers and data."""
@@ -96,8 +100,12 @@ class Compiled:
         """Those of the values that are needed to send something back."""
         return {name: values[name] for name in self.later}
 
-    def send_back(self, values: Values, vector: Tensor) -> dict[int, Tensor]:
-        """The gradients that arrive at the taps."""
+    def sums(self, values: Values) -> dict[int, Tensor]:
+        """Those of inputs, where they are in the graph."""
+        return {k: values[name] for k, name in self.inputs.items()}
+
+    def send_back(self, values: Values, vector: Tensor) -> dict[Any, Tensor]:
+        """The gradients that arrive at the taps; or their sums, where these are in the graph."""
         found = self.backward({**values, self.arguments[0]: self._laid_out(vector)})
         return {place: found[name] for place, name in self.taps.items()}
 
@@ -113,27 +121,36 @@ class Compiled:
         return self.layout.empty().copy_(vector)
 
 
-def compiled(tapped: Tapped, kinds: tuple[Kind, ...], wanted: tuple[int, ...] = ()) -> Compiled:
+def compiled(
+    tapped: Tapped,
+    kinds: tuple[Kind, ...],
+    wanted: tuple[int, ...] = (),
+    sink: Collector | None = None,
+) -> Compiled:
     """The compiled graph for parameters, buffers and data of these kinds; once for each shape.
 
     Args:
         tapped: The graph.
         kinds: Shapes, layouts and dtypes of its arguments.
         wanted: Which of these ask for gradients, by position.
+        sink: Whose sums the graph has inside; without one, it returns what they are made of.
 
     Raises:
         OptionError: The graph cannot be traced.
     """
-    key = ("compiled", kinds, wanted)
+    sums = None if sink is None else (sink.schedule, sink.settings.sharing)
+    key = ("compiled", kinds, wanted, sums)
     if key not in tapped.memo:
-        tapped.memo[key] = _compiled(tapped, kinds, wanted)
+        tapped.memo[key] = _compiled(tapped, kinds, wanted, sink)
     found: Compiled = tapped.memo[key]
     return found
 
 
-def _compiled(tapped: Tapped, kinds: tuple[Kind, ...], wanted: tuple[int, ...]) -> Compiled:
+def _compiled(
+    tapped: Tapped, kinds: tuple[Kind, ...], wanted: tuple[int, ...], sink: Collector | None
+) -> Compiled:
     try:
-        joint, layout, outputs = _joint(tapped, kinds, wanted)
+        joint, layout, outputs, rows = _joint(tapped, kinds, wanted, sink)
     except Exception as error:  # whatever ops say when they meet tensors without values
         raise OptionError(
             "backend='inductor' cannot trace this graph without the values of its tensors, on "
@@ -155,20 +172,38 @@ def _compiled(tapped: Tapped, kinds: tuple[Kind, ...], wanted: tuple[int, ...]) 
         backward=backward,
         gradient=gradient,
         later=tuple(n.name for n in later),
-        outputs=tuple(outputs[use.tap].shape_only() for use in tapped.uses),
+        outputs=tuple(outputs[use.tap].shape_only() for use in tapped.uses if sink is None),
         layout=layout,
+        rows=None if sink is None else rows,
         **names,
     )
 
 
 def _joint(
-    tapped: Tapped, kinds: tuple[Kind, ...], wanted: tuple[int, ...]
-) -> tuple[GraphModule, Kind, dict[int, Kind]]:
-    """Forward and backward pass as one graph; of what kind are the prediction and all outputs."""
+    tapped: Tapped, kinds: tuple[Kind, ...], wanted: tuple[int, ...], sink: Collector | None
+) -> tuple[GraphModule, Kind, dict[int, Kind], dict[int, int | Tensor]]:
+    """Forward and backward pass as one graph; of what kind are the prediction and all outputs.
+
+    And, where sums are in the graph, of how many rows.
+    """
     outputs: dict[int, Kind] = {}
+    rows: dict[int, int | Tensor] = {}
 
     def joint(vector: Tensor, cotangent: Tensor, *arguments: Tensor) -> dict[str, Any]:
         asked = [t.detach().requires_grad_(k in wanted) for k, t in enumerate(arguments)]
+        if sink is not None:
+            collector = alike(sink)
+            f = tapped.module(collector, *asked)
+            collector.send_back(f, [vector])
+            with torch.no_grad():
+                summed = Summed.of(collector)
+            rows.update(summed.rows)
+            return {
+                "prediction": f.detach(),
+                "inputs": summed.inputs,
+                "taps": summed.gradients,
+                "wanted": _gradients(f, [asked[k] for k in wanted], cotangent),
+            }
         taps = Taps()
         f = tapped.module(taps, *asked)
         outputs.update({k: Kind.of(y) for k, y in taps.outputs.items()})
@@ -191,7 +226,7 @@ def _joint(
     for node in module.graph.nodes:
         if node.target is torch.ops.aten.detach.default:
             node.replace_all_uses_with(node.args[0])
-    return module, Kind.of(arguments[0]), outputs
+    return module, Kind.of(arguments[0]), outputs, rows
 
 
 def _gradients(f: Tensor, at: list[Tensor], vector: Tensor) -> tuple[Tensor | None, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -59,7 +59,7 @@ class Curvature(Mapping[str, AnyBlock]):
         total = torch.zeros(
             sum(sizes), sum(sizes), dtype=accurate_dtype(self.like), device=self.like.device
         )
-        ends = torch.tensor([0, *sizes]).cumsum(0).tolist()
+        ends = list(accumulate(sizes, initial=0))
         spans = {name: slice(*span) for name, span in zip(chosen, pairwise(ends), strict=True)}
         for block in self.values():
             inside = [name for name in block.params if name in spans]
@@ -158,7 +158,7 @@ class OfBlocks(Curvature):
 
 def _fill(total: Tensor, block: AnyBlock, inside: list[str], spans: Mapping[str, slice]) -> None:
     sizes = [torch.Size(s).numel() for s in block.shapes]
-    starts = dict(zip(block.params, torch.tensor([0, *sizes]).cumsum(0).tolist(), strict=False))
+    starts = dict(zip(block.params, accumulate(sizes, initial=0), strict=False))
     length = dict(zip(block.params, sizes, strict=True))
     matrix = block.dense()
     for row in inside:

@@ -45,7 +45,7 @@ def gradient_moments(
     """
     signature = program.signature.with_constants(inputs)
     data, axes = [t.detach() for t in signature.tensors(inputs)], signature.axes
-    first = signature.inputs(signature.permute(data, torch.tensor([0])))
+    first = signature.inputs(signature.permute(data, torch.tensor([0], device="cpu")))
     module = _for_one_datum(program, first)
 
     def of_one(chosen: Mapping[str, Tensor], *datum: Tensor) -> Tensor:

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from fxkfac.curvature.sharing import accurate_dtype
 from fxkfac.graph.axes import axis_tokens
-from fxkfac.graph.form import BatchAxis, Form, Patches
+from fxkfac.graph.form import Form, Patches
 from fxkfac.graph.ir import Use
-from fxkfac.graph.normal import Input
 from fxkfac.linalg import Windows, patch_sums
 
 if TYPE_CHECKING:
@@ -26,15 +25,32 @@ class Image:
     windows: Windows
 
 
-def input_image(use: Use, x: Input) -> Image | None:
+@dataclass(frozen=True)
+class Images:
+    """Where a use has rows that are patches of images: all but the images.
+
+    Attributes:
+        windows: On the images.
+        joined: Whether a first axis is joined with that of the data, which is the second one.
+    """
+
+    windows: Windows
+    joined: bool
+
+    def of(self, t: Tensor) -> Image:
+        """An image that is there, or several of them in the first axis."""
+        return Image((t.flatten(0, 1) if self.joined else t).to(accurate_dtype(t)), self.windows)
+
+
+def input_images(use: Use) -> Images | None:
     """The input of a convolution; `None` for an op whose rows are no patches, or other ones."""
     form = use.form
-    if not isinstance(form.prepare, Patches) or form.scale != 1.0 or not isinstance(x, Tensor):
+    if not isinstance(form.prepare, Patches) or form.scale != 1.0 or form.routes is not None:
         return None
-    return _image(form, x.unsqueeze(0), form.x, form.d_in, form.prepare, None)
+    return _images(form, form.x, form.d_in, form.prepare, None)
 
 
-def output_image(use: Use, g: Tensor) -> Image | None:
+def output_images(use: Use) -> Images | None:
     """The same for gradients at the output, whose windows are those of a transposed convolution.
 
     They are several vectors', in the first axis, which are so many images.
@@ -44,9 +60,9 @@ def output_image(use: Use, g: Tensor) -> Image | None:
     if form.routes is not None:
         return None
     if folded is not None:
-        return _image(form, g, form.y, form.d_out, folded.patches, folded.places)
+        return _images(form, form.y, form.d_out, folded.patches, folded.places)
     if isinstance(form.prepare, Patches):
-        return _image(form, g, form.y, form.d_out, _single(len(form.prepare.kernel)), None)
+        return _images(form, form.y, form.d_out, _single(len(form.prepare.kernel)), None)
     return None
 
 
@@ -54,22 +70,14 @@ def _single(d: int) -> Patches:
     return Patches((1,) * d, (1,) * d, ((0, 0),) * d, (1,) * d)
 
 
-def image_sums(use: Use, x: Input) -> Float[Tensor, "group batch d_in"] | None:
-    """Σ_s x of every datum, where the data are the images of a convolution."""
-    found = input_image(use, x)
-    if found is None or use.batch != BatchAxis("n", 1, 1):
-        return None
-    return patch_sums(found.image, found.windows).movedim(1, 0)
+def image_sums(of: Image) -> Float[Tensor, "group batch d_in"]:
+    """Σ_s x of every datum, where the data are the images."""
+    return patch_sums(of.image, of.windows).movedim(1, 0)
 
 
-def _image(
-    form: Form,
-    t: Tensor,
-    axes: str,
-    columns: list[str],
-    patches: Patches,
-    places: tuple[int, ...] | None,
-) -> Image | None:
+def _images(
+    form: Form, axes: str, columns: list[str], patches: Patches, places: tuple[int, ...] | None
+) -> Images | None:
     """Read the axes `n (g i) places kernel` behind the first one; `n` may be missing.
 
     The columns of the rows must be those of a patch: the channel, then the kernel's axes.
@@ -90,5 +98,4 @@ def _image(
         form.sizes["g"],
         places,
     )
-    image = t.flatten(0, 1) if leading else t
-    return Image(image.to(accurate_dtype(t)), windows)
+    return Images(windows, joined=bool(leading))

@@ -24,6 +24,7 @@ from fxkfac.curvature.likelihoods import (
     widen,
 )
 from fxkfac.errors import DataError, LossError
+from fxkfac.isolation import generator_on
 
 __all__ = ["Bernoulli", "Categorical", "Gaussian", "likelihood_of"]
 
@@ -107,8 +108,7 @@ class Gaussian(Likelihood):
 
     def sample(self, f: Tensor, generator: torch.Generator) -> Tensor:
         """ỹ ~ N(f, I), Example 3; not rounded to half precision, or else f - ỹ would be."""
-        mean = widen(f.detach()).to(generator.device)
-        return torch.normal(mean, 1.0, generator=generator).to(f.device)
+        return torch.normal(widen(f.detach()), 1.0, generator=generator_on(f.device, generator))
 
     def event_axes(self, f: Tensor) -> tuple[int, ...]:
         """One element."""
@@ -165,8 +165,8 @@ class Bernoulli(Likelihood):
 
     def sample(self, f: Tensor, generator: torch.Generator) -> Tensor:
         """ỹ ~ Bernoulli(p), as 0 and 1."""
-        p = widen(f.detach()).sigmoid().to(generator.device)
-        return torch.bernoulli(p, generator=generator).to(f.device)
+        p = widen(f.detach()).sigmoid()
+        return torch.bernoulli(p, generator=generator_on(f.device, generator))
 
     def sampled_gradient(self, f: Tensor, y: Tensor, sampled: Tensor) -> Tensor:
         """√(w (π y + 1 - y)) (p - ỹ)."""

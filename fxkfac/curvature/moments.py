@@ -1,7 +1,7 @@
 """Rows -> Σ x xᵀ, summed as they come along: over uses, backpropagated vectors and batches.
 
-A sum of products costs a pass over d² numbers, however few the rows. So few rows wait until there
-are enough of them.
+A sum of products costs a pass over d² numbers, however few the rows. So on a CPU few rows wait
+until there are enough of them; on a GPU a copy takes as long as a product.
 """
 
 from __future__ import annotations
@@ -44,10 +44,15 @@ class Moment:
     count: int | Tensor = 0
     waiting: list[Tensor] = field(default_factory=list)
 
+    @staticmethod
+    def of(total: Float[Tensor, "group d d"]) -> Moment:
+        """A sum that is there: of x̃ as rows, without a rest."""
+        return Moment(total=total, gram=Gram(total, is_empty=False))
+
     def add(self, x: Float[Tensor, "group *rows d"], count: int | Tensor = 0) -> None:
         """Add rows; `count` says how many of them count."""
         self.count = self.count + count
-        if x.shape[1:-1].numel() >= ENOUGH:
+        if x.device.type != "cpu" or x.shape[1:-1].numel() >= ENOUGH:
             self._multiply(x)
             return
         # A copy: a larger tensor would stay alive, and the user's own may change.
@@ -83,14 +88,13 @@ class Moment:
         if self.total is None or self.gram is None:
             return None
         d = self.gram.matrix().shape[-1]
-        if self.scales:
-            c = self.total.new_tensor(self.scales)
+        for k, c in enumerate(self.scales, start=d):
             assert self.sums is not None
-            border = self.sums.unsqueeze(-1) * c
-            self.total[:, :d, d:] = border
-            self.total[:, d:, :d] = border.mT
-            count = torch.as_tensor(self.count, dtype=c.dtype, device=c.device)
-            self.total[:, d:, d:] = count.view(-1, 1, 1) * c.outer(c)
+            border = self.sums if c == 1.0 else c * self.sums
+            self.total[:, :d, k] = border
+            self.total[:, k, :d] = border
+            for m, e in enumerate(self.scales, start=d):
+                self.total[:, k, m] = c * e * self.count
         return self.total
 
     def cleared(self) -> Float[Tensor, "group d d"]:
@@ -126,7 +130,7 @@ class Moment:
             self._multiply(rows[0] if len(rows) == 1 else torch.cat(rows, dim=1))
 
     def _multiply(self, x: Tensor) -> None:
-        gram = self.room(len(x), x.shape[-1], x)
+        gram = self.room(x.shape[0], x.shape[-1], x)
         add_gram(gram, x.flatten(2, -2) if x.ndim > 4 else x)
         if self.scales:
             self.sums = _plus(self.sums, x.sum(tuple(range(1, x.ndim - 1))))

@@ -26,7 +26,7 @@ def settings_of(
     require_fisher(fisher)
     if sharing not in SHARINGS:
         raise OptionError(f"sharing={sharing!r}; expected 'expand' or 'reduce'.")
-    structures = _structures(program, fisher)
+    structures, shapes = _structures(program, fisher), program.shapes
     return Settings(
         fisher,
         sharing,
@@ -34,7 +34,7 @@ def settings_of(
         separate_weight_and_bias,
         masked,
         loss_text(loss),
-        {name: program.shapes[name] for name in structures},
+        {name: shapes[name] for name in structures},
         structures,
     )
 

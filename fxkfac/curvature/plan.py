@@ -90,7 +90,10 @@ def _join(bias: Use) -> Tensor:
 def _in_block(use: Use, numbers: Tensor, offsets: dict[str, int]) -> Tensor:
     """Numbers along the use's own parameters -> numbers along the block's parameters."""
     sizes = [torch.Size(shape).numel() for shape in use.view.shapes]
-    table = [torch.arange(n) + offsets[p] for p, n in zip(use.parameters, sizes, strict=True)]
+    table = [
+        offsets[p] + torch.arange(n, device=numbers.device)
+        for p, n in zip(use.parameters, sizes, strict=True)
+    ]
     return torch.cat(table)[numbers]
 
 

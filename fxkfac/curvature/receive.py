@@ -99,8 +99,11 @@ class Receiver(ABC):
 
     def input(self, use: int, x: Input, y: Tensor) -> None:
         """Take the input of a use, and find out which of its rows count."""
+        entered = self.schedule.tapped.uses[use]
+        if entered not in self.schedule.heard:
+            return
         with torch.no_grad():
-            entered, x, y = self.schedule.tapped.uses[use], detached(x), y.detach()
+            x, y = detached(x), y.detach()
             if isinstance(x, Routed):
                 self._groups[entered] = chosen_groups(entered, x, y)
             # Rows of padding that only gradients tell have none, and add nothing to B in any case.
@@ -155,5 +158,5 @@ class Receiver(ABC):
     def _tell(self, place: int, g: Tensor) -> None:
         if not self._listens:
             return
-        for use in self.schedule.at_tap[place]:
+        for use in self.schedule.at_tap.get(place, ()):
             self.take_gradient(use, g)

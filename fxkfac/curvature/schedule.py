@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
+from fxkfac.curvature.images import Images, input_images, output_images
 from fxkfac.curvature.perdatum import exact_names
 from fxkfac.curvature.plan import BlockPlan, TermPlan, plan_blocks
 from fxkfac.graph.axes import axis_lengths
 from fxkfac.graph.form import OneHot
 from fxkfac.graph.ir import Use
+from fxkfac.graph.normal import normal_weight
 from fxkfac.graph.program import Program, Tapped
 
 
@@ -23,7 +26,7 @@ class Schedule:
         terms: All terms of these.
         same_input: For every term, the first one that has the same A.
         places: For every use of a term's weight, the terms and its position in each.
-        at_tap: The uses of every tap.
+        at_tap: The uses of every tap of which something is summed.
         exact: Parameters whose exact blocks come from the taps, and their uses.
         exact_of: For every use of these, the parameters.
         from_graph: Parameters whose exact blocks come from the graph.
@@ -38,6 +41,32 @@ class Schedule:
     exact: Mapping[str, tuple[Use, ...]]
     exact_of: Mapping[Use, tuple[str, ...]]
     from_graph: tuple[str, ...]
+
+    @cached_property
+    def inputs(self) -> Mapping[Use, Images | None]:
+        """Where inputs are images."""
+        return {use: input_images(use) for use in self.heard}
+
+    @cached_property
+    def outputs(self) -> Mapping[Use, Images | None]:
+        """Where gradients at outputs are."""
+        return {use: output_images(use) for use in self.heard}
+
+    @cached_property
+    def widest(self) -> int:
+        """The largest number of rows of a factor."""
+        return max((max(s) for t in self.terms for s in self._sizes(t)), default=0)
+
+    def _sizes(self, term: TermPlan) -> Iterator[tuple[int, int]]:
+        if not term.is_bias:
+            for place, use in enumerate(term.uses):
+                _, d_in, d_out = normal_weight(use).shape
+                yield (0 if counts_only(term) else d_in + len(term.scales(place))), d_out
+
+    @cached_property
+    def heard(self) -> frozenset[Use]:
+        """The uses of which something is summed."""
+        return frozenset(use for uses in self.at_tap.values() for use in uses)
 
 
 def schedule_of(
@@ -69,10 +98,11 @@ def _schedule(
         for place, use in enumerate(term.uses):
             places.setdefault(use, []).append((k, place))
     at_tap: dict[int, list[Use]] = {}
-    for use in tapped.uses:
-        at_tap.setdefault(use.tap, []).append(use)
     exact = {n: tuple(u for u in tapped.uses if n in u.parameters) for n in from_taps}
     exact_of = {u: tuple(n for n in exact if n in u.parameters) for u in tapped.uses}
+    for use in tapped.uses:
+        if use in places or exact_of[use]:  # not the bias that has joined a weight
+            at_tap.setdefault(use.tap, []).append(use)
     return Schedule(
         tapped,
         blocks,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fxkfac.curvature.plan import Scales, TermPlan
 from fxkfac.errors import BatchAxisError, FxkfacError
@@ -106,7 +107,9 @@ def counted_input(use: Use, x: Input, y: Tensor, kept: Kept) -> tuple[Tensor, in
     assert isinstance(rows, OneHotRows)
     indices = rows.indices.expand(like.shape[1:-1]).flatten()
     weights = None if kept is None else kept.flatten().to(accurate_dtype(like))
-    counts = rows.scale**2 * indices.bincount(weights, rows.size).to(accurate_dtype(like))
+    ones = torch.ones_like(indices) if weights is None else weights
+    counts = ones.new_zeros(rows.size).index_add(0, indices, ones)  # bincount waits for a GPU
+    counts = rows.scale**2 * counts.to(accurate_dtype(like))
     if rows.ignored is not None:
         counts[rows.ignored] = 0.0
     return counts, _number_of_rows(like, kept)
@@ -216,6 +219,7 @@ def _bias_places(term: TermPlan, use: Use) -> tuple[Tensor | None, int]:
 
     The places are `None` where they are all of these in their order.
     """
-    touched, own = term.touched(), normal_weight(use).flatten()
-    places = None if torch.equal(touched, own) else torch.searchsorted(touched, own)
-    return places, len(touched)
+    with _disable_current_modes():  # while a graph is recorded, this is a constant
+        touched, own = term.touched(), normal_weight(use).flatten()
+        places = None if torch.equal(touched, own) else torch.searchsorted(touched, own)
+        return places, len(touched)

@@ -82,7 +82,7 @@ def send_back(prediction: Tensor, root: Tensor, vectors: Tensor, retain_graph: b
         torch.autograd.grad(prediction, root, vector, retain_graph=retain_graph, allow_unused=True)
         return vector.new_empty(0)
 
-    if len(vectors) > 1:
+    if vectors.shape[0] > 1:
         torch.func.vmap(send)(vectors)
     else:
         send(vectors[0])
@@ -113,7 +113,7 @@ def chunks(items: Iterable[Item], size: int) -> Iterator[tuple[list[Item], bool]
 
 def of_each(read: Callable[[Tensor], Tensor], gradients: Tensor) -> Tensor:
     """What is read of the gradient of each vector, (group, vectors, ..); of one, (group, ..)."""
-    if len(gradients) == 1:
+    if gradients.shape[0] == 1:
         return read(gradients[0])
     found: Tensor = torch.func.vmap(read)(gradients)
     return found.movedim(0, 1)

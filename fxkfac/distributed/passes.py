@@ -102,5 +102,6 @@ def _of_all(
 
 
 def _own_generator(program: Program, place: int) -> Generator:
-    next_one = torch.randint(2**62, (), generator=program.generator)
+    g = program.generator
+    next_one = torch.randint(2**62, (), generator=g, device=g.device)
     return Generator().manual_seed(int(next_one) + place)

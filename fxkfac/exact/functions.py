@@ -103,10 +103,10 @@ def jvp(out: Tensor, inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> Te
 def order(shapes: Sequence[torch.Size], vec: str) -> Tensor:
     """Where each entry of the concatenated `vec` vectors stands in the rvec ones."""
     flatten = require_vec(vec)
-    positions, start = [torch.zeros(0, dtype=torch.int64)], 0
+    positions, start = [torch.zeros(0, dtype=torch.int64, device="cpu")], 0
     for shape in shapes:
         size = shape.numel()
-        positions.append(start + flatten(torch.arange(size).reshape(shape)))
+        positions.append(start + flatten(torch.arange(size, device="cpu").reshape(shape)))
         start += size
     return torch.cat(positions)
 

@@ -32,7 +32,7 @@ def take_apart(use: Use, apart: Mapping[str, int]) -> Use:
     (axis, *more) = form.d_out or [""]
     alone = len(use.parameters) == 1 and not more and len(numbers) == 1 and axis  # in one group
     if alone and size % parts == 0 and out % parts == 0:
-        expected = torch.arange(out) // (out // parts)
+        expected = torch.arange(out, device="cpu") // (out // parts)
         if bool((numbers // (size // parts) == expected).all()):
             split = {axis: f"part {axis}"}
             return replace(

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-import torch
 from einops import rearrange, repeat
 from torch import Tensor
 from torch.fx import Graph, Node
@@ -101,7 +100,7 @@ def _entries(
         moved = View(("",), (tuple(shape),), (product, *layout), example.numbers).index()
         if moved.shape != added.shape:
             return None
-        added = torch.full((shape.numel(),), -1).index_put((moved.flatten(),), added.flatten())
+        added = added.new_full((shape.numel(),), -1).index_put((moved.flatten(),), added.flatten())
     table = _by_row(weight, added.reshape(shape))
     if not len(table):  # no row was routed here
         return None

@@ -34,6 +34,7 @@ from fxkfac.graph.cleanup import STOP, rebuild
 from fxkfac.graph.custom import whole_functions
 from fxkfac.graph.dependence import precision
 from fxkfac.graph.packed import packing
+from fxkfac.graph.recurrence import FUSED
 from fxkfac.graph.signature import Signature
 from fxkfac.graph.source import is_foreign
 from fxkfac.isolation import in_place_of, own_randomness
@@ -162,8 +163,12 @@ def by_make_fx(mode: str) -> Callable[[FunctionalModel, Signature, list[Tensor]]
 
         data = [t.clone() for t in tensors]  # the model may write into its inputs
         example = [*_leaves(bound), *bound.buffers().values(), *data]
-        with fx_traceback.preserve_node_meta(), whole_functions(_marked_here):
-            module = make_fx(flat, tracing_mode=mode)(*example)  # type: ignore[arg-type]
+        with (
+            fx_traceback.preserve_node_meta(),
+            whole_functions(_marked_here),
+            torch.backends.cudnn.flags(enabled=False),  # which has whole recurrent nets as one op
+        ):
+            module = make_fx(flat, FUSED, tracing_mode=mode)(*example)  # type: ignore[arg-type]
             if _mutates(module):
                 functional = functionalize(Interpreter(module).run)
                 module = make_fx(functional, tracing_mode=mode)(*example)  # type: ignore[arg-type]

@@ -111,8 +111,11 @@ class Form:
     scale: float = 1.0
     apart: tuple[str, ...] = ()
     routes: Routes | None = None
-    # Patterns that were made before: the same for every vector and every batch.
+    # What was made before: the same for every vector and every batch.
     _patterns: dict[tuple[str, BatchAxis | None], str] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    _row_sizes: dict[tuple[str, BatchAxis | None], Mapping[str, int]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -189,8 +192,13 @@ class Form:
         batch = f"{at.axis}_batch" if at.axis in present else "1"
         return f"{renamed(axes, split)} -> {_normal(group, [batch, f'({shared})'], d)}"
 
-    def row_sizes(self, axes: str, batch: BatchAxis | None) -> dict[str, int]:
+    def row_sizes(self, axes: str, batch: BatchAxis | None) -> Mapping[str, int]:
         """Lengths that `normal_x` and `normal_y` need beside the shapes."""
+        if (axes, batch) not in self._row_sizes:
+            self._row_sizes[axes, batch] = self._sizes_of_rows(axes, batch)
+        return self._row_sizes[axes, batch]
+
+    def _sizes_of_rows(self, axes: str, batch: BatchAxis | None) -> dict[str, int]:
         sizes = {a: n for a, n in self.sizes.items() if a in letters(axes)}
         if batch is None or batch.axis not in letters(axes):
             return sizes

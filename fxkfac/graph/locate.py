@@ -62,14 +62,16 @@ def locate(
     precision: torch.dtype,
 ) -> Located:
     """Find the batch axis of the prediction and of every use."""
-    other = Reordered(n, torch.arange(n).roll(1), precision)
+    other = Reordered(n, torch.arange(n, device="cpu").roll(1), precision)
     first, second = Taps(), Taps()
     f, permuted_f = run(data, first), run(permute(data, other.order), second)
     at = next(_fits([(f.detach(), permuted_f.detach())], other), None)
     if at is None:  # a cotangent that goes wherever the entries of the prediction go
         cotangent, turned = f.detach().cos(), permuted_f.detach().cos()
     else:
-        cotangent = torch.randn(f.shape, generator=generator, dtype=torch.float64)
+        cotangent = torch.randn(
+            f.shape, generator=generator, dtype=torch.float64, device=generator.device
+        )
         cotangent = cotangent.to(f)
         turned = _permuted(cotangent, at, other)
     before, after = first.gradients(f, cotangent), second.gradients(permuted_f, turned)
@@ -99,7 +101,7 @@ def is_coupled(
     if n < 2:
         return False
     axis, outer, inner = at
-    replaced = permute(data, torch.cat([torch.tensor([n - 1]), torch.arange(1, n)]))
+    replaced = permute(data, torch.tensor([n - 1, *range(1, n)], device="cpu"))
     before, after = (
         run(some).unflatten(axis, (outer, n, inner)).narrow(axis + 1, 1, n - 1)
         for some in (data, replaced)

@@ -16,6 +16,7 @@ from torch import Tensor
 from fxkfac.graph.axes import axis_lengths, axis_tokens
 from fxkfac.graph.form import BatchAxis, Folded, Form, OneHot, Patches
 from fxkfac.graph.ir import Use
+from fxkfac.graph.rearranged import rearranged
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -99,7 +100,7 @@ def normal_x(use: Use, x: Input, batch: BatchAxis | None) -> Tensor | OneHotRows
         x = unfold(x, form.prepare)
     x, axes = _spread(use, x, form.x, batch)
     form = form if axes == form.x else replace(form, x=axes)
-    x = reduce(x, form.normal_x(batch), "sum", **form.row_sizes(axes, batch))
+    x = rearranged(x, form.normal_x(batch), **form.row_sizes(axes, batch))
     return x if form.scale == 1.0 else form.scale * x
 
 
@@ -109,7 +110,7 @@ def _spread(use: Use, t: Tensor, axes: str, batch: BatchAxis | None) -> tuple[Te
     if not lacking:
         return t, axes
     lengths = axis_lengths(use.form.y, use.y_shape, use.form.sizes)
-    sizes = {a: lengths[a] for a in lacking} | use.form.row_sizes(axes, None)
+    sizes = {a: lengths[a] for a in lacking} | dict(use.form.row_sizes(axes, None))
     wider = f"{axes} {' '.join(lacking)}"
     return repeat(t, f"{axes} -> {wider}", **sizes), wider
 
@@ -135,14 +136,15 @@ def _numbers(form: Form, x: Routed) -> Tensor:
     if not form.routes.ends:
         return x.numbers.remainder(form.routes.size)  # W[-1] is the last one
     rows = x.x.shape[axis_tokens(form.x).index(form.routes.axes)]
-    return torch.searchsorted(x.numbers, torch.arange(rows).to(x.numbers), right=True)
+    places = torch.arange(rows, dtype=x.numbers.dtype, device=x.numbers.device)
+    return torch.searchsorted(x.numbers, places, right=True)
 
 
 def normal_y(use: Use, y: Tensor, batch: BatchAxis | None) -> Tensor:
     """The output of a use, or a gradient at it, in normal form."""
     if use.form.folded is not None:
         y = _unfolded(y, use.form.folded)
-    return rearrange(y, use.form.normal_y(batch), **use.form.row_sizes(use.form.y, batch))
+    return rearranged(y, use.form.normal_y(batch), **use.form.row_sizes(use.form.y, batch))
 
 
 def _unfolded(y: Tensor, folded: Folded) -> Tensor:

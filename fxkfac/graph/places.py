@@ -48,7 +48,7 @@ def are_axes(
         sizes: Lengths that the shape does not tell.
     """
     kept = " ".join(n if n in axis_tokens(y) or n in letters(y) else "1" for n in names)
-    numbers = torch.arange(math.prod(shape)).view(*shape)
+    numbers = torch.arange(math.prod(shape), device="cpu").view(*shape)
     own = {a: n for a, n in sizes.items() if a in letters(y)}
     try:
         return rearrange(numbers, f"{y} -> {kept}", **own).expand(places.shape).equal(places)

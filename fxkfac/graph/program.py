@@ -151,7 +151,10 @@ class Program:
 
     def structures_for(self, tapped: Tapped) -> dict[str, Choice]:
         """The same for one of the program's graphs."""
-        return self.asked.choose(tapped, self._sizes())
+        if "structures" not in tapped.memo:
+            tapped.memo["structures"] = self.asked.choose(tapped, self._sizes())
+        found: dict[str, Choice] = tapped.memo["structures"]
+        return dict(found)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -273,7 +276,12 @@ def _mode(bound: FunctionalModel) -> Hashable:
     """What of a module's state decides which graph it is: train or eval mode of its parts."""
     if not isinstance(bound.model, nn.Module):
         return None
-    return tuple(module.training for module in bound.model.modules())
+    modes, stack = [], [bound.model]
+    while stack:  # at every batch: `modules()` takes three times as long
+        module = stack.pop()
+        modes.append(module.training)
+        stack += filter(None, module._modules.values())
+    return tuple(modes)
 
 
 def _require_finite(tensors: list[Tensor]) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._ops import OpOverload
 
 from fxkfac.graph.real import RealRows
 
@@ -46,6 +47,39 @@ CELLS: dict[str, Cell] = {
     "rnn_relu": _rnn(torch.relu),
     "gru": _gru,
     "lstm": _lstm,
+}
+
+
+def _fused_gru(
+    from_x: Tensor,
+    from_h: Tensor,
+    h: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    (new,) = _gru(_plus(from_x, b_ih), _plus(from_h, b_hh), (h,))
+    return new, from_x
+
+
+def _fused_lstm(
+    from_x: Tensor,
+    from_h: Tensor,
+    c: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    h, new = _lstm(_plus(from_x, b_ih), _plus(from_h, b_hh), (c, c))
+    return h, new, from_x
+
+
+def _plus(x: Tensor, b: Tensor | None) -> Tensor:
+    return x if b is None else x + b
+
+
+# A GPU runs a cell as one op, biases included. The last output is for the op's own backward pass.
+FUSED: dict[OpOverload, Callable[..., tuple[Tensor, ...]]] = {
+    torch.ops.aten._thnn_fused_gru_cell.default: _fused_gru,
+    torch.ops.aten._thnn_fused_lstm_cell.default: _fused_lstm,
 }
 
 

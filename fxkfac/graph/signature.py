@@ -100,10 +100,10 @@ class Signature:
     def _some(self, tensors: list[Tensor], size: int, n: int) -> Tensor:
         """The first data, but with that of the largest number: the longest sequence, say."""
         if size >= n:
-            return torch.arange(size) * n // size
+            return torch.arange(size, device="cpu") * n // size
         pairs = zip(tensors, self.axes, strict=True)
         largest = [int(t.argmax()) for t, axis in pairs if axis is not None and _is_number(t)]
-        return torch.tensor(sorted(list(dict.fromkeys([*largest, *range(n)]))[:size]))
+        return torch.tensor(sorted(list(dict.fromkeys([*largest, *range(n)]))[:size]), device="cpu")
 
     def unlike(self, tensors: list[Tensor], generator: Generator) -> Iterator[list[Tensor]]:
         """Other data of the same size: all signs +, all −, any; indices drawn anew."""
@@ -117,7 +117,13 @@ class Signature:
 def _unlike(t: Tensor, least: int, most: int, generator: Generator) -> Tensor:
     if not t.is_floating_point():
         return _varied(t, repeats=True, generator=generator)
-    signs = 2 * torch.randint(least, most + 1, t.shape, generator=generator).to(t) - 1
+    signs = (
+        2
+        * torch.randint(least, most + 1, t.shape, generator=generator, device=generator.device).to(
+            t
+        )
+        - 1
+    )
     return t.abs() * signs
 
 
@@ -129,11 +135,13 @@ def _is_number(t: Tensor) -> bool:
 def _varied(t: Tensor, repeats: bool, generator: Generator) -> Tensor:
     if t.is_floating_point():
         # Zero entries move too, and no entry changes its sign: log and sqrt stay defined.
-        noise = torch.rand(t.shape, generator=generator, dtype=torch.float32).to(t)
+        noise = torch.rand(t.shape, generator=generator, device=generator.device).to(t)
         return torch.where(t == 0, 0.1 * noise, t * (1 + 0.1 * noise))
     if t.dtype == torch.bool or not repeats:
         return t
-    chosen = torch.randint(t.numel(), t.shape, generator=generator).to(t.device)
+    chosen = torch.randint(t.numel(), t.shape, generator=generator, device=generator.device).to(
+        t.device
+    )
     return t.flatten()[chosen]
 
 

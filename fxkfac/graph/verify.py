@@ -188,7 +188,8 @@ def require_graph_gradients(
 
 
 def _cotangent(prediction: Tensor) -> Tensor:
-    return torch.linspace(-1, 1, prediction.numel()).to(prediction).view_as(prediction)
+    line = torch.linspace(-1, 1, prediction.numel(), device="cpu")
+    return line.to(prediction).view_as(prediction)
 
 
 def _require_equal(

@@ -117,7 +117,8 @@ class View:
 
     def index(self) -> Tensor:
         """For every entry of the operand, its number in the parameters' concatenated rvec."""
-        numbers = torch.arange(self.numel).split([torch.Size(s).numel() for s in self.shapes])
+        sizes = [torch.Size(shape).numel() for shape in self.shapes]
+        numbers = torch.arange(self.numel, device="cpu").split(sizes)
         known: dict[Node, Any] = dict(self.numbers)
         for node, entries, shape in zip(self.chain, numbers, self.shapes, strict=False):
             known[node] = entries.reshape(shape)
@@ -125,7 +126,7 @@ class View:
             known[node] = _move(node, known)
         operand = known[self.chain[-1]]
         for axis, length, step in self.narrowed:
-            operand = operand.index_select(axis, step * torch.arange(length))
+            operand = operand.index_select(axis, step * torch.arange(length, device=operand.device))
         return operand
 
 

@@ -42,9 +42,7 @@ def correlation(
         group: In how many groups the channels fall.
     """
     shape = (x.shape[1], y.shape[1] // group, *kernel)
-    # TF32 would leave three digits of a factor.
-    with torch.backends.cudnn.flags(allow_tf32=False):
-        weight = WEIGHT_GRADIENTS[len(kernel)](y, shape, x, 1, 0, dilation, group)
+    weight = WEIGHT_GRADIENTS[len(kernel)](y, shape, x, 1, 0, dilation, group)
     return rearrange(weight.flatten(2), "(g c) e k -> k g c e", g=group)
 
 

@@ -27,11 +27,12 @@ STRIP = 128
 MOST_STRIPS = 8  # spare 7/16 of the product; more of them spare little and read all columns anew
 CHUNK = 2**19  # numbers that are copied at once: from 2**18 to 2**20 they stay in the cache
 CHUNK_ELSEWHERE = 2**24  # on a device where every call costs more than a missed cache
+LARGE, FEW_STRIPS = 2**33, 4  # there: multiply-adds of a square that is worth more calls than one
 # What else takes time beside the products, in multiply-adds: measured for tens of channels and up.
 READ = 8  # for every number that a product reads
 COPY = 16  # for every number that is copied out of its order first
 CALL = 2**18  # for every product, however small
-TILE = 128  # columns that are transposed at once, for the cache as well
+TILE, TILE_ELSEWHERE = 128, 4096  # columns that are transposed at once, likewise
 FEW = 192  # rows whose whole square takes no longer than its triangle and the mirror do
 
 
@@ -90,7 +91,7 @@ def add_gram(gram: Gram, x: Float[Tensor, "group *rows d"]) -> None:
         return
     d = x.shape[-1]
     # One product for every datum needs no copy, and is smaller than the datum.
-    by_datum = d < x.shape[2] and strips(d) == 1 and _readable(x, gram.total)
+    by_datum = d < min(x.shape[2], 2 * STRIP) and _readable(x, gram.total)
     for part in _chunks(x, d * d):
         if by_datum:
             datum_first = part.movedim(1, 0)  # merges with the groups of a channel axis
@@ -102,8 +103,9 @@ def add_gram(gram: Gram, x: Float[Tensor, "group *rows d"]) -> None:
 def _mirror(total: Float[Tensor, "group d d"]) -> None:
     """Put the lower triangle in the place of the upper one, too."""
     d = total.shape[-1]
-    for start in range(0, d, TILE):
-        new = slice(start, min(start + TILE, d))
+    tile = TILE if total.device.type == "cpu" else TILE_ELSEWHERE
+    for start in range(0, d, tile):
+        new = slice(start, min(start + tile, d))
         if start:
             total[:, :start, new] = total[:, new, :start].mT
         corner = total[:, new, new]
@@ -125,26 +127,45 @@ def add_rows(gram: Gram, rows: Float[Tensor, "group rows d"]) -> None:
             add_by_channels(t.unsqueeze(0), as_images(x[:images]), beta)
         rows = rows[:, images:]
     if rows.shape[1]:
-        few = gram.is_empty and number <= FEW
-        whole = few or strips(d) == 1
-        _add_products(gram.total, rows, gram.beta(whole), 1 if whole else strips(d))
+        pieces = _pieces(gram, number)
+        _add_products(gram.total, rows, gram.beta(whole=pieces == 1), pieces)
 
 
 def _add_products(total: Tensor, rows: Tensor, beta: float, number: int) -> None:
     """By matrix products: strips of rows, as long as the triangle has them."""
     group, _, d = rows.shape
-    if group > 1 and number == 1:
-        total.baddbmm_(rows.mT, rows, beta=beta)
+    if number == 1:
+        if group == 1:
+            _multiply(total[0], rows[0].mT, rows[0], beta)
+        elif beta:
+            total.baddbmm_(rows.mT, rows)
+        else:
+            torch.bmm(rows.mT, rows, out=total)
         return
     width = max(1, -(-d // number))
     for t, x in zip(total.unbind(), rows.unbind(), strict=True):
         for start in range(0, d, width):
             strip, end = slice(start, start + width), min(start + width, d)
-            t[strip, :end].addmm_(x[:, strip].mT, x[:, :end], beta=beta)
+            _multiply(t[strip, :end], x[:, strip].mT, x[:, :end], beta)
+
+
+def _multiply(total: Tensor, left: Tensor, right: Tensor, beta: float) -> None:
+    if beta:
+        total.addmm_(left, right)
+    else:  # `addmm` of compiled code would read what is there
+        torch.mm(left, right, out=total)
+
+
+def _pieces(gram: Gram, rows: int) -> int:
+    """The number of strips that pay for so many rows; one is the whole square."""
+    d = gram.total.shape[-1]
+    if gram.total.device.type != "cpu":
+        return FEW_STRIPS if rows * d**2 >= LARGE else 1
+    return 1 if gram.is_empty and rows <= FEW else strips(d)
 
 
 def strips(d: int) -> int:
-    """The number of strips that a triangle is taken in; one is the whole square."""
+    """The number of strips that a CPU takes a triangle in; one is the whole square."""
     return max(1, min(MOST_STRIPS, d // STRIP))
 
 

@@ -102,7 +102,7 @@ class Plan:
     @cached_property
     def weights(self) -> Float[Tensor, "pairs boxes"]:
         """What a pair of taps takes of every box."""
-        joined = torch.ones(1, 1, 1)
+        joined = torch.ones(1, 1, 1, device="cpu")
         for table in self.tables:
             joined = torch.einsum("kmr,lns->klmnrs", joined, table)
             joined = rearrange(joined, "k l m n r s -> (k l) (m n) (r s)")

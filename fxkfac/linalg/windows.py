@@ -7,6 +7,7 @@ before; outside of the image there are zeros.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +17,9 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from jaxtyping import Float
+
+
+KNOWN = 1024  # windows on images of one size each, which are the same at every batch
 
 
 @dataclass(frozen=True)
@@ -62,26 +66,38 @@ class Windows:
 
     def along(self, image: Float[Tensor, "batch channels *space"]) -> tuple[Axis, ...]:
         """The windows along every dimension of an image."""
-        return tuple(self._axis(k, size) for k, size in enumerate(image.shape[2:]))
+        return _along(self, image.shape[2:])
 
-    def _axis(self, k: int, size: int) -> Axis:
+    def axis(self, k: int, size: int) -> Axis:
+        """Those along one dimension, of which the image has so many positions."""
         (before, after), dilation, stride = self.padding[k], self.dilation[k], self.stride[k]
         room = before + size + after - dilation * (self.kernel[k] - 1) - 1
         places = max(0, room // stride + 1) if self.places is None else self.places[k]
         return Axis(size, self.kernel[k], stride, before, dilation, places)
 
 
+@lru_cache(maxsize=KNOWN)
+def _along(windows: Windows, space: torch.Size) -> tuple[Axis, ...]:
+    return tuple(windows.axis(k, size) for k, size in enumerate(space))
+
+
 def subsampled(
     image: Float[Tensor, "batch channels *space"], axes: tuple[Axis, ...]
 ) -> tuple[Float[Tensor, "batch channels *fewer"], tuple[Axis, ...]]:
     """Only what the windows see where the kernel has length one: a view without strides there."""
+    seen, dense = _seen(axes)
+    return image[seen], dense
+
+
+@lru_cache(maxsize=KNOWN)
+def _seen(axes: tuple[Axis, ...]) -> tuple[tuple[slice, ...], tuple[Axis, ...]]:
     seen, dense = [slice(None)] * 2, []
     for axis in axes:
         inside = axis.inside() if axis.kernel == 1 else slice(0, axis.size, 1)
         size = len(range(axis.size)[inside])
         seen.append(inside)
         dense.append(Axis(size, 1, 1, 0, 1, size) if axis.kernel == 1 else axis)
-    return image[tuple(seen)], tuple(dense)
+    return tuple(seen), tuple(dense)
 
 
 def patches(

@@ -71,7 +71,7 @@ def _box(entries: Tensor, start: int, size: int) -> Box | None:
         return None
     along = [numbers[:, 0, 0], numbers[0, :, 0], numbers[0, 0, :]]
     strides = tuple(int(n[1]) if len(n) > 1 else 0 for n in along)
-    steps = [s * torch.arange(len(n)) for s, n in zip(strides, along, strict=True)]
+    steps = [s * torch.arange(len(n), device="cpu") for s, n in zip(strides, along, strict=True)]
     straight = steps[0].view(-1, 1, 1) + steps[1].view(-1, 1) + steps[2]
     if not numbers.equal(straight) or len(numbers.unique()) != size:
         return None

@@ -128,7 +128,7 @@ def _lie_alike(first: Tensor, second: Tensor) -> bool:
 
 
 def _column(numel: int) -> Tensor:
-    return torch.arange(numel).view(1, -1, 1)
+    return torch.arange(numel, device="cpu").view(1, -1, 1)
 
 
 def held(program: Program) -> dict[str, Tensor]:

@@ -198,7 +198,7 @@ class KFAC(Optimizer):
         states = [self.state[θ] for _, θ in named]
         for (_, θ), state in zip(named, states, strict=True):
             if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32)
+                state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(θ), torch.zeros_like(θ)
         adam(
             [θ for _, θ in named],

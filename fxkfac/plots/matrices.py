@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -45,7 +46,7 @@ def spectra(block: AnyBlock, ax: Axes | None = None) -> Axes:
         left = λ[λ > 0]
         if zeros := len(λ) - len(left):
             label = f"{label} ({zeros:,} of {len(λ):,} are zero)"
-        places = (torch.arange(len(left)) + 0.5) / len(λ)
+        places = (torch.arange(len(left), device="cpu") + 0.5) / len(λ)
         shown = _some(len(left))
         heights = left[shown] / left[:1]
         ax.plot(places[shown].tolist(), heights.tolist(), line, color=colour, label=label, lw=1.6)
@@ -70,8 +71,8 @@ def _operators(block: AnyBlock) -> Iterator[tuple[str, operators.Operator, str, 
 def _some(number: int) -> Tensor:
     """Positions of at most `POINTS`, from the first to the last."""
     if number <= POINTS:
-        return torch.arange(number)
-    return torch.linspace(0, number - 1, POINTS, dtype=torch.float64).round().long()
+        return torch.arange(number, device="cpu")
+    return torch.linspace(0, number - 1, POINTS, dtype=torch.float64, device="cpu").round().long()
 
 
 def heatmap(
@@ -104,7 +105,7 @@ def heatmap(
 
     norm = LogNorm(top * 10.0**-DECADES, top, clip=True)  # so that zeros are drawn like the lowest
     ax.imshow(values.numpy(), norm=norm, cmap="viridis", interpolation="nearest")
-    for end in torch.tensor([0, *sizes]).cumsum(0)[1:-1].tolist():
+    for end in accumulate(sizes[:-1]):
         ax.axhline(end - 0.5, color="white", linewidth=0.9)
         ax.axvline(end - 0.5, color="white", linewidth=0.9)
     ax.set_xticks([])
@@ -150,7 +151,7 @@ def convergence(samples: Sequence[int], distances: Sequence[float], ax: Axes | N
             f"smallest {min(both, default=None)}; expected as many of both, all positive."
         )
     ax = axes_or_new(ax)
-    M, d = torch.tensor(samples, dtype=torch.float64), torch.tensor(distances, dtype=torch.float64)
+    M, d = (torch.tensor(t, dtype=torch.float64, device="cpu") for t in (samples, distances))
     level = (d * M.sqrt()).log().mean().exp()
     ends = torch.stack([M.min(), M.max()])
     line = (level / ends.sqrt()).tolist()

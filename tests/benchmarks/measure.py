@@ -6,7 +6,9 @@ first call  in a fresh process, libraries imported: capture, matching, installin
             the first factors.
 memory      in that process, after the first call: the highest resident set during a call, less
             what is resident before it (model, data, and what the library keeps from call to
-            call); median of up to three. On a GPU the highest allocated memory in its place.
+            call); median of up to three.
+
+On a GPU both are of the process that also takes the times, and memory is what is allocated there.
 """
 
 from __future__ import annotations
@@ -17,13 +19,14 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.interface import Factors
 from benchmarks.peers import PEERS
 from benchmarks.problems import PROBLEMS, Problem
 from fxkfac.measure import MB, Peak, later_peak, synchronize
@@ -72,11 +75,12 @@ def first_call(problem: str, flavour: str, library: str, tiny: bool, device: str
     seconds, first_peak = time.perf_counter() - start, peak.above()
     later = later_peak(call, peak)
     factors = prepared.read(call()) if prepared else {}
-    return First(seconds, later, first_peak, sum(map(_size, factors.values())))
+    return First(seconds, later, first_peak, size_of(factors))
 
 
-def _size(factors: Iterable[torch.Tensor]) -> float:
-    return sum(f.numel() * f.element_size() for f in factors) / MB
+def size_of(factors: Factors) -> float:
+    """The memory that factors take, in MB."""
+    return sum(f.numel() * f.element_size() for pair in factors.values() for f in pair) / MB
 
 
 def in_fresh_process(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -77,13 +77,14 @@ class Spec:
 
     def make(self, tiny: bool, device: str = "cpu") -> Problem:
         """Build it, the same at each call, with all but the layers frozen."""
+        torch.backends.cudnn.allow_tf32 = False  # so that all of it is in single precision
         torch.manual_seed(SEED)
         problem = self.build(tiny)
         model = problem.model.eval().requires_grad_(False).to(device)
         for layer in problem.layers.values():
             layer.requires_grad_(True)
         batches = [(x.to(device), y.to(device)) for x, y in problem.batches]
-        return Problem(model, problem.loss, batches, problem.joint)
+        return replace(problem, model=model, batches=batches)
 
 
 def _is_layer(module: nn.Module) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -20,11 +21,11 @@ from benchmarks.compare import (
     tolerance,
 )
 from benchmarks.interface import Factors
-from benchmarks.measure import GRADIENT, First, gradient, in_fresh_process
+from benchmarks.measure import GRADIENT, First, gradient, in_fresh_process, size_of
 from benchmarks.own import absent
 from benchmarks.peers import PEERS
 from benchmarks.problems import PROBLEMS, STEP, Problem
-from fxkfac.measure import Ratio, interleaved
+from fxkfac.measure import Peak, Ratio, interleaved, later_peak, synchronize
 
 TIMED, REFUSED, DIFFERS = "timed", "refused", "differs"
 REFERENCE = "fxkfac"
@@ -122,11 +123,18 @@ def _measured(
     rows = compared(problem, flavour, settings)
     names = [row.library for row in rows if row.status == TIMED]
     say(f"{problem}, {flavour}: timing {', '.join(names) or 'nothing'}")
-    times, reasons = _timed(problem, flavour, names, settings)
+    built = PROBLEMS[problem].make(settings.tiny, settings.device)
+    calls, reasons = _calls(built, flavour, names)
+    repeats = settings.repeats or PROBLEMS[problem].repeats
+    only = {name: warm.call for name, warm in calls.items()}
+    times = interleaved(gradient(built), only, repeats, settings.budget)
     rows = [_with_time(row, times, reasons) for row in rows]
     if settings.memory and flavour in PROBLEMS[problem].memory:
         say(f"{problem}, {flavour}: first calls and memory")
-        rows = _with_first(rows, settings)
+        if settings.device == "cpu":
+            rows = _with_first(rows, settings)
+        else:
+            rows = _with_first_here(rows, built, calls, settings)
     gc.collect()
     return rows
 
@@ -166,13 +174,20 @@ def _judged(row: Row, off: float, limit: float) -> Row:
     return replace(row, status=DIFFERS, difference=off, reason=f"factors differ by {off:.1e}")
 
 
-def _timed(
-    problem: str, flavour: str, names: list[str], settings: Settings
-) -> tuple[dict[str, Ratio], dict[str, str]]:
-    """Times of those whose factors are those of the first at the full size, too."""
-    spec = PROBLEMS[problem]
-    built = spec.make(settings.tiny, settings.device)
-    calls: dict[str, Callable[[], Any]] = {}
+@dataclass(frozen=True)
+class Warm:
+    """A library's call that has run once, the seconds until then, and the memory of its factors."""
+
+    call: Callable[[], Any]
+    seconds: float
+    factors_mb: float
+
+
+def _calls(
+    built: Problem, flavour: str, names: list[str]
+) -> tuple[dict[str, Warm], dict[str, str]]:
+    """Those whose factors are those of the first at the full size, too; and why others' are not."""
+    calls: dict[str, Warm] = {}
     reasons: dict[str, str] = {}
     expected: Factors = {}
     for name in names:
@@ -182,26 +197,26 @@ def _timed(
         else:
             calls[name], factors = result
             expected = expected or factors
-    repeats = settings.repeats or spec.repeats
-    return interleaved(gradient(built), calls, repeats, settings.budget), reasons
+    return calls, reasons
 
 
 class Differs(Exception):
     """The results of a library are not those that are expected."""
 
 
-def _checked(
-    library: str, built: Problem, flavour: str, expected: Factors
-) -> tuple[Callable[[], Any], Factors]:
+def _checked(library: str, built: Problem, flavour: str, expected: Factors) -> tuple[Warm, Factors]:
     """A call that is warmed up, and its factors, which are those expected."""
+    start = time.perf_counter()
     prepared = PEERS[library].prepare(built, flavour)
     result = prepared.call()
+    synchronize()
+    seconds = time.perf_counter() - start
     factors = prepared.read(result)
     _require("factors", _off(factors, expected or factors, flavour))
     if flavour == STEP:
         assert prepared.slope is not None
         _require("loss or gradients", distance_of_slopes(prepared.slope(result), slope_of(built)))
-    return prepared.call, factors
+    return Warm(prepared.call, seconds, size_of(factors)), factors
 
 
 def _off(found: Factors, expected: Factors, flavour: str) -> float:
@@ -219,6 +234,21 @@ def _with_time(row: Row, times: dict[str, Ratio], reasons: dict[str, str]) -> Ro
         differs = reasons[row.library].startswith("Differs")
         return replace(row, status=DIFFERS if differs else REFUSED, reason=reasons[row.library])
     return replace(row, time=times.get(row.library))
+
+
+def _with_first_here(
+    rows: list[Row], built: Problem, calls: Mapping[str, Warm], settings: Settings
+) -> list[Row]:
+    """In this process: what is allocated on a GPU is known, whatever was there before."""
+    peak, plain = Peak(settings.device), gradient(built)
+    gradients = First(0.0, later_peak(plain, peak), 0.0)
+    result = []
+    for row in rows:
+        warm = calls.get(row.library)
+        memory = later_peak(warm.call, peak) if warm else None
+        first = First(warm.seconds, memory, 0.0, warm.factors_mb) if warm else None
+        result.append(replace(row, first=first, first_of_gradient=gradients))
+    return result
 
 
 def _with_first(rows: list[Row], settings: Settings) -> list[Row]:

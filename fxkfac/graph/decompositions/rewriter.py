@@ -29,8 +29,8 @@ class Rewriter:
         return made
 
     def without(self, *names: str) -> Node:
-        """The same op with these arguments left out."""
-        return self._again(dict.fromkeys(names))
+        """The same op with these arguments left out, of which some ops have not all."""
+        return self._again({name: None for name in names if name in self.arguments})
 
     def replaced(self, name: str, value: Node) -> Node:
         """The same op with another value for one argument."""

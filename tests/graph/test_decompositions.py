@@ -1,0 +1,53 @@
+"""Ops taken apart that a CPU's own graphs do not have: a GPU's are checked by their formulas."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from drawn import rand
+from torch import nn
+from torch.fx import Graph, GraphModule
+
+from fxkfac.graph.decompositions import decompose
+from fxkfac.graph.recurrence import FUSED
+
+aten = torch.ops.aten
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_rms_norm_has_no_bias_to_leave_out(fused: bool) -> None:
+    graph = Graph()
+    x, w = graph.placeholder("x"), graph.placeholder("w")
+    op = aten._fused_rms_norm.default if fused else aten.rms_norm.default
+    y = graph.call_function(op, (x, [4], w, 1e-6))
+    graph.output(graph.call_function(operator.getitem, (y, 0)) if fused else y)
+    decompose(graph, [w], [x])
+    assert aten.mul.Tensor in {node.target for node in graph.nodes}
+    found = GraphModule(nn.Module(), graph)(rand(5, 4), rand(4, seed=1))
+    expected = F.rms_norm(rand(5, 4), [4], rand(4, seed=1), 1e-6)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
+
+
+CELLS: dict[str, tuple[Any, type[nn.RNNCellBase]]] = {
+    "gru": (aten._thnn_fused_gru_cell.default, nn.GRUCell),
+    "lstm": (aten._thnn_fused_lstm_cell.default, nn.LSTMCell),
+}
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("name", CELLS)
+def test_cells_that_a_gpu_runs_as_one_op(name: str, biased: bool) -> None:
+    op, kind = CELLS[name]
+    cell = kind(3, 4, bias=biased).double()  # type: ignore[call-arg]
+    x, h, c = rand(5, 3), rand(5, 4, seed=1), rand(5, 4, seed=2)
+    gates = F.linear(x, cell.weight_ih), F.linear(h, cell.weight_hh)
+    biases = [cell.bias_ih, cell.bias_hh] if biased else []
+    if name == "lstm":
+        found, expected = FUSED[op](*gates, c, *biases)[:2], cell(x, (h, c))
+    else:
+        found, expected = FUSED[op](*gates, h, *biases)[:1], (cell(x, h),)
+    torch.testing.assert_close(found, tuple(expected), rtol=0, atol=1e-14)
