@@ -20,8 +20,9 @@ to do than these can (Python 3.11, PyTorch 2.13), gave at the end
 
 For digits, KFAC was where Adam ended, and stayed, after 56, 54 and 52 steps: 0.43 to 0.47 of
 Adam's. For text it is a draw: in one turn KFAC was there after 98 steps, 0.41 of Adam's, in the
-others it ended 0.1 and 1.1 % above. Adam's best trial had 1.68, and so had KFAC's. Time is a draw,
-too, here: other work on the machine moves it by more than KFAC saves. The tuning and the turns of
+others it ended 0.1 and 1.1 % above. Adam's best trial had 1.68, and so had KFAC's. Time is a
+draw at best: other work on the machine moved it by more than KFAC saves, and on text KFAC took once
+1.15 of Adam's, in time of the process itself. The tuning and the turns of
 both tasks were run as parts, side by side. The first trace of a process takes some seconds more.
 
 Run it with `python examples/training.py [--out DIRECTORY] [--trials NUMBER] [--repeats NUMBER]`.
