@@ -11,7 +11,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-LENGTH = 64  # of a stretch of text
+LENGTH, BATCH = 64, 64  # of a stretch of text, and stretches of a batch
 
 Data = tuple[Tensor, Tensor]
 Chosen = dict[str, float]
@@ -23,23 +23,21 @@ class Task:
 
     Attributes:
         title: For the picture.
-        model: Always with the same start.
-        batches: So many, always the same.
+        model: Its start, for a seed.
+        batches: So many, for a seed.
         measured: The data whose loss counts.
-        steps: Of Adam.
-        share: The part of these that KFAC has.
-        fixed: Hyperparameters of KFAC that are not drawn.
+        steps: Of Adam; KFAC has half of them.
+        intervals: Of KFAC's factors and decompositions.
         ranges: Of every optimizer's hyperparameters, whose logarithms are drawn uniformly.
         found: What a search with these ranges has found.
     """
 
     title: str
-    model: Callable[[], nn.Module]
-    batches: Callable[[int], Iterator[Data]]
+    model: Callable[[int], nn.Module]
+    batches: Callable[[int, int], Iterator[Data]]
     measured: Callable[[], Data]
     steps: int
-    share: float
-    fixed: Chosen
+    intervals: dict[str, int]
     ranges: dict[str, dict[str, tuple[float, float]]]
     found: dict[str, Chosen]
 
@@ -52,8 +50,8 @@ def digits() -> Data:
     return images, torch.tensor(data.target)
 
 
-def convolutional() -> nn.Module:
-    torch.manual_seed(0)
+def convolutional(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
     return nn.Sequential(
         nn.Conv2d(1, 24, 3, padding=1),
         nn.ReLU(),
@@ -70,12 +68,12 @@ def convolutional() -> nn.Module:
     )
 
 
-def batches_of_digits(steps: int) -> Iterator[Data]:
-    """Seven of an epoch, shuffled anew in each."""
-    generator, (images, labels) = torch.Generator().manual_seed(1), digits()
+def batches_of_digits(steps: int, seed: int) -> Iterator[Data]:
+    """Four of an epoch, shuffled anew in each."""
+    generator, (images, labels) = torch.Generator().manual_seed(seed), digits()
     parts: list[Tensor] = []
     for _ in range(steps):
-        parts = parts or list(torch.randperm(len(images), generator=generator).chunk(7))
+        parts = parts or list(torch.randperm(len(images), generator=generator).chunk(4))
         part = parts.pop()
         yield images[part], labels[part]
 
@@ -87,15 +85,15 @@ def text() -> tuple[Tensor, Tensor]:
     return characters[:-100_000], characters[-100_000:]
 
 
-def small_gpt() -> nn.Module:
-    torch.manual_seed(0)
+def small_gpt(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
     return gpt.GPT(width=64, depth=2, heads=4, length=LENGTH)
 
 
-def batches_of_text(steps: int) -> Iterator[Data]:
-    generator, characters = torch.Generator().manual_seed(1), text()[0]
+def batches_of_text(steps: int, seed: int) -> Iterator[Data]:
+    generator, characters = torch.Generator().manual_seed(seed), text()[0]
     for _ in range(steps):
-        starts = torch.randint(len(characters) - LENGTH, (32,), generator=generator)
+        starts = torch.randint(len(characters) - LENGTH, (BATCH,), generator=generator)
         yield gpt.windows(characters, starts, LENGTH)
 
 
@@ -109,27 +107,51 @@ TASKS = {
         convolutional,
         batches_of_digits,
         digits,
-        steps=160,
-        share=0.5,
-        fixed={"momentum": 0.8, "kl_clip": 3e-3},
+        steps=120,
+        intervals={"factor_interval": 4, "inverse_interval": 8},
         ranges={
-            "KFAC": {"lr": (3e-2, 0.2), "damping": (3e-3, 3e-2)},
-            "Adam": {"lr": (3e-3, 3e-2), "eps": (1e-10, 1e-5)},
+            "KFAC": {
+                "lr": (0.05, 0.3),
+                "damping": (1e-3, 1e-2),
+                "momentum": (0.3, 0.8),
+                "kl_clip": (5e-3, 5e-2),
+            },
+            "Adam": {
+                "lr": (5e-3, 5e-2),
+                "beta1": (0.5, 0.95),
+                "beta2": (0.9, 0.999),
+                "eps": (1e-10, 1e-5),
+            },
         },
-        found={"KFAC": {"lr": 0.1, "damping": 8.9e-3}, "Adam": {"lr": 0.013, "eps": 2.4e-8}},
+        found={
+            "KFAC": {"lr": 0.15, "damping": 0.00114, "momentum": 0.523, "kl_clip": 0.0171},
+            "Adam": {"lr": 0.0257, "beta1": 0.57, "beta2": 0.929, "eps": 8.02e-6},
+        },
     ),
     "text": Task(
         "Source code, GPT of characters",
         small_gpt,
         batches_of_text,
         measured_text,
-        steps=200,
-        share=0.6,
-        fixed={"momentum": 0.6, "kl_clip": 5e-3},
+        steps=240,
+        intervals={"factor_interval": 2, "inverse_interval": 8},
         ranges={
-            "KFAC": {"lr": (0.1, 1.0), "damping": (5e-4, 2e-3)},
-            "Adam": {"lr": (3e-3, 3e-2), "eps": (1e-10, 1e-5)},
+            "KFAC": {
+                "lr": (0.2, 0.8),
+                "damping": (1e-4, 5e-4),
+                "momentum": (0.35, 0.6),
+                "kl_clip": (8e-3, 3e-2),
+            },
+            "Adam": {
+                "lr": (1e-2, 5e-2),
+                "beta1": (0.5, 0.9),
+                "beta2": (0.9, 0.999),
+                "eps": (1e-10, 1e-5),
+            },
         },
-        found={"KFAC": {"lr": 0.28, "damping": 5.7e-4}, "Adam": {"lr": 0.016, "eps": 1.2e-7}},
+        found={
+            "KFAC": {"lr": 0.538, "damping": 2.71e-4, "momentum": 0.444, "kl_clip": 0.00908},
+            "Adam": {"lr": 0.0269, "beta1": 0.626, "beta2": 0.962, "eps": 2.36e-8},
+        },
     ),
 }

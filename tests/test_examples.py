@@ -60,18 +60,29 @@ def training(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return runpy.run_path(str(ROOT / "examples" / "training.py"))
 
 
-@pytest.mark.slow  # a minute, where others run, too
-def test_training(training: dict[str, Any], tmp_path: Path) -> None:
-    """With the hyperparameters that were found, half of the steps are enough for digits."""
-    task = training["TASKS"]["digits"]
-    runs = {name: training["train"](task, name, task.found[name]) for name in ("KFAC", "Adam")}
-    adam, kfac = runs["Adam"], runs["KFAC"]
-    assert adam.losses[-1] < 5e-3
+@pytest.mark.slow  # a minute or two, where others run, too
+@pytest.mark.parametrize("key", ["digits", "text"])
+def test_training(
+    training: dict[str, Any],
+    tmp_path: Path,
+    key: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """With what was found, and half of the steps, KFAC ends where Adam does.
+
+    For digits that is below a tenth of its loss; for text within two percent.
+    """
+    task = training["TASKS"][key]
+    turns = training["in_turn"](task, task.found, 1)
+    adam, kfac = turns[0]["Adam"], turns[0]["KFAC"]
+    assert adam.losses[-1] < {"digits": 5e-3, "text": 1.75}[key]
+    assert kfac.losses[-1] < {"digits": 0.1, "text": 1.02}[key] * adam.losses[-1]
+    assert 2 * kfac.steps[-1] == adam.steps[-1] == task.steps
+    training["report"](turns)
     at = kfac.reaches(adam.losses[-1])
-    assert at is not None
-    assert kfac.steps[at] <= adam.steps[-1] / 2
-    training["report"](runs)
-    training["draw"]({"digits": runs}, tmp_path / "training.svg")
+    there = "does not reach" if at is None else f"is there after {kfac.steps[at]} steps"
+    assert f"KFAC {there}" in capsys.readouterr().out
+    training["draw"]({key: turns}, tmp_path / "training.svg")
     assert "seconds, tracing included" in (tmp_path / "training.svg").read_text()
 
 
@@ -99,15 +110,14 @@ def test_a_step_of_training_costs_less_than_the_steps_that_it_saves(
     """In operations over one period of all intervals, decompositions among them."""
     task = training["TASKS"][key]
     period, flops = 8, {}
-    data = list(task.batches(period))
+    data = list(task.batches(period, 0))
     for name, method in training["METHODS"].items():
-        chosen = task.found[name] if name == "Adam" else task.fixed | task.found[name]
-        step = method(task.model(), data[0][0][:8], period + 1, chosen)
+        step = method(task, task.model(0), data[0][0][:8], period + 1, task.found[name])
         with Flops() as counter:
             for x, y in data:
                 step(x, y)
         flops[name] = counter.total
-    assert 1 < flops["KFAC"] / flops["Adam"] < 1 / task.share
+    assert 1 < flops["KFAC"] / flops["Adam"] < 2
 
 
 def test_tuning(training: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
