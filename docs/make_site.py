@@ -69,7 +69,15 @@ NAVIGATION = {
         "api/rules",
         "api/errors",
     ],
-    "Design": ["design", "rules", "zoo", "benchmarks/benchmarks", "speed", "changes"],
+    "Design": [
+        "design",
+        "rules",
+        "zoo",
+        "benchmarks/benchmarks",
+        "benchmarks/gpu/benchmarks",
+        "speed",
+        "changes",
+    ],
 }
 
 

@@ -61,13 +61,14 @@ def kfac(
             Without a mask, rows are left out that no term of the loss can see: those at positions
             whose target is the loss's `ignore_index`, and at which no gradient arrives.
         generator: Source of random labels and signs: the same state gives the same factors, bit
-            for bit. Default: the program's own, which goes on from call to call.
+            for bit where PyTorch's own operations are. Default: the program's own, which goes on
+            from call to call.
         progress: Show a progress bar over the batches.
         backend: `"eager"`, or `"inductor"`: forward and backward pass are compiled, once for each
             shape of a batch, which takes seconds and a C++ compiler. Labels and dropout are drawn
             as without; results differ by rounding. It pays for models of many small operations,
-            such as norms, activations and derivatives in their inputs, and for many batches of
-            one shape; products of large matrices are as fast without.
+            such as norms, activations and derivatives in their inputs, for many batches of one
+            shape, and on a GPU; products of large matrices are as fast without.
         memory: Bytes that the gradients of vectors which are sent back together may take, counted
             at the outputs of linear ops: of flavours with several vectors, such as `"type-2"`, as
             many go through one backward pass as fit, one at least. Default: 32 MiB, beyond which

@@ -103,7 +103,9 @@ def markdown(rows: list[Row], about: dict[str, Any]) -> str:
         for r in rows
         if r.reason
     )
-    parts = ["# Time and memory beside the peers", EXPLANATION, "![Ratios](benchmarks.svg)", table]
+    where = "" if about["device"] == "cpu" else ", on a GPU"
+    title = f"# Time and memory beside the peers{where}"
+    parts = [title, EXPLANATION, "![Ratios](benchmarks.svg)", table]
     parts += ["## Not timed", refused] if refused else []
     return "\n\n".join([*parts, "## Machine", machine_text(about)]) + "\n"
 
