@@ -13,7 +13,7 @@ up in place, one triangle of each; or, where that is faster, they are in the gra
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -149,8 +149,9 @@ def compiled(
 def _compiled(
     tapped: Tapped, kinds: tuple[Kind, ...], wanted: tuple[int, ...], sink: Collector | None
 ) -> Compiled:
+    recorder = _Recorder(tapped, sink)
     try:
-        joint, layout, outputs, rows = _joint(tapped, kinds, wanted, sink)
+        joint, layout = _joint(recorder, kinds, wanted)
     except Exception as error:  # whatever ops say when they meet tensors without values
         raise OptionError(
             "backend='inductor' cannot trace this graph without the values of its tensors, on "
@@ -172,48 +173,64 @@ def _compiled(
         backward=backward,
         gradient=gradient,
         later=tuple(n.name for n in later),
-        outputs=tuple(outputs[use.tap].shape_only() for use in tapped.uses if sink is None),
+        outputs=tuple(
+            recorder.outputs[use.tap].shape_only() for use in tapped.uses if sink is None
+        ),
         layout=layout,
-        rows=None if sink is None else rows,
+        rows=None if sink is None else recorder.rows,
         **names,
     )
 
 
-def _joint(
-    tapped: Tapped, kinds: tuple[Kind, ...], wanted: tuple[int, ...], sink: Collector | None
-) -> tuple[GraphModule, Kind, dict[int, Kind], dict[int, int | Tensor]]:
-    """Forward and backward pass as one graph; of what kind are the prediction and all outputs.
+@dataclass
+class _Recorder:
+    """Records what a graph gives to those who listen, and what is known of it without values.
 
-    And, where sums are in the graph, of how many rows.
+    Attributes:
+        sink: Whose sums are in the graph; without one, it gives what these are made of.
+        outputs: Of what kind are the outputs at the taps.
+        rows: Of how many rows are the sums of inputs.
     """
-    outputs: dict[int, Kind] = {}
-    rows: dict[int, int | Tensor] = {}
+
+    tapped: Tapped
+    sink: Collector | None
+    outputs: dict[int, Kind] = field(default_factory=dict)
+    rows: dict[int, int | Tensor] = field(default_factory=dict)
+
+    def record(self, asked: list[Tensor], vector: Tensor) -> tuple[Tensor, Any, Any]:
+        """The prediction, and what is there with it and when the vector was sent back."""
+        return self._taps(asked, vector) if self.sink is None else self._sums(asked, vector)
+
+    def _taps(self, asked: list[Tensor], vector: Tensor) -> tuple[Tensor, Any, Any]:
+        taps = Taps()
+        f = self.tapped.module(taps, *asked)
+        self.outputs.update({k: Kind.of(y) for k, y in taps.outputs.items()})
+        arriving = _gradients(f, list(taps.outputs.values()), vector)
+        found = {k: g for k, g in zip(taps.outputs, arriving, strict=True) if g is not None}
+        return f, {k: detached(x) for k, x in taps.inputs.items()}, found
+
+    def _sums(self, asked: list[Tensor], vector: Tensor) -> tuple[Tensor, Any, Any]:
+        assert self.sink is not None
+        collector = alike(self.sink)
+        f = self.tapped.module(collector, *asked)
+        collector.send_back(f, [vector])
+        with torch.no_grad():
+            summed = Summed.of(collector)
+        self.rows.update(summed.rows)
+        return f, summed.inputs, summed.gradients
+
+
+def _joint(
+    recorder: _Recorder, kinds: tuple[Kind, ...], wanted: tuple[int, ...]
+) -> tuple[GraphModule, Kind]:
+    """Forward and backward pass as one graph; and of what kind the prediction is."""
+    tapped = recorder.tapped
 
     def joint(vector: Tensor, cotangent: Tensor, *arguments: Tensor) -> dict[str, Any]:
         asked = [t.detach().requires_grad_(k in wanted) for k, t in enumerate(arguments)]
-        if sink is not None:
-            collector = alike(sink)
-            f = tapped.module(collector, *asked)
-            collector.send_back(f, [vector])
-            with torch.no_grad():
-                summed = Summed.of(collector)
-            rows.update(summed.rows)
-            return {
-                "prediction": f.detach(),
-                "inputs": summed.inputs,
-                "taps": summed.gradients,
-                "wanted": _gradients(f, [asked[k] for k in wanted], cotangent),
-            }
-        taps = Taps()
-        f = tapped.module(taps, *asked)
-        outputs.update({k: Kind.of(y) for k, y in taps.outputs.items()})
-        arriving = _gradients(f, list(taps.outputs.values()), vector)
-        return {
-            "prediction": f.detach(),
-            "inputs": {k: detached(x) for k, x in taps.inputs.items()},
-            "taps": {k: g for k, g in zip(taps.outputs, arriving, strict=True) if g is not None},
-            "wanted": _gradients(f, [asked[k] for k in wanted], cotangent),
-        }
+        f, inputs, taps = recorder.record(asked, vector)
+        gradients = _gradients(f, [asked[k] for k in wanted], cotangent)
+        return {"prediction": f.detach(), "inputs": inputs, "taps": taps, "wanted": gradients}
 
     # Without values, nothing of the graph can depend on them unnoticed.
     with quietly(), FakeTensorMode(allow_non_fake_inputs=True):
@@ -226,7 +243,7 @@ def _joint(
     for node in module.graph.nodes:
         if node.target is torch.ops.aten.detach.default:
             node.replace_all_uses_with(node.args[0])
-    return module, Kind.of(arguments[0]), outputs, rows
+    return module, Kind.of(arguments[0])
 
 
 def _gradients(f: Tensor, at: list[Tensor], vector: Tensor) -> tuple[Tensor | None, ...]:

@@ -14,7 +14,9 @@ from torch import nn
 from zoo import ZOO
 
 import fxkfac
-from fxkfac.curvature import parts
+from fxkfac.curvature import backends, parts
+from fxkfac.curvature.inside import pays
+from fxkfac.curvature.padding import Padding
 from fxkfac.errors import FxkfacError, OptionError
 
 has_compiler = any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
@@ -77,6 +79,35 @@ def test_a_graph_that_is_cut_at_the_prediction(name, monkeypatch):
     program = entry.trace(*entry.build(), 4)
     flavours = [o for o in FLAVOURS if entry.reduce or "sharing" not in o]
     compare(program, entry.loss, [entry.data(4), entry.data(3)], 1e-10, flavours)
+
+
+@pytest.mark.parametrize("name", sorted(SOME)[::2])
+def test_sums_may_stay_outside(name, monkeypatch):
+    """As they do for wide layers on a CPU; the models of the zoo are narrow."""
+    monkeypatch.setattr(parts, "_code", lambda module, given: module)
+    monkeypatch.setattr(backends, "pays", lambda sink, device: False)
+    entry = ZOO[name]
+    program = entry.trace(*entry.build(), 4)
+    flavours = [o for o in FLAVOURS if entry.reduce or "sharing" not in o]
+    compare(program, entry.loss, [entry.data(4), entry.data(3)], 1e-10, flavours)
+
+
+def test_where_sums_are_inside():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+
+    def sink(width, hold=False, mask=None):
+        program = fxkfac.trace(nn.Linear(width, 3).double(), rand(4, width))
+        over = fxkfac.Accumulation(program, CE).over
+        padding = Padding(mask)
+        found = over.sink(over.schedule, padding, 0, torch.tensor([0]))
+        found.hold = hold
+        return found
+
+    assert pays(sink(254), cpu)
+    assert not pays(sink(255), cpu)  # with the column of the bias, two strips of a triangle
+    assert pays(sink(255), gpu)
+    assert not pays(sink(4, hold=True), gpu)
+    assert not pays(sink(4, mask=torch.ones(4, 1)), gpu)
 
 
 @needs_compiler
