@@ -78,8 +78,8 @@ def silenced() -> Iterator[None]:
 
 
 PEERS: dict[str, Peer] = {
-    "fxkfac": Peer("fxkfac", ALL, own.fxkfac_factors),
-    own.INDUCTOR: Peer("fxkfac, inductor", ALL, own.inductor_factors),
+    "fxkfac": Peer("fxkfac", ALL, own.fxkfac_factors, module="fxkfac.front"),
+    own.INDUCTOR: Peer("fxkfac, inductor", ALL, own.inductor_factors, module="fxkfac.front"),
     "hooks": Peer("plain hooks", ALL, own.hooks_factors),
     "curvlinops": Peer(
         "curvlinops", PLAIN, adapters.curvlinops_factors, "curvlinops-for-pytorch", "curvlinops"
