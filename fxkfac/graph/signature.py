@@ -117,14 +117,9 @@ class Signature:
 def _unlike(t: Tensor, least: int, most: int, generator: Generator) -> Tensor:
     if not t.is_floating_point():
         return _varied(t, repeats=True, generator=generator)
-    signs = (
-        2
-        * torch.randint(least, most + 1, t.shape, generator=generator, device=generator.device).to(
-            t
-        )
-        - 1
-    )
-    return t.abs() * signs
+    g = generator
+    signs = torch.randint(least, most + 1, t.shape, generator=g, device=g.device).to(t)
+    return t.abs() * (2 * signs - 1)
 
 
 def _is_number(t: Tensor) -> bool:
@@ -133,16 +128,15 @@ def _is_number(t: Tensor) -> bool:
 
 
 def _varied(t: Tensor, repeats: bool, generator: Generator) -> Tensor:
+    g = generator
     if t.is_floating_point():
         # Zero entries move too, and no entry changes its sign: log and sqrt stay defined.
-        noise = torch.rand(t.shape, generator=generator, device=generator.device).to(t)
+        noise = torch.rand(t.shape, generator=g, dtype=torch.float32, device=g.device).to(t)
         return torch.where(t == 0, 0.1 * noise, t * (1 + 0.1 * noise))
     if t.dtype == torch.bool or not repeats:
         return t
-    chosen = torch.randint(t.numel(), t.shape, generator=generator, device=generator.device).to(
-        t.device
-    )
-    return t.flatten()[chosen]
+    chosen = torch.randint(t.numel(), t.shape, generator=g, device=g.device)
+    return t.flatten()[chosen.to(t.device)]
 
 
 def _as_tuple(inputs: Any) -> Any:
