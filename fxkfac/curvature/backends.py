@@ -81,6 +81,7 @@ def _eager(batch: Forward) -> Differentiable:
 class _Compiled:
     run: Run
     receiver: Receiver
+    sink: Collector | None  # the same, where the code has its sums inside
     code: Compiled
     values: Values
 
@@ -88,10 +89,10 @@ class _Compiled:
         if self.code.taps:
             for vector in vectors:
                 found = self.code.send_back(self.values, vector)
-                if isinstance(self.receiver, Collector) and self.code.rows is not None:
-                    take_gradients(self.receiver, found)
-                else:
+                if self.sink is None:
                     self.receiver.gradients(found)
+                else:
+                    take_gradients(self.sink, found)
         self.receiver.finish()
 
     def gradients(self, cotangent: Tensor) -> Sequence[Tensor | None]:
@@ -104,13 +105,13 @@ def _inductor(batch: Forward) -> Differentiable:
     sink = batch.receiver if pays(batch.receiver, arguments[0].device) else None
     code = compiled(batch.tapped, tuple(map(Kind.of, arguments)), places, sink)
     values = code.run(arguments)
-    if sink is not None and code.rows is not None:
+    if sink is not None:
         take_inputs(sink, code.sums(values), code.rows)
     for use, output in enumerate(code.outputs):
         batch.receiver.input(use, code.input(values, use), output)
     n = batch.program.signature.batch_size(batch.tensors)
     run = Run(batch.tapped, values[code.prediction], n)
-    return _Compiled(run, batch.receiver, code, code.read_later(values))
+    return _Compiled(run, batch.receiver, sink, code, code.read_later(values))
 
 
 Backend = Callable[[Forward], Differentiable]

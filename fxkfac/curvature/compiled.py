@@ -72,7 +72,7 @@ class Compiled:
         later: What is read when something is sent back.
         outputs: For every use, what has the shape of its op's output.
         layout: How vectors are in memory.
-        rows: Of the sums of inputs; `None` where sums are taken outside.
+        rows: Of the sums of inputs, where these are in the graph.
     """
 
     arguments: tuple[str, ...]
@@ -86,7 +86,7 @@ class Compiled:
     later: tuple[str, ...]
     outputs: tuple[Tensor, ...]
     layout: Kind
-    rows: Rows | None
+    rows: Rows
 
     def run(self, tensors: Iterable[Tensor]) -> Values:
         """Run forwards on parameters, buffers and data."""
@@ -173,11 +173,9 @@ def _compiled(
         backward=backward,
         gradient=gradient,
         later=tuple(n.name for n in later),
-        outputs=tuple(
-            recorder.outputs[use.tap].shape_only() for use in tapped.uses if sink is None
-        ),
+        outputs=tuple(recorder.outputs[u.tap].shape_only() for u in tapped.uses if sink is None),
         layout=layout,
-        rows=None if sink is None else recorder.rows,
+        rows=recorder.rows,
         **names,
     )
 

@@ -276,12 +276,13 @@ def _mode(bound: FunctionalModel) -> Hashable:
     """What of a module's state decides which graph it is: train or eval mode of its parts."""
     if not isinstance(bound.model, nn.Module):
         return None
-    modes, stack = [], [bound.model]
+    modes, stack = {}, [bound.model]
     while stack:  # at every batch: `modules()` takes three times as long
         module = stack.pop()
-        modes.append(module.training)
-        stack += filter(None, module._modules.values())
-    return tuple(modes)
+        if module not in modes:  # it may hold one that holds it
+            modes[module] = module.training
+            stack += [m for m in module._modules.values() if m is not None]
+    return tuple(modes.values())
 
 
 def _require_finite(tensors: list[Tensor]) -> None:
