@@ -26,12 +26,16 @@ def own_randomness(seed: int | None = None) -> Iterator[None]:
         yield
 
 
+def seed_from(generator: Generator) -> int:
+    """The next seed that a generator draws."""
+    return int(torch.randint(2**62, (), generator=generator, device=generator.device))
+
+
 def generator_on(device: torch.device, generator: Generator) -> Generator:
     """A generator that draws on this device: itself, or one there that it gives the seed of."""
-    if generator.device.type == device.type:
+    if generator.device == device:
         return generator
-    seed = torch.randint(2**62, (), generator=generator, device=generator.device)
-    return Generator(device).manual_seed(int(seed))
+    return Generator(device).manual_seed(seed_from(generator))
 
 
 def is_finite(t: Tensor) -> bool:

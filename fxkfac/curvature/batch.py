@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Generic, Protocol, Self, TypeVar
 
-import torch
 from torch import Generator, Tensor
 
 from fxkfac.curvature.backends import Backend, Differentiable, Forward, backend_of
@@ -24,7 +23,7 @@ from fxkfac.curvature.together import MEMORY, require_memory
 from fxkfac.errors import DataError, FxkfacError, NonFiniteError
 from fxkfac.functional import Params
 from fxkfac.graph.program import Program, Run, Tapped
-from fxkfac.isolation import is_finite, own_randomness
+from fxkfac.isolation import is_finite, own_randomness, seed_from
 
 
 class Sums(Protocol):
@@ -149,9 +148,9 @@ class Pass(ABC, Generic[Sink, Total]):
 
     def _finite_sums(self, inputs: Any, targets: Any) -> Total:
         """The sums of one batch, which fit to those so far."""
-        generator, number = self.generator, self.batches
-        seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
-        with own_randomness(seed):  # dropout draws from the global state, which is the caller's
+        number = self.batches
+        # Dropout draws from the global state, which is the caller's.
+        with own_randomness(seed_from(self.generator)):
             part = self._sums(inputs, targets, number)
         if (found := part.not_finite()) is not None:
             raise NonFiniteError(

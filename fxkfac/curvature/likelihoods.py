@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from fxkfac.errors import DataError, FxkfacError, LossError, NoDataError, NonFiniteError
-from fxkfac.isolation import own_randomness
+from fxkfac.isolation import own_randomness, seed_from
 
 Target = Any  # a tensor for the torch losses; whatever `nll` takes for a user's own
 
@@ -133,9 +133,8 @@ class Likelihood:
 
     def sample(self, f: Tensor, generator: torch.Generator) -> Target:
         """ỹ drawn from r(· | f), the same for the same state of `generator`. Section 2.3."""
-        seed = torch.randint(2**62, (), generator=generator, device=generator.device)
         # torch.distributions knows only the global generator, which is the caller's.
-        with own_randomness(int(seed)):
+        with own_randomness(seed_from(generator)):
             return self.distribution(f.detach()).sample()
 
     def sampled_gradient(self, f: Tensor, y: Target, sampled: Target) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Generator
 
 from fxkfac.curvature.data import Data
@@ -17,6 +16,7 @@ from fxkfac.distributed.reduce import reduced
 from fxkfac.distributed.workers import Workers
 from fxkfac.errors import NoDataError
 from fxkfac.graph.program import Program
+from fxkfac.isolation import seed_from
 
 
 def kfac(
@@ -102,6 +102,4 @@ def _of_all(
 
 
 def _own_generator(program: Program, place: int) -> Generator:
-    g = program.generator
-    next_one = torch.randint(2**62, (), generator=g, device=g.device)
-    return Generator().manual_seed(int(next_one) + place)
+    return Generator().manual_seed(seed_from(program.generator) + place)

@@ -13,7 +13,7 @@ from fxkfac.curvature.likelihoods import Likelihood
 from fxkfac.functional import FunctionalModel, split_inputs
 from fxkfac.graph.normal import Input
 from fxkfac.graph.program import Program
-from fxkfac.isolation import full_precision, own_randomness
+from fxkfac.isolation import full_precision, own_randomness, seed_from
 
 Batches = Sequence[tuple[Any, Any]]
 
@@ -52,7 +52,7 @@ def loss_and_gradients(
     for number, (inputs, targets) in enumerate(data):
         tapped, tensors = program.at(inputs)
         leaves = {name: state[name].detach().requires_grad_() for name in wanted}
-        with own_randomness(_seed(generator)):
+        with own_randomness(seed_from(generator)):
             run = program.run_graph(tapped, tensors, {**state, **leaves}, _Deaf())
         f = run.prediction.detach()
         require_finite_prediction(f, number)
@@ -71,10 +71,6 @@ def loss_and_gradients(
                 running += g
     R = likelihood.reduction_factor(count)
     return R * total, {name: R * g for name, g in sums.items()}
-
-
-def _seed(generator: Generator) -> int:
-    return int(torch.randint(2**62, (), generator=generator, device=generator.device))
 
 
 def modes_with_buffers(model: FunctionalModel) -> tuple[bool, ...]:
