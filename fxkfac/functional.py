@@ -142,9 +142,9 @@ class FunctionalModel:
     def current(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
         """Parameters (all, without names) as they are now, detached from any graph."""
         names = self.tensors if names is None else names
-        return {name: self._now(name).detach() for name in names}
+        return {name: self.now(name).detach() for name in names}
 
-    def _now(self, name: str) -> Tensor:
+    def now(self, name: str) -> Tensor:
         """A parameter as it is now: a module may hold another one than when it was bound."""
         if not isinstance(self.model, nn.Module) or name in self.replaced:
             return self.tensors[name]

@@ -51,29 +51,24 @@ CELLS: dict[str, Cell] = {
 
 
 def _fused_gru(
-    from_x: Tensor,
-    from_h: Tensor,
-    h: Tensor,
-    b_ih: Tensor | None = None,
-    b_hh: Tensor | None = None,
+    from_x: Tensor, from_h: Tensor, h: Tensor, *biases: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    (new,) = _gru(_plus(from_x, b_ih), _plus(from_h, b_hh), (h,))
+    (new,) = _gru(*_biased(from_x, from_h, biases), (h,))
     return new, from_x
 
 
 def _fused_lstm(
-    from_x: Tensor,
-    from_h: Tensor,
-    c: Tensor,
-    b_ih: Tensor | None = None,
-    b_hh: Tensor | None = None,
+    from_x: Tensor, from_h: Tensor, c: Tensor, *biases: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    h, new = _lstm(_plus(from_x, b_ih), _plus(from_h, b_hh), (c, c))
+    h, new = _lstm(*_biased(from_x, from_h, biases), (c, c))
     return h, new, from_x
 
 
-def _plus(x: Tensor, b: Tensor | None) -> Tensor:
-    return x if b is None else x + b
+def _biased(
+    from_x: Tensor, from_h: Tensor, biases: Sequence[Tensor | None]
+) -> tuple[Tensor, Tensor]:
+    b_ih, b_hh = biases or (None, None)
+    return from_x if b_ih is None else from_x + b_ih, from_h if b_hh is None else from_h + b_hh
 
 
 # A GPU runs a cell as one op, biases included. The last output is for the op's own backward pass.

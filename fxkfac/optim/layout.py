@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fxkfac.curvature.factors import Settings
 from fxkfac.curvature.plan import BlockPlan
@@ -133,9 +133,4 @@ def _column(numel: int) -> Tensor:
 
 def held(program: Program) -> dict[str, Tensor]:
     """The tensors in which the user holds the selected parameters, by name."""
-    model = program.model
-    tensors = dict(model.tensors)
-    if isinstance(model.model, nn.Module):
-        live = dict(model.model.named_parameters(remove_duplicate=False))
-        tensors |= {name: live[name] for name in tensors if name not in model.replaced}
-    return {name: tensors[name] for name in program.asked.selected}
+    return {name: program.model.now(name) for name in program.asked.selected}
