@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeGuard
+from typing import TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from fxkfac.curvature.receive import Receiver
 from fxkfac.curvature.schedule import counts_only
 from fxkfac.linalg import strips
 
+Key = TypeVar("Key")
 Rows = Mapping[int, int | Tensor]  # of every term
 
 
@@ -59,7 +60,7 @@ class Summed:
 
     inputs: Mapping[int, Tensor]
     gradients: Mapping[int | str, Tensor]
-    rows: Mapping[int, int | Tensor]
+    rows: Rows
 
     @staticmethod
     def of(sink: Collector) -> Summed:
@@ -75,7 +76,7 @@ class Summed:
 
 def take_inputs(sink: Collector, inputs: Mapping[int, Tensor], rows: Rows) -> None:
     """Add what compiled code has summed with the prediction."""
-    for k, A in inputs.items():
+    for k, A in _each_its_own(inputs).items():
         counts = counts_only(sink.schedule.terms[k])
         moments: dict[Scales, Moment] = {} if counts else {(): Moment.of(A)}
         sink.inputs[k].merge(InputSums(moments, A if counts else None, rows[k]))
@@ -83,8 +84,17 @@ def take_inputs(sink: Collector, inputs: Mapping[int, Tensor], rows: Rows) -> No
 
 def take_gradients(sink: Collector, gradients: Mapping[int | str, Tensor]) -> None:
     """Add what it has summed with a vector that was sent back."""
-    for key, total in gradients.items():
+    for key, total in _each_its_own(gradients).items():
         if isinstance(key, int):
             sink.outputs[key].merge(Moment.of(total))
         else:
             sink.exact[key] = sink.exact[key] + total if key in sink.exact else total
+
+
+def _each_its_own(sums: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
+    """Of equal sums a compiler may make one tensor; but each will be changed in place."""
+    first: dict[int, Key] = {}
+    return {
+        key: total if first.setdefault(total.data_ptr(), key) == key else total.clone()
+        for key, total in sums.items()
+    }

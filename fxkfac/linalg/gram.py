@@ -91,7 +91,7 @@ def add_gram(gram: Gram, x: Float[Tensor, "group *rows d"]) -> None:
         return
     d = x.shape[-1]
     # One product for every datum needs no copy, and is smaller than the datum.
-    by_datum = d < min(x.shape[2], 2 * STRIP) and _readable(x, gram.total)
+    by_datum = d < x.shape[2] and strips(d) == 1 and _readable(x, gram.total)
     for part in _chunks(x, d * d):
         if by_datum:
             datum_first = part.movedim(1, 0)  # merges with the groups of a channel axis
