@@ -138,6 +138,34 @@ def test_inductor_on_a_gpu(fisher: str, sharing: str) -> None:
     assert_equal(found, kfac(network(), digits_like(), **options), "cuda")
 
 
+def assert_same_step(found: fxkfac.Step, expected: fxkfac.Step) -> None:
+    for name, block in expected.factors.items():
+        torch.testing.assert_close(found.factors[name].dense(), block.dense())
+    for name, g in expected.gradients.items():
+        torch.testing.assert_close(found.gradients[name], g)
+    torch.testing.assert_close(found.loss, expected.loss)
+
+
+@pytest.mark.parametrize("fisher", ["mc", "empirical"])
+def test_a_batch_that_is_replayed(fisher: str) -> None:
+    """Other parameters, data and draws each time; and what was returned stays as it was."""
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Dropout(0.3), nn.Linear(5, 3))
+    model = model.double().cuda().train()
+    program = fxkfac.trace(model, rand(8, 6).cuda())
+    made = []
+    for k in range(5):
+        with torch.no_grad():
+            model[0].weight.mul_(1.1)
+        data = rand(8, 6, seed=k).cuda(), torch.arange(8, device="cuda") % 3
+        for backend in ("inductor", "eager"):
+            generator = torch.Generator().manual_seed(k)
+            made.append(
+                fxkfac.step(program, CE, data, fisher=fisher, generator=generator, backend=backend)
+            )
+    for found, expected in zip(made[::2], made[1::2], strict=True):
+        assert_same_step(found, expected)
+
+
 def test_one_rank_with_nccl(tmp_path: Path) -> None:
     data = on("cuda", digits_like())
     program = fxkfac.trace(network().cuda(), data[0])

@@ -4,18 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
+from fxkfac.curvature.closed_form import ClosedForm
 from fxkfac.curvature.collect import Collector
-from fxkfac.curvature.compiled import Compiled, Kind, compiled
+from fxkfac.curvature.compiled import Compiled, compiled
 from fxkfac.curvature.inside import pays, take_gradients, take_inputs
+from fxkfac.curvature.likelihoods import Likelihood
 from fxkfac.curvature.parts import Values
 from fxkfac.curvature.receive import Receiver
+from fxkfac.curvature.traced import Kind
+from fxkfac.curvature.whole import Objective, Outcome, is_whole, whole
 from fxkfac.errors import OptionError
 from fxkfac.graph.program import Program, Run, Tapped
+
+
+class Slope(NamedTuple):
+    """The criterion, without R, and its gradients.
+
+    Attributes:
+        criterion: Σ_n c(f_n, y_n).
+        gradients: Of the wanted parameters; `None` where there is no way to one.
+    """
+
+    criterion: Tensor
+    gradients: Sequence[Tensor | None]
 
 
 class Differentiable(Protocol):
@@ -26,12 +43,16 @@ class Differentiable(Protocol):
         """The graph and its prediction."""
         ...
 
+    def require_fit(self) -> None:
+        """Raise `DataError` unless the targets fit the prediction."""
+        ...
+
     def send_back(self, vectors: Iterable[Tensor]) -> None:
         """Backpropagate vectors into the sink, one after the other."""
         ...
 
-    def gradients(self, cotangent: Tensor) -> Sequence[Tensor | None]:
-        """Gradients of the wanted parameters; `None` where there is no way to one."""
+    def slope(self) -> Slope:
+        """The criterion and its gradients."""
         ...
 
 
@@ -44,6 +65,9 @@ class Forward:
         tensors: The data.
         wanted: Names of the parameters that ask for gradients.
         receiver: What receives the taps.
+        likelihood: Whose criterion is differentiated.
+        targets: As it takes them.
+        generator: Where labels are drawn from.
     """
 
     program: Program
@@ -52,66 +76,126 @@ class Forward:
     tensors: list[Tensor]
     wanted: Sequence[str]
     receiver: Receiver
+    likelihood: Likelihood
+    targets: Any
+    generator: Generator
+
+    def require_fit(self, prediction: Tensor) -> None:
+        """Raise `DataError` unless the targets fit."""
+        self.likelihood.validate(prediction.detach(), self.targets)
+
+    def slope(
+        self, prediction: Tensor, gradients: Callable[[Tensor], Sequence[Tensor | None]]
+    ) -> Slope:
+        """By what gives ⟨cotangent, f⟩'s gradients."""
+        f = prediction.detach()
+        cotangent = self.likelihood.gradient(f, self.targets)
+        return Slope(self.likelihood.criterion(f, self.targets), gradients(cotangent))
 
 
 @dataclass(frozen=True)
 class _Eager:
+    batch: Forward
     run: Run
-    receiver: Receiver
-    leaves: Mapping[str, Tensor]
+    leaves: Sequence[Tensor]
+
+    def require_fit(self) -> None:
+        self.batch.require_fit(self.run.prediction)
 
     def send_back(self, vectors: Iterable[Tensor]) -> None:
-        self.receiver.send_back(self.run.prediction, vectors)
+        self.batch.receiver.send_back(self.run.prediction, vectors)
 
-    def gradients(self, cotangent: Tensor) -> Sequence[Tensor | None]:
-        f, leaves = self.run.prediction, list(self.leaves.values())
+    def slope(self) -> Slope:
+        return self.batch.slope(self.run.prediction, self._gradients)
+
+    def _gradients(self, cotangent: Tensor) -> Sequence[Tensor | None]:
+        f = self.run.prediction
         if not f.requires_grad:
-            return [None] * len(leaves)
-        return torch.autograd.grad(f, leaves, cotangent, allow_unused=True)
+            return [None] * len(self.leaves)
+        return torch.autograd.grad(f, self.leaves, cotangent, allow_unused=True)
 
 
 def _eager(batch: Forward) -> Differentiable:
     leaves = {name: batch.state[name].detach().requires_grad_() for name in batch.wanted}
     state = {**batch.state, **leaves}
     run = batch.program.run_graph(batch.tapped, batch.tensors, state, batch.receiver)
-    return _Eager(run, batch.receiver, leaves)
+    return _Eager(batch, run, list(leaves.values()))
 
 
 @dataclass(frozen=True)
 class _Compiled:
+    batch: Forward
     run: Run
-    receiver: Receiver
-    sink: Collector | None  # the same, where the code has its sums inside
+    sink: Collector | None  # the receiver, where the code has its sums inside
     code: Compiled
     values: Values
+
+    def require_fit(self) -> None:
+        self.batch.require_fit(self.run.prediction)
 
     def send_back(self, vectors: Iterable[Tensor]) -> None:
         if self.code.taps:
             for vector in vectors:
                 found = self.code.send_back(self.values, vector)
                 if self.sink is None:
-                    self.receiver.gradients(found)
+                    self.batch.receiver.gradients(found)
                 else:
                     take_gradients(self.sink, found)
-        self.receiver.finish()
+        self.batch.receiver.finish()
 
-    def gradients(self, cotangent: Tensor) -> Sequence[Tensor | None]:
-        return self.code.gradients(self.values, cotangent)
+    def slope(self) -> Slope:
+        gradients = partial(self.code.gradients, self.values)
+        return self.batch.slope(self.run.prediction, gradients)
+
+
+@dataclass(frozen=True)
+class _Whole:
+    run: Run
+    sink: Collector
+    outcome: Outcome
+    copy: bool  # for what the code has returned is its own
+
+    def require_fit(self) -> None:
+        """They did before the code ran."""
+
+    def send_back(self, vectors: Iterable[Tensor]) -> None:
+        """What was sent back has come."""
+        take_gradients(self.sink, self.outcome.gradients, self.copy)
+        self.sink.finish()
+
+    def slope(self) -> Slope:
+        return Slope(self.outcome.criterion, self.outcome.wanted)
 
 
 def _inductor(batch: Forward) -> Differentiable:
     arguments, names = [*batch.state.values(), *batch.tensors], list(batch.state)
-    places = tuple(names.index(name) for name in batch.wanted)
+    kinds, places = tuple(map(Kind.of, arguments)), tuple(names.index(n) for n in batch.wanted)
     sink = batch.receiver if pays(batch.receiver, arguments[0].device) else None
-    code = compiled(batch.tapped, tuple(map(Kind.of, arguments)), places, sink)
+    n = batch.program.signature.batch_size(batch.tensors)
+    if sink is not None and (objective := _objective(batch, sink)) is not None:
+        every = whole(batch.tapped, kinds, places, sink, objective)
+        outcome = every.run(objective, arguments)
+        copy = every.part.replays
+        take_inputs(sink, outcome.inputs, every.rows, copy)
+        return _Whole(Run(batch.tapped, outcome.prediction, n), sink, outcome, copy)
+    code = compiled(batch.tapped, kinds, places, sink)
     values = code.run(arguments)
     if sink is not None:
         take_inputs(sink, code.sums(values), code.rows)
     for use, output in enumerate(code.outputs):
         batch.receiver.input(use, code.input(values, use), output)
-    n = batch.program.signature.batch_size(batch.tensors)
     run = Run(batch.tapped, values[code.prediction], n)
-    return _Compiled(run, batch.receiver, sink, code, code.read_later(values))
+    return _Compiled(batch, run, sink, code, code.read_later(values))
+
+
+def _objective(batch: Forward, sink: Collector) -> Objective | None:
+    """What goes back, where all of it can be in the code."""
+    likelihood, y = batch.likelihood, batch.targets
+    if not is_whole(sink.settings):
+        return None
+    if not isinstance(likelihood, ClosedForm) or not isinstance(y, Tensor):
+        return None
+    return Objective(likelihood, y, batch.generator)
 
 
 Backend = Callable[[Forward], Differentiable]

@@ -172,20 +172,33 @@ class Pass(ABC, Generic[Sink, Total]):
         memory = MEMORY if self.memory is None else self.memory
         sink = self.sink(schedule, padding, memory, targets)
         with _named(number):
-            ran = self._forward(
-                Forward(self.program, tapped, self.state, tensors, self.wanted, sink)
-            )
+            ran = self._forward(self._batch(tapped, tensors, targets, sink))
         run, prediction = ran.run, ran.run.prediction.detach()
         require_finite_prediction(prediction, number)
-        likelihood.validate(prediction, targets)
+        ran.require_fit()
         if sink.hold:
             padding.ignored = ignored_positions(likelihood, run, targets)
         vectors = partial(self._vectors, run, targets)
-        self._send_back(ran, targets, vectors())
+        self._send_back(ran, vectors())
         count = float(likelihood.count(prediction, targets))
         return self.sums(sink, Batch(inputs, schedule, run, count, vectors))
 
-    def _send_back(self, ran: Differentiable, targets: Any, vectors: Iterable[Tensor]) -> None:
+    def _batch(
+        self, tapped: Tapped, tensors: list[Tensor], targets: Any, sink: Receiver
+    ) -> Forward:
+        return Forward(
+            self.program,
+            tapped,
+            self.state,
+            tensors,
+            self.wanted,
+            sink,
+            self.likelihood,
+            targets,
+            self.generator,
+        )
+
+    def _send_back(self, ran: Differentiable, vectors: Iterable[Tensor]) -> None:
         ran.send_back(vectors)
 
     def _vectors(self, run: Run, targets: Any) -> Iterator[Tensor]:

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fxkfac.curvature.closed_form import ClosedForm, room
 from fxkfac.curvature.likelihoods import (
-    Likelihood,
     require_floating_like,
     require_tensors,
     sum_rows,
@@ -23,7 +23,7 @@ from fxkfac.errors import DataError, LossError
 from fxkfac.isolation import generator_on
 
 
-class Categorical(Likelihood):
+class Categorical(ClosedForm):
     """nn.CrossEntropyLoss: c = -Σ_k w_k q_k log σ_k, with σ = softmax(f) along the class axis.
 
     q is the target as probabilities: one-hot or soft, mixed with the uniform distribution by
@@ -112,12 +112,18 @@ class Categorical(Likelihood):
             q = -u * (r.gather(axis, c) / (1 + r.gather(axis, m)))
             yield (scaled * q.scatter_add_(axis, c, torch.ones_like(r))).to(f.dtype)
 
-    def sample(self, f: Tensor, generator: torch.Generator) -> Tensor:
-        """ỹ ~ Categorical(σ) at every position, as class indices. Example 4."""
-        σ = widen(f.detach()).softmax(_class_axis(f)).movedim(_class_axis(f), -1)
-        flat = σ.reshape(-1, σ.shape[-1])
-        drawn = torch.multinomial(flat, 1, generator=generator_on(f.device, generator))
-        return drawn.reshape(σ.shape[:-1])
+    def noise(self, f: Tensor, generator: torch.Generator) -> Tensor:
+        """From the exponential distribution, for every class."""
+        return room(f).exponential_(generator=generator_on(f.device, generator))
+
+    def label(self, f: Tensor, noise: Tensor) -> Tensor:
+        """ỹ ~ Categorical(σ) at every position, as class indices: the first of exponential clocks.
+
+        Clocks with rates σ_k ring at noise_k / σ_k, and k is the first with probability σ_k.
+        Example 4.
+        """
+        axis = _class_axis(f)
+        return (widen(f).softmax(axis) / noise).argmax(axis)
 
     def sampled_gradient(self, f: Tensor, y: Tensor, sampled: Tensor) -> Tensor:
         """√w (σ - onehot(ỹ)), so that its expected square is the Hessian, weights included."""

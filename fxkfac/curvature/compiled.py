@@ -14,46 +14,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
-from torch.func import functionalize
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_aggregate
 
 from fxkfac.curvature.collect import Collector
 from fxkfac.curvature.inside import Rows, Summed, alike
-from fxkfac.curvature.parts import EAGER, Part, Values, first_line, nodes_in, part_of
-from fxkfac.errors import OptionError
-from fxkfac.graph.capture import quietly
+from fxkfac.curvature.parts import Part, Values, nodes_in, part_of
+from fxkfac.curvature.traced import Kind, gradients_of, prediction_kind, traceable, traced
 from fxkfac.graph.normal import Input, detached
 from fxkfac.graph.program import Tapped
 from fxkfac.graph.tap import Taps
-
-
-class Kind(NamedTuple):
-    """A tensor without its values."""
-
-    shape: torch.Size
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-    @staticmethod
-    def of(t: Tensor) -> Kind:
-        """That of a tensor."""
-        return Kind(t.shape, t.stride(), t.dtype, t.device)
-
-    def empty(self) -> Tensor:
-        """One of this kind."""
-        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
-
-    def shape_only(self) -> Tensor:
-        """One of this shape, dtype and device that takes no memory."""
-        return torch.zeros((), dtype=self.dtype, device=self.device).expand(self.shape)
 
 
 @dataclass(frozen=True)
@@ -150,13 +124,8 @@ def _compiled(
     tapped: Tapped, kinds: tuple[Kind, ...], wanted: tuple[int, ...], sink: Collector | None
 ) -> Compiled:
     recorder = _Recorder(tapped, sink)
-    try:
+    with traceable():
         joint, layout = _joint(recorder, kinds, wanted)
-    except Exception as error:  # whatever ops say when they meet tensors without values
-        raise OptionError(
-            "backend='inductor' cannot trace this graph without the values of its tensors, on "
-            f"which something in it may depend: {first_line(error)} {EAGER}"
-        ) from error
     results: Any = joint.graph.output_node().args[0]
     vector, cotangent, *_ = arguments = [n for n in joint.graph.nodes if n.op == "placeholder"]
     backward = part_of(joint, results["taps"], _reached(vector))
@@ -203,7 +172,7 @@ class _Recorder:
         taps = Taps()
         f = self.tapped.module(taps, *asked)
         self.outputs.update({k: Kind.of(y) for k, y in taps.outputs.items()})
-        arriving = _gradients(f, list(taps.outputs.values()), vector)
+        arriving = gradients_of(f, list(taps.outputs.values()), vector)
         found = {k: g for k, g in zip(taps.outputs, arriving, strict=True) if g is not None}
         return f, {k: detached(x) for k, x in taps.inputs.items()}, found
 
@@ -222,33 +191,15 @@ def _joint(
     recorder: _Recorder, kinds: tuple[Kind, ...], wanted: tuple[int, ...]
 ) -> tuple[GraphModule, Kind]:
     """Forward and backward pass as one graph; and of what kind the prediction is."""
-    tapped = recorder.tapped
+    f = prediction_kind(recorder.tapped, kinds)
 
     def joint(vector: Tensor, cotangent: Tensor, *arguments: Tensor) -> dict[str, Any]:
         asked = [t.detach().requires_grad_(k in wanted) for k, t in enumerate(arguments)]
         f, inputs, taps = recorder.record(asked, vector)
-        gradients = _gradients(f, [asked[k] for k in wanted], cotangent)
+        gradients = gradients_of(f, [asked[k] for k in wanted], cotangent)
         return {"prediction": f.detach(), "inputs": inputs, "taps": taps, "wanted": gradients}
 
-    # Without values, nothing of the graph can depend on them unnoticed.
-    with quietly(), FakeTensorMode(allow_non_fake_inputs=True):
-        arguments = [kind.empty() for kind in kinds]
-        f = tapped.module(Taps(), *arguments).detach()
-        arguments = [torch.empty_like(f), torch.empty_like(f), *arguments]
-        recorded = make_fx(joint)(*arguments)
-        # A part may only run by itself if nothing writes into what another one reads.
-        module = make_fx(functionalize(recorded, remove="mutations"))(*arguments)
-    for node in module.graph.nodes:
-        if node.target is torch.ops.aten.detach.default:
-            node.replace_all_uses_with(node.args[0])
-    return module, Kind.of(arguments[0])
-
-
-def _gradients(f: Tensor, at: list[Tensor], vector: Tensor) -> tuple[Tensor | None, ...]:
-    """Those of ⟨vector, f⟩; `None` where f does not depend on a tensor."""
-    if not at or not f.requires_grad:
-        return (None,) * len(at)
-    return torch.autograd.grad(f, at, vector, retain_graph=True, allow_unused=True)
+    return traced(joint, [f, f, *kinds]), f
 
 
 def _reached(start: Node) -> set[Node]:

@@ -74,27 +74,31 @@ class Summed:
         )
 
 
-def take_inputs(sink: Collector, inputs: Mapping[int, Tensor], rows: Rows) -> None:
-    """Add what compiled code has summed with the prediction."""
-    for k, A in _each_its_own(inputs).items():
+def take_inputs(
+    sink: Collector, inputs: Mapping[int, Tensor], rows: Rows, copy: bool = False
+) -> None:
+    """Add what compiled code has summed with the prediction; with `copy`, it keeps its own."""
+    for k, A in _each_its_own(inputs, copy).items():
         counts = counts_only(sink.schedule.terms[k])
         moments: dict[Scales, Moment] = {} if counts else {(): Moment.of(A)}
         sink.inputs[k].merge(InputSums(moments, A if counts else None, rows[k]))
 
 
-def take_gradients(sink: Collector, gradients: Mapping[int | str, Tensor]) -> None:
+def take_gradients(
+    sink: Collector, gradients: Mapping[int | str, Tensor], copy: bool = False
+) -> None:
     """Add what it has summed with a vector that was sent back."""
-    for key, total in _each_its_own(gradients).items():
+    for key, total in _each_its_own(gradients, copy).items():
         if isinstance(key, int):
             sink.outputs[key].merge(Moment.of(total))
         else:
             sink.exact[key] = sink.exact[key] + total if key in sink.exact else total
 
 
-def _each_its_own(sums: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
+def _each_its_own(sums: Mapping[Key, Tensor], copy: bool) -> dict[Key, Tensor]:
     """Of equal sums a compiler may make one tensor; but each will be changed in place."""
     first: dict[int, Key] = {}
     return {
-        key: total if first.setdefault(total.data_ptr(), key) == key else total.clone()
+        key: total.clone() if copy or first.setdefault(total.data_ptr(), key) != key else total
         for key, total in sums.items()
     }

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxkfac.curvature.categorical import Categorical
+from fxkfac.curvature.closed_form import ClosedForm, room
 from fxkfac.curvature.likelihoods import (
     Likelihood,
     require_floating_like,
@@ -79,7 +80,7 @@ def _module_options(loss: nn.Module) -> dict[str, Any]:
     return public | dict(loss.named_buffers())
 
 
-class Gaussian(Likelihood):
+class Gaussian(ClosedForm):
     """nn.MSELoss: c = ½‖f - y‖², a Gaussian with unit covariance. Every element is a site.
 
     Paper, Examples 1 and 3; its Hessian in f is I (Example 8).
@@ -106,9 +107,13 @@ class Gaussian(Likelihood):
         """S = I. Example 11."""
         return v
 
-    def sample(self, f: Tensor, generator: torch.Generator) -> Tensor:
+    def noise(self, f: Tensor, generator: torch.Generator) -> Tensor:
+        """From N(0, I)."""
+        return room(f).normal_(generator=generator_on(f.device, generator))
+
+    def label(self, f: Tensor, noise: Tensor) -> Tensor:
         """ỹ ~ N(f, I), Example 3; not rounded to half precision, or else f - ỹ would be."""
-        return torch.normal(widen(f.detach()), 1.0, generator=generator_on(f.device, generator))
+        return widen(f) + noise
 
     def event_axes(self, f: Tensor) -> tuple[int, ...]:
         """One element."""
@@ -120,7 +125,7 @@ class Gaussian(Likelihood):
         require_floating_like(f, y, "MSELoss")
 
 
-class Bernoulli(Likelihood):
+class Bernoulli(ClosedForm):
     """nn.BCEWithLogitsLoss: c = -w (π y log p + (1 - y) log(1 - p)), with p = sigmoid(f).
 
     w is `weight`, π is `pos_weight`; both broadcast to `f`. Every element is a site.
@@ -163,10 +168,14 @@ class Bernoulli(Likelihood):
         z = widen(f)
         return ((self._site_weight(f, y) * z.sigmoid() * (-z).sigmoid()).sqrt() * v).to(v.dtype)
 
-    def sample(self, f: Tensor, generator: torch.Generator) -> Tensor:
+    def noise(self, f: Tensor, generator: torch.Generator) -> Tensor:
+        """Uniform in [0, 1)."""
+        return room(f).uniform_(generator=generator_on(f.device, generator))
+
+    def label(self, f: Tensor, noise: Tensor) -> Tensor:
         """ỹ ~ Bernoulli(p), as 0 and 1."""
-        p = widen(f.detach()).sigmoid()
-        return torch.bernoulli(p, generator=generator_on(f.device, generator))
+        p = widen(f).sigmoid()
+        return (noise < p).to(p.dtype)
 
     def sampled_gradient(self, f: Tensor, y: Tensor, sampled: Tensor) -> Tensor:
         """√(w (π y + 1 - y)) (p - ỹ)."""

@@ -31,11 +31,14 @@ class Part:
         reads: What it is given.
         gives: What it returns.
         module: Its graph.
+        replays: Whether a GPU is sent all of it at once, as a CUDA graph: what it returns is then
+            written over at the next call, and what it is given is kept in a copy.
     """
 
     reads: tuple[str, ...]
     gives: tuple[str, ...]
     module: GraphModule
+    replays: bool = False
     _code: Callable[..., Sequence[Tensor]] | None = None
 
     def __call__(self, values: Values) -> Values:
@@ -45,7 +48,8 @@ class Part:
         given = [values[name] for name in self.reads]
         with torch.no_grad():
             if self._code is None:
-                self._code = _code(self.module, given)
+                options = OPTIONS | {"triton.cudagraphs": self.replays}
+                self._code = _code(self.module, given, options)
             return {**values, **dict(zip(self.gives, self._code(*given), strict=True))}
 
 
@@ -56,13 +60,14 @@ def nodes_in(nested: Any) -> list[Node]:
     return list(found)
 
 
-def part_of(joint: GraphModule, results: Any, inside: set[Node]) -> Part:
+def part_of(joint: GraphModule, results: Any, inside: set[Node], replays: bool = False) -> Part:
     """What computes results from values that are there before.
 
     Args:
         joint: The graph.
         results: Nodes, nested in whatever way.
         inside: What the part may compute; beside these only views of what it is given.
+        replays: As of `Part`.
     """
     given = [n for n in nodes_in(results) if n in inside and n.op != "placeholder"]
     needed, reads, open_ = set(), set(), list(given)
@@ -77,7 +82,7 @@ def part_of(joint: GraphModule, results: Any, inside: set[Node]) -> Part:
             reads.add(node)
     order = [n for n in joint.graph.nodes if n in reads]
     module = _extract(joint, order, needed, given)
-    return Part(tuple(n.name for n in order), tuple(n.name for n in given), module)
+    return Part(tuple(n.name for n in order), tuple(n.name for n in given), module, replays)
 
 
 def _extract(
@@ -98,7 +103,9 @@ def _is_view(node: Node) -> bool:
     return isinstance(node.target, OpOverload) and node.target.is_view
 
 
-def _code(module: GraphModule, given: list[Tensor]) -> Callable[..., Sequence[Tensor]]:
+def _code(
+    module: GraphModule, given: list[Tensor], options: dict[str, Any]
+) -> Callable[..., Sequence[Tensor]]:
     """What inductor makes of a graph.
 
     `torch.compile` would check at every call that shapes are those of the trace; they are, here.
@@ -110,7 +117,7 @@ def _code(module: GraphModule, given: list[Tensor]) -> Callable[..., Sequence[Te
 
     try:
         with quietly(), torch.no_grad():
-            return torch._inductor.compile(module, list(given), options=OPTIONS)
+            return torch._inductor.compile(module, list(given), options=options)
     except Exception as error:
         raise _not_compiled(error) from error
 

@@ -94,11 +94,10 @@ class _Steps(FactorPass):
         gradients = {name: R * g for name, g in self.gradients.items()}
         return Step(R * self.criterion, gradients, factors)
 
-    def _send_back(self, ran: Differentiable, targets: Any, vectors: Iterable[Tensor]) -> None:
-        super()._send_back(ran, targets, vectors)
-        f = ran.run.prediction.detach()
-        self.criterion = self.criterion + self.likelihood.criterion(f, targets)
-        found = ran.gradients(self.likelihood.gradient(f, targets))
+    def _send_back(self, ran: Differentiable, vectors: Iterable[Tensor]) -> None:
+        super()._send_back(ran, vectors)
+        criterion, found = ran.slope()
+        self.criterion = self.criterion + criterion
         for total, g in zip(self.gradients.values(), found, strict=True):
             if g is not None:
                 total += g

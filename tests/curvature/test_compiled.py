@@ -17,7 +17,7 @@ import fxkfac
 from fxkfac.curvature import backends, parts
 from fxkfac.curvature.inside import pays
 from fxkfac.curvature.padding import Padding
-from fxkfac.errors import FxkfacError, OptionError
+from fxkfac.errors import DataError, FxkfacError, OptionError
 
 has_compiler = any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
 needs_compiler = pytest.mark.skipif(not has_compiler, reason="inductor needs a C++ compiler")
@@ -74,7 +74,7 @@ RIGHT = [n for n, e in ZOO.items() if e.expected == "right" and n not in LACKING
 @pytest.mark.parametrize("name", quick(RIGHT, SOME.__contains__))
 def test_a_graph_that_is_cut_at_the_prediction(name, monkeypatch):
     """The parts themselves, run as they are: compiling all of them takes too long."""
-    monkeypatch.setattr(parts, "_code", lambda module, given: module)
+    monkeypatch.setattr(parts, "_code", lambda module, given, options: module)
     entry = ZOO[name]
     program = entry.trace(*entry.build(), 4)
     flavours = [o for o in FLAVOURS if entry.reduce or "sharing" not in o]
@@ -84,7 +84,7 @@ def test_a_graph_that_is_cut_at_the_prediction(name, monkeypatch):
 @pytest.mark.parametrize("name", sorted(SOME)[::2])
 def test_sums_may_stay_outside(name, monkeypatch):
     """As they do for wide layers on a CPU; the models of the zoo are narrow."""
-    monkeypatch.setattr(parts, "_code", lambda module, given: module)
+    monkeypatch.setattr(parts, "_code", lambda module, given, options: module)
     monkeypatch.setattr(backends, "pays", lambda sink, device: False)
     entry = ZOO[name]
     program = entry.trace(*entry.build(), 4)
@@ -104,7 +104,7 @@ class Branches(nn.Module):
 
 
 def test_equal_sums_may_come_as_one_tensor(monkeypatch):
-    def merged(module, given):
+    def merged(module, given, options):
         """A compiler that makes one tensor of equal results."""
 
         def run(*arguments):
@@ -119,6 +119,79 @@ def test_equal_sums_may_come_as_one_tensor(monkeypatch):
     x = rand(6, 9)
     program = fxkfac.trace(seeded(Branches), x)
     compare(program, CE, [(x[:4], classes(4)), (x[4:], classes(2))], 1e-10)
+
+
+LOSSES = {
+    "cross-entropy": (CE, classes(6, C=3)),
+    "smoothed": (nn.CrossEntropyLoss(label_smoothing=0.2, reduction="sum"), classes(6, C=3)),
+    "weighted": (nn.CrossEntropyLoss(weight=torch.tensor([0.5, 2.0, 1.0])), classes(6, C=3)),
+    "soft": (CE, rand(6, 3).softmax(1)),
+    "binary": (nn.BCEWithLogitsLoss(pos_weight=torch.tensor(3.0)), (rand(6, 3) > 0).double()),
+    "squares": (nn.MSELoss(), rand(6, 3)),
+}
+
+
+@pytest.fixture
+def parts_made(monkeypatch):
+    """How many parts have run; none is compiled."""
+    made = []
+    monkeypatch.setattr(parts, "_code", lambda module, given, options: made.append(1) or module)
+    return made
+
+
+def net():
+    return nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Dropout(0.3), nn.Linear(4, 3)).train()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("fisher", ["mc", "empirical"])
+def test_a_batch_as_one_graph(name, fisher, parts_made):
+    """Labels and dropout are drawn as without; loss and gradients are of the same draw."""
+    loss, y = LOSSES[name]
+    program, x = fxkfac.trace(seeded(net), rand(6, 5)), rand(6, 5)
+    compare(program, loss, (x, y), 1e-12, [{"fisher": fisher}])
+    assert len(parts_made) == 2  # of the factors, and of the step
+
+
+def test_another_loss_is_another_graph(parts_made):
+    program, x = fxkfac.trace(seeded(net), rand(6, 5)), rand(6, 5)
+    for loss, y in LOSSES.values():
+        compare(program, loss, (x, y), 1e-12, [{"fisher": "mc"}])
+    assert len(parts_made) == 2 * len(LOSSES)
+
+
+class OfMine(fxkfac.Likelihood):
+    """Whose labels and checks may do what they like with a prediction."""
+
+    def distribution(self, prediction):
+        return torch.distributions.Categorical(logits=prediction)
+
+
+@pytest.mark.parametrize("loss", [CE, OfMine()], ids=["two labels", "a likelihood of one's own"])
+def test_two_calls_where_one_is_not_enough(loss, parts_made):
+    program, x = fxkfac.trace(seeded(net), rand(6, 5)), rand(6, 5)
+    samples = 2 if loss is CE else 1
+    options = [{"fisher": "mc", "mc_samples": samples}]
+    compare(program, loss, (x, classes(6, C=3)), 1e-12, options)
+    assert len(parts_made) > 2
+
+
+def test_targets_are_looked_at_before_the_code_runs(parts_made):
+    program, x = fxkfac.trace(seeded(net), rand(6, 5)), rand(6, 5)
+    generator = torch.Generator().manual_seed(1)
+    before = generator.get_state()
+    with pytest.raises(DataError, match="no class index"):
+        fxkfac.kfac(
+            program,
+            CE,
+            (x, classes(6, C=3) + 7),
+            None,
+            "mc",
+            generator=generator,
+            backend="inductor",
+        )
+    assert not parts_made
+    assert torch.equal(before, generator.get_state())
 
 
 def test_where_sums_are_inside():

@@ -1,0 +1,42 @@
+"""Likelihoods whose labels are a function of prediction and noise.
+
+So noise may be drawn before there is a prediction, of which `validate` looks at shape and dtype
+alone: a batch, forwards and backwards, can be one piece of compiled code.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+
+import torch
+from torch import Tensor
+
+from fxkfac.curvature.likelihoods import Likelihood, widen
+
+
+class ClosedForm(Likelihood):
+    """One of those."""
+
+    @abstractmethod
+    def noise(self, f: Tensor, generator: torch.Generator) -> Tensor:
+        """What labels are drawn by, for a prediction of this shape, dtype and device."""
+
+    @abstractmethod
+    def label(self, f: Tensor, noise: Tensor) -> Tensor:
+        """The label that noise draws from r(· | f)."""
+
+    def sample(self, f: Tensor, generator: torch.Generator) -> Tensor:
+        """ỹ ~ r(· | f). Section 2.3."""
+        return self.label(f.detach(), self.noise(f, generator))
+
+    def given(self, noise: Tensor) -> Likelihood:
+        """The same likelihood, whose labels are drawn by this noise."""
+        same = copy.copy(self)
+        same.noise = lambda f, generator: noise  # type: ignore[method-assign]
+        return same
+
+
+def room(f: Tensor) -> Tensor:
+    """Memory for noise of the prediction's shape, whatever its layout; no half precision."""
+    return torch.empty(f.shape, dtype=widen(f.new_empty(0)).dtype, device=f.device)

@@ -1,0 +1,82 @@
+"""What autograd does, as one graph of operations, traced without the values of any tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.func import functionalize
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from fxkfac.curvature.parts import EAGER, first_line
+from fxkfac.errors import OptionError
+from fxkfac.graph.capture import quietly
+from fxkfac.graph.program import Tapped
+from fxkfac.graph.tap import Taps
+
+
+class Kind(NamedTuple):
+    """A tensor without its values."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @staticmethod
+    def of(t: Tensor) -> Kind:
+        """That of a tensor."""
+        return Kind(t.shape, t.stride(), t.dtype, t.device)
+
+    def empty(self) -> Tensor:
+        """One of this kind."""
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
+
+    def shape_only(self) -> Tensor:
+        """One of this shape, dtype and device that takes no memory."""
+        return torch.zeros((), dtype=self.dtype, device=self.device).expand(self.shape)
+
+
+@contextmanager
+def traceable() -> Iterator[None]:
+    """Raise `OptionError` for whatever ops say when they meet tensors without values."""
+    try:
+        yield
+    except Exception as error:
+        raise OptionError(
+            "backend='inductor' cannot trace this graph without the values of its tensors, on "
+            f"which something in it may depend: {first_line(error)} {EAGER}"
+        ) from error
+
+
+def prediction_kind(tapped: Tapped, kinds: Sequence[Kind]) -> Kind:
+    """Of what kind the prediction is, laid out without gaps."""
+    with quietly(), FakeTensorMode(allow_non_fake_inputs=True):
+        f = tapped.module(Taps(), *(kind.empty() for kind in kinds)).detach()
+        return Kind.of(torch.empty_like(f))
+
+
+def traced(function: Callable[..., Any], kinds: Sequence[Kind]) -> GraphModule:
+    """The graph of a function of tensors of these kinds, in which nothing changes in place."""
+    # Without values, nothing of the graph can depend on them unnoticed.
+    with quietly(), FakeTensorMode(allow_non_fake_inputs=True):
+        arguments = [kind.empty() for kind in kinds]
+        recorded = make_fx(function)(*arguments)
+        # A part may only run by itself if nothing writes into what another one reads.
+        module = make_fx(functionalize(recorded, remove="mutations"))(*arguments)
+    for node in module.graph.nodes:
+        if node.target is torch.ops.aten.detach.default:
+            node.replace_all_uses_with(node.args[0])
+    return module
+
+
+def gradients_of(f: Tensor, at: Sequence[Tensor], vector: Tensor) -> tuple[Tensor | None, ...]:
+    """Those of ⟨vector, f⟩; `None` where f does not depend on a tensor."""
+    if not at or not f.requires_grad:
+        return (None,) * len(at)
+    return torch.autograd.grad(f, list(at), vector, retain_graph=True, allow_unused=True)

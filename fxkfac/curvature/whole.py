@@ -1,0 +1,169 @@
+"""A whole batch as one compiled graph: prediction, labels, the way back, loss, gradients and sums.
+
+    noise, targets, parameters, data -> prediction, criterion, gradients, Σ x̃ x̃ᵀ, Σ g gᵀ
+
+For flavours that send back one vector, where compiled code has the sums inside (see `inside`), and
+for a likelihood that is a function of prediction, target and noise. Noise is drawn before the code
+runs, so that labels are those of any other backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Generator, Tensor, no_grad
+from torch.fx import Node
+from torch.fx.node import map_aggregate
+
+from fxkfac.curvature.backpropagation import backpropagated_vectors, has_several
+from fxkfac.curvature.closed_form import ClosedForm, room
+from fxkfac.curvature.collect import Collector
+from fxkfac.curvature.factors import Settings
+from fxkfac.curvature.inside import Rows, Summed, alike
+from fxkfac.curvature.losses import loss_text
+from fxkfac.curvature.parts import Part, part_of
+from fxkfac.curvature.traced import Kind, gradients_of, prediction_kind, traceable, traced
+from fxkfac.graph.program import Tapped
+
+FLAVOURS = frozenset({"mc", "empirical"})
+
+
+class Objective(NamedTuple):
+    """What is sent back: by which likelihood, for which targets, with labels drawn from where."""
+
+    likelihood: ClosedForm
+    targets: Tensor
+    generator: Generator
+
+
+def is_whole(settings: Settings) -> bool:
+    """Whether a flavour sends one vector back."""
+    fisher, samples = settings.fisher, settings.mc_samples
+    return fisher in FLAVOURS and not has_several(fisher, samples)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the code gives for a batch.
+
+    Attributes:
+        prediction: The prediction.
+        criterion: Σ_n c(f_n, y_n).
+        wanted: Its gradients in parameters; `None` where it does not depend on one.
+        inputs: Σ x̃ x̃ᵀ of every term that has an A of its own.
+        gradients: Σ g gᵀ of every term, and exact blocks.
+    """
+
+    prediction: Tensor
+    criterion: Tensor
+    wanted: tuple[Tensor | None, ...]
+    inputs: Mapping[int, Tensor]
+    gradients: Mapping[int | str, Tensor]
+
+
+@dataclass(frozen=True)
+class Whole:
+    """The code for one shape of batch.
+
+    Attributes:
+        draws: Whether it is given noise.
+        prediction: Of what kind the prediction is.
+        part: The code.
+        arguments: Names of what it is given: noise, targets, parameters, buffers and data.
+        results: As `Outcome`, with names in the place of tensors.
+        rows: Of the sums of inputs.
+    """
+
+    draws: bool
+    prediction: Kind
+    part: Part
+    arguments: tuple[str, ...]
+    results: Mapping[str, Any]
+    rows: Rows
+
+    def run(self, objective: Objective, tensors: list[Tensor]) -> Outcome:
+        """Run it. Raises `DataError` if targets do not fit."""
+        likelihood, targets, generator = objective
+        f = self.prediction.shape_only()
+        likelihood.validate(f, targets)
+        noise = [likelihood.noise(f, generator)] if self.draws else []
+        given = [*noise, targets, *tensors]
+        values = self.part(dict(zip(self.arguments, given, strict=True)))
+        read: Any = map_aggregate(self.results, lambda n: values[n] if isinstance(n, str) else n)
+        return Outcome(**read)
+
+
+def whole(
+    tapped: Tapped,
+    kinds: tuple[Kind, ...],
+    wanted: tuple[int, ...],
+    sink: Collector,
+    objective: Objective,
+) -> Whole:
+    """The code for parameters, buffers and data of these kinds; once for each shape and loss.
+
+    Args:
+        tapped: The graph.
+        kinds: Shapes, layouts and dtypes of its arguments.
+        wanted: Which of these ask for gradients, by position.
+        sink: Whose sums are inside.
+        objective: What is sent back.
+
+    Raises:
+        OptionError: The graph cannot be traced.
+    """
+    likelihood, y = loss_text(objective.likelihood), Kind.of(objective.targets)
+    settings = sink.settings.fisher, sink.settings.sharing
+    key = ("whole", kinds, wanted, sink.schedule, settings, likelihood, y)
+    if key not in tapped.memo:
+        with traceable():
+            tapped.memo[key] = _whole(tapped, kinds, wanted, sink, objective)
+    found: Whole = tapped.memo[key]
+    return found
+
+
+def _whole(
+    tapped: Tapped,
+    kinds: tuple[Kind, ...],
+    wanted: tuple[int, ...],
+    sink: Collector,
+    objective: Objective,
+) -> Whole:
+    likelihood, targets, generator = objective
+    draws = sink.settings.fisher == "mc"
+    rows: dict[int, int | Tensor] = {}
+
+    def batch(*given: Tensor) -> dict[str, Any]:
+        own = likelihood.given(given[0]) if draws else likelihood
+        y, *arguments = given[draws:]
+        asked = [t.detach().requires_grad_(k in wanted) for k, t in enumerate(arguments)]
+        collector = alike(sink)
+        f = tapped.module(collector, *asked)
+        seen = f.detach()
+        collector.send_back(
+            f, backpropagated_vectors(sink.settings.fisher, own, seen, y, None, 1, generator)
+        )
+        slope = gradients_of(f, [asked[k] for k in wanted], likelihood.gradient(seen, y))
+        with no_grad():
+            summed = Summed.of(collector)
+            criterion = likelihood.criterion(seen, y)
+        rows.update(summed.rows)
+        return {
+            "prediction": seen,
+            "criterion": criterion,
+            "wanted": slope,
+            "inputs": summed.inputs,
+            "gradients": summed.gradients,
+        }
+
+    prediction = prediction_kind(tapped, kinds)
+    noise = [Kind.of(room(prediction.shape_only()))] if draws else []
+    graph = traced(batch, [*noise, Kind.of(targets), *kinds])
+    results: Any = graph.graph.output_node().args[0]
+    placeholders = [n.name for n in graph.graph.nodes if n.op == "placeholder"]
+    names: Any = map_aggregate(results, lambda n: n.name if isinstance(n, Node) else n)
+    on_gpu = prediction.device.type == "cuda"
+    part = part_of(graph, results, set(graph.graph.nodes), replays=on_gpu)
+    return Whole(draws, prediction, part, tuple(placeholders), names, rows)
