@@ -158,9 +158,7 @@ def solvers_of(factors: Curvature, damping: float) -> Mapping[str, Solver]:
 
 
 def _solver(block: AnyBlock, damping: float) -> Solver:
-    if isinstance(block, EigenBlock):
-        return Terms(tuple(Term.of(term, damping) for term in block.terms))
-    if isinstance(block, Block):
+    if isinstance(block, Block | EigenBlock):
         numbers = torch.cat([term.entries.flatten() for term in block.terms])
         if len(numbers.unique()) == len(numbers):
             return Terms(tuple(Term.of(term, damping) for term in block.terms))
@@ -168,14 +166,14 @@ def _solver(block: AnyBlock, damping: float) -> Solver:
     return Exact(_inverse(block.operator, damping))
 
 
-def _whole(block: Block, damping: float) -> Whole:
+def _whole(block: Block | EigenBlock, damping: float) -> Whole:
     if block.numel**2 > LARGEST_BLOCK:
         raise UnsupportedUse(
             f"{', '.join(block.params)}: the same entries are used in different orientations or "
             f"parts, and the block as one matrix would hold {block.numel**2:,} numbers; expected "
             f"at most {LARGEST_BLOCK:,}. Trace with structure={{{block.params[0]!r}: 'diagonal'}}."
         )
-    entries = tuple(term.entries.to(term.B.device) for term in block.terms)
+    entries = tuple(term.entries.to(term.operator.device) for term in block.terms)
     return Whole(_inverse(block.operator, damping), entries)
 
 

@@ -1,4 +1,4 @@
-"""A pass over the data that sums what is asked of every datum's own gradient, term by term.
+"""A pass over the data that sums what is asked of every datum's own gradient, part by part.
 
 Inputs are held until their gradients are there; the data's gradients are made, and let go, a chunk
 at a time.
@@ -6,7 +6,7 @@ at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,17 +16,16 @@ from torch import Tensor
 from fxkfac.curvature import perdatum
 from fxkfac.curvature.batch import Batch, Pass
 from fxkfac.curvature.datum import Heard, require_independent, rows_of, sizes_of
+from fxkfac.curvature.overlap import Part, Place, whole
 from fxkfac.curvature.padding import Padding
-from fxkfac.curvature.plan import BlockPlan, require_same_terms
+from fxkfac.curvature.plan import BlockPlan, TermPlan, require_same_terms
 from fxkfac.curvature.receive import Awaited, Receiver
 from fxkfac.curvature.schedule import Schedule
 from fxkfac.curvature.sharing import known
 from fxkfac.graph.ir import Use
 from fxkfac.graph.normal import Input
-from fxkfac.linalg.contraction import Statistic
-from fxkfac.linalg.orders import Order
-
-Place = tuple[str, int]  # the name of a block, and which of its terms
+from fxkfac.linalg.contraction import Rows, Statistic
+from fxkfac.linalg.orders import Order, Sizes, order_of_sums
 
 
 def places(blocks: Mapping[str, BlockPlan]) -> Iterator[Place]:
@@ -39,7 +38,7 @@ class Asked:
     """What is summed for one term.
 
     Attributes:
-        statistic: Of its data's own gradients.
+        statistic: Of its data's own gradients, which are those of all terms that lie over it.
         shape: Theirs, (group, in, out).
         start: Zeros, where the sum begins.
     """
@@ -55,18 +54,23 @@ class Corrector(Receiver):
 
     Attributes:
         asked: For every term.
+        parts: Terms that lie over each other; each term is in one.
         totals: The sums.
-        orders: How they were computed; none for a term at which no gradient has arrived.
+        orders: How they were computed; none for a part at which no gradient has arrived.
     """
 
-    asked: list[Asked]
-    totals: list[Tensor] = field(init=False)
-    orders: dict[int, Order] = field(default_factory=dict)
+    asked: Mapping[Place, Asked]
+    parts: Sequence[Part]
+    totals: dict[Place, Tensor] = field(init=False)
+    orders: dict[Place, Order] = field(default_factory=dict)
     _inputs: dict[Use, Input] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.totals = [a.start for a in self.asked]
-        self._awaited: Awaited[int, Heard] = Awaited()
+        self.totals = {place: a.start for place, a in self.asked.items()}
+        self._awaited: Awaited[int, tuple[Place, Heard]] = Awaited()
+        self._terms = dict(zip(places(by_name(self.schedule)), self.schedule.terms, strict=True))
+        self._numbers = list(self._terms)
+        self._part_of = {place: k for k, part in enumerate(self.parts) for place in part}
 
     def take_input(self, use: Use, x: Input, y: Tensor) -> None:
         """Keep the input. Raises `BatchAxisError` where it is not known whose a row is."""
@@ -75,27 +79,49 @@ class Corrector(Receiver):
             self._inputs[use] = x
 
     def take_gradient(self, use: Use, g: Tensor) -> None:
-        """Sum a term once all of its uses have theirs."""
-        for k, place in self.schedule.places.get(use, ()):
-            term = self.schedule.terms[k]
-            heard = Heard(use, term.scales(place), self._inputs[use], g, self._kept[use])
-            self._add(k, self._awaited.add(k, heard, len(term.uses)))
+        """Sum a part once all uses of all of its terms have theirs."""
+        for k, which in self.schedule.places.get(use, ()):
+            place = self._numbers[k]
+            scales = self._terms[place].scales(which)
+            heard = Heard(use, scales, self._inputs[use], g, self._kept[use])
+            number = self._part_of[place]
+            uses = sum(len(self._terms[p].uses) for p in self.parts[number])
+            self._add(number, self._awaited.add(number, (place, heard), uses))
 
     def finish_vectors(self) -> None:
-        """Sum terms that have no gradient at some of their uses."""
-        for k, heard in self._awaited.rest():
-            self._add(k, heard)
+        """Sum parts that have no gradient at some of their uses."""
+        for number, heard in self._awaited.rest():
+            self._add(number, heard)
 
-    def _add(self, k: int, heard: list[Heard]) -> None:
+    def _add(self, number: int, heard: Sequence[tuple[Place, Heard]]) -> None:
         if not heard:
             return
-        term, asked = self.schedule.terms[k], self.asked[k]
-        group, d_in, d_out = asked.shape
-        sizes = sizes_of(term, heard, d_in, d_out)
-        self.orders[k] = order = asked.statistic.order(sizes)
-        data, vectors = order.at_once(sizes, group, perdatum.LARGEST_CHUNK)
-        for rows in rows_of(term, heard, data, vectors, asked.start.dtype):
-            self.totals[k] = self.totals[k] + asked.statistic.of(rows)
+        part, of_terms = self.parts[number], dict[Place, list[Heard]]()
+        for place, one in heard:
+            of_terms.setdefault(place, []).append(one)
+        for rows in self._rows(part, of_terms):
+            for place, own in whole(part, rows).items():
+                self.totals[place] = self.totals[place] + self.asked[place].statistic.of(own)
+
+    def _rows(
+        self, part: Part, of_terms: Mapping[Place, list[Heard]]
+    ) -> Iterator[Mapping[Place, Rows]]:
+        """Of some data and vectors at a time, for every term at which gradients have arrived."""
+        at_once = []
+        for place in part:
+            group, d_in, d_out = self.asked[place].shape
+            sizes = _sizes(self._terms[place], of_terms, place, d_in, d_out)
+            statistic = self.asked[place].statistic
+            order = statistic.order(sizes) if len(part) == 1 else order_of_sums(sizes)
+            at_once.append(order.at_once(sizes, group, perdatum.LARGEST_CHUNK // len(part)))
+            self.orders[place] = order
+        data, vectors = (min(sizes) for sizes in zip(*at_once, strict=True))
+        each = [
+            rows_of(self._terms[p], heard, data, vectors, self.asked[p].start.dtype)
+            for p, heard in of_terms.items()
+        ]
+        for rows in zip(*each, strict=True):
+            yield dict(zip(of_terms, rows, strict=True))
 
 
 @dataclass
@@ -139,10 +165,12 @@ class CorrectionPass(Pass[Corrector, TermSums]):
 
     Attributes:
         blocks: The blocks of the factors that are corrected.
+        parts: Their terms, those together that lie over each other.
         asked: For every term, what is summed.
     """
 
     blocks: Mapping[str, BlockPlan] = field(default_factory=dict)
+    parts: Sequence[Part] = ()
     asked: Mapping[Place, Asked] = field(default_factory=dict)
 
     def sink(self, schedule: Schedule, padding: Padding, memory: int, targets: Any) -> Corrector:
@@ -156,18 +184,30 @@ class CorrectionPass(Pass[Corrector, TermSums]):
         """
         require_same_terms(self.blocks.values(), schedule.blocks)
         require_independent(schedule.tapped)
-        asked = [self.asked[place] for place in places(_by_name(schedule))]
         return Corrector(
-            schedule=schedule, settings=self.settings, padding=padding, memory=memory, asked=asked
+            schedule=schedule,
+            settings=self.settings,
+            padding=padding,
+            memory=memory,
+            asked=self.asked,
+            parts=self.parts,
         )
 
     def sums(self, sink: Corrector, batch: Batch) -> TermSums:
         """The sums of one batch."""
-        at = list(places(_by_name(batch.schedule)))
-        orders = {at[k]: order for k, order in sink.orders.items()}
-        totals = dict(zip(at, sink.totals, strict=True))
-        return TermSums(batch.run.n, batch.count, totals, orders)
+        return TermSums(batch.run.n, batch.count, sink.totals, sink.orders)
 
 
-def _by_name(schedule: Schedule) -> dict[str, BlockPlan]:
+def by_name(schedule: Schedule) -> dict[str, BlockPlan]:
+    """The blocks of a schedule, in its order."""
     return {block.name: block for block in schedule.blocks}
+
+
+def _sizes(
+    term: TermPlan, of_terms: Mapping[Place, list[Heard]], place: Place, d_in: int, d_out: int
+) -> Sizes:
+    """How long the axes of the rows of a term are; it has none where no gradient has arrived."""
+    if place in of_terms:
+        return sizes_of(term, of_terms[place], d_in, d_out)
+    vectors = len(next(iter(of_terms.values()))[0].g)
+    return Sizes(0, vectors, d_in, d_out)

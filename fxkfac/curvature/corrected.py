@@ -5,17 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from fxkfac.curvature.curvature import AnyBlock, OfBlocks
 from fxkfac.curvature.factors import Factors
-from fxkfac.curvature.plan import BlockPlan
-from fxkfac.errors import UnsupportedUse
 from fxkfac.linalg.orders import Order
-
-# Layout ops by which an entry of a parameter may come to stand in two places of one operand.
-REPEATING = {"expand", "repeat", "cat", "stack", "as_strided"}
 
 
 @dataclass(frozen=True)
@@ -64,25 +58,3 @@ class Corrected(OfBlocks):
         ]
         title = "block" if not rows else f"{'block':<{width}}  order: multiply-adds for one datum"
         return "\n".join([title, *rows])
-
-
-def require_apart(plan: BlockPlan) -> None:
-    """Raise `UnsupportedUse` if terms of a block, or places of one, have an entry in common.
-
-    Then their sum is no diagonal in any of their bases, and no Kronecker product.
-    """
-    steps = {step for term in plan.terms for use in term.uses for step in use.view.steps}
-    if len(plan.terms) == 1 and not steps & REPEATING:
-        return
-    numbers = torch.cat([term.entries(plan.offsets).flatten() for term in plan.terms])
-    if len(numbers.unique()) == len(numbers):
-        return
-    uses = [use for term in plan.terms for use in term.uses]
-    listed = "; ".join(f"{u.op} ({u.source})" if u.source else u.op for u in uses)
-    names = ", ".join(plan.parameters)
-    raise UnsupportedUse(
-        f"{names}: the same entries are used in different orientations or parts, by {listed}. So "
-        f"the block is a sum of {len(plan.terms)} overlapping Kronecker products; expected one, or "
-        "several without an entry in common. Trace with "
-        f"structure={{{plan.name!r}: 'diagonal'}}, which is exact, or keep the sum that kfac gives."
-    )

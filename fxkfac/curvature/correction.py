@@ -8,14 +8,15 @@ from typing import Any
 
 from torch import Generator, Tensor
 
-from fxkfac.curvature.correct import Asked, CorrectionPass, Place, TermSums, places
-from fxkfac.curvature.corrected import Corrected, require_apart
+from fxkfac.curvature.correct import Asked, CorrectionPass, TermSums, places
+from fxkfac.curvature.corrected import Corrected
 from fxkfac.curvature.curvature import AnyBlock
 from fxkfac.curvature.data import Data, batches
 from fxkfac.curvature.factors import Factors, Product, Settings
 from fxkfac.curvature.likelihoods import Likelihood
 from fxkfac.curvature.losses import likelihood_of
 from fxkfac.curvature.options import settings_again
+from fxkfac.curvature.overlap import Part, Place, parts_of
 from fxkfac.curvature.padding import Mask
 from fxkfac.errors import MergeError, OptionError
 from fxkfac.functional import Params
@@ -29,6 +30,7 @@ class Correction:
     program: Program
     likelihood: Likelihood
     factors: Factors
+    parts: tuple[Part, ...]
     params: Params | None
     mask: Mask | None
     backend: str
@@ -49,9 +51,8 @@ class Correction:
         _require_factors(factors)
         had = factors.settings
         _require_same(had, settings_again(program, loss, had, mask is not None))
-        for plan in factors.plans.values():
-            require_apart(plan)
-        return Correction(program, likelihood, factors, params, mask, backend, memory)
+        parts = tuple(part for plan in factors.plans.values() for part in parts_of(plan))
+        return Correction(program, likelihood, factors, parts, params, mask, backend, memory)
 
     def run(
         self, asked: Mapping[Place, Asked], data: Data, generator: Generator, progress: bool
@@ -67,6 +68,7 @@ class Correction:
             self.backend,
             self.memory,
             blocks=self.factors.plans,
+            parts=self.parts,
             asked=asked,
         )
         over.add_all(batches(data, progress))

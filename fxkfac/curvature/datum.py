@@ -230,4 +230,4 @@ def _token_rows(uses: Sequence[_Normal], dtype: torch.dtype) -> TokenRows:
     if len(joined) > n:  # a datum with one row has no two of the same
         joined, places = joined.unique(return_inverse=True)
         rows = rows.new_zeros(len(joined), *rows.shape[1:]).index_add(0, places, rows)
-    return TokenRows(joined.remainder(size), rows, size)
+    return TokenRows(joined, rows, size, n)

@@ -1,4 +1,4 @@
-"""Blocks in an eigenbasis: C ≈ (Q_A ⊗ Q_B) diag(Λ) (Q_A ⊗ Q_B)ᵀ, with Λ of its own (EKFAC)."""
+"""Blocks in eigenbases: C ≈ Σ (Q_A ⊗ Q_B) diag(Λ) (Q_A ⊗ Q_B)ᵀ, with Λ of their own (EKFAC)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from fxkfac.curvature.blocks import OfParameters, Term
-from fxkfac.curvature.laid_out import side_by_side
+from fxkfac.curvature.laid_out import laid_out
 from fxkfac.curvature.plan import TermPlan
 from fxkfac.errors import FxkfacError
 from fxkfac.linalg import operators
@@ -16,7 +16,7 @@ from fxkfac.linalg.operators import Operator
 
 @dataclass(frozen=True)
 class EigenTerm(Term):
-    """One part of a block in its own eigenbasis, and where its entries are.
+    """One term of a block, a diagonal in its own eigenbasis, and where its entries are.
 
     Attributes:
         Q_A: Eigenvectors of A, in columns, (in, in); (group, in, in) for several groups; `None`,
@@ -44,10 +44,10 @@ def _grouped(t: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class EigenBlock(OfParameters):
-    """The curvature of the parameters `params`: a diagonal in an orthonormal basis.
+    """The curvature of the parameters `params`: a diagonal in an orthonormal basis, or a sum.
 
     Attributes:
-        terms: One for each part of the parameters; no two have an entry in common.
+        terms: The diagonals; one, unless a weight is used in different orientations or parts.
     """
 
     terms: tuple[EigenTerm, ...]
@@ -71,12 +71,12 @@ class EigenBlock(OfParameters):
         if len(self.terms) == 1:
             return self.terms[0]
         raise FxkfacError(
-            f"the block of {', '.join(self.params)} has {len(self.terms)} parts, each with a basis "
+            f"the block of {', '.join(self.params)} has {len(self.terms)} terms, each with a basis "
             "of its own; read that of each one in `block.terms`."
         )
 
     @property
     def operator(self) -> Operator:
-        """The block on vectors (numel,), the parameters' concatenated rvec as stored."""
-        parts = [(t.operator, t.entries.to(t.Q_B.device)) for t in self.terms]
-        return side_by_side(parts, self.numel)
+        """The sum on vectors (numel,), the parameters' concatenated rvec as stored."""
+        placed = [(term.operator, term.entries.to(term.Q_B.device)) for term in self.terms]
+        return laid_out(placed, self.numel)

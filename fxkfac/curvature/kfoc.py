@@ -6,31 +6,32 @@
 
 Rearranged (Van Loan and Pitsianis 1993), C is a matrix whose rows are the entries of A and whose
 columns those of B, and A ⊗ B is vec(A) vec(B)ᵀ. So the nearest product is its first singular pair,
-and what the two lines do in turn is power iteration: each gives the best A for B, or B for A.
+and what the two lines do in turn is power iteration: each gives the best A for B, or B for A. Terms
+that lie over each other take turns at what the others leave: see `nearest`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
 from fxkfac.curvature.blocks import Block, Kronecker
-from fxkfac.curvature.correct import Asked, Place
+from fxkfac.curvature.correct import Asked
 from fxkfac.curvature.corrected import Corrected
 from fxkfac.curvature.correction import Correction, alone, products_of, shape_of
 from fxkfac.curvature.data import Data
 from fxkfac.curvature.factors import Factors
+from fxkfac.curvature.nearest import Pair, Pairs, explained, with_left, with_right
+from fxkfac.curvature.overlap import Place
 from fxkfac.curvature.padding import Mask
 from fxkfac.errors import DataError, OptionError
 from fxkfac.functional import Params
 from fxkfac.graph.program import Program
 from fxkfac.isolation import full_precision
 from fxkfac.linalg.contraction import Left, Right
-
-Pair = tuple[Tensor, Tensor]  # A and B of one term, with their group axis
 
 
 @full_precision()
@@ -52,8 +53,10 @@ def kfoc(
 
     No step leads away from the exact block of these data in the Frobenius norm, so that the result
     is never farther from it than KFAC. Every group has a product of its own, and so does every
-    part of a block. An embedding's A stays diagonal: the product is the nearest among such. As a
-    product tells nothing of the scale of each factor, A keeps the trace that KFAC's has.
+    term of a block: where terms lie over each other, as those of a weight in two orientations do,
+    it is their sum that comes nearer. An embedding's A stays diagonal: the product is the nearest
+    among such. As a product tells nothing of the scale of each factor, A keeps the trace that
+    KFAC's has.
 
     Args:
         program, loss, factors, params, mask, progress, backend, memory: As of `fxkfac.ekfac`.
@@ -61,7 +64,7 @@ def kfoc(
             Where labels or dropout are drawn, the batches must come in the same order each time.
         steps: Most steps.
         tolerance: Stop once the second half of a step makes no ‖A ⊗ B‖ grow by more than this
-            part of it.
+            part of it; of terms that lie over each other, no √(‖C‖² − ‖C − Σ A ⊗ B‖²).
         generator: As of `fxkfac.ekfac`; all passes draw the same labels and signs.
 
     Returns:
@@ -77,16 +80,18 @@ def kfoc(
     correction = Correction.of(program, loss, factors, params, mask, backend, memory)
     source = generator or program.generator
     state = source.get_state()
-    pairs = _of_factors(factors)
+    parts, pairs = correction.parts, _of_factors(factors)
     for _ in range(steps):
         source.set_state(state)
         sums = correction.run(_left(pairs), data, source, progress)
-        pairs = _with_left(pairs, sums.totals, correction.scale(sums))
-        norms = _norms(pairs)
+        totals = _scaled(sums.totals, correction.scale(sums))
+        pairs = with_left(parts, pairs, totals)
+        before = explained(parts, pairs, totals, 0)
         source.set_state(state)
         sums = correction.run(_right(pairs), data, source, progress)
-        pairs = _with_right(pairs, sums.totals, correction.scale(sums))
-        if _grown(norms, _norms(pairs)) <= tolerance:
+        totals = _scaled(sums.totals, correction.scale(sums))
+        pairs = with_right(parts, pairs, totals)
+        if _grown(before, explained(parts, pairs, totals, 1)) <= tolerance:
             break
     return correction.result(_blocks(factors, pairs), sums)
 
@@ -106,16 +111,16 @@ def _require_again(data: Data) -> None:
         )
 
 
-def _of_factors(factors: Factors) -> dict[Place, Pair]:
+def _of_factors(factors: Factors) -> Pairs:
     """Where the iteration begins."""
-    pairs = {}
+    pairs: dict[Place, Pair] = {}
     for place, p in products_of(factors).items():
         dtype = torch.promote_types(p.A.dtype, p.B.dtype)
         pairs[place] = (p.A.to(dtype), p.B.to(dtype))
     return pairs
 
 
-def _left(pairs: Mapping[Place, Pair]) -> dict[Place, Asked]:
+def _left(pairs: Pairs) -> dict[Place, Asked]:
     """Σ G B Gᵀ for every term."""
     asked = {}
     for place, (A, B) in pairs.items():
@@ -126,7 +131,7 @@ def _left(pairs: Mapping[Place, Pair]) -> dict[Place, Asked]:
     return asked
 
 
-def _right(pairs: Mapping[Place, Pair]) -> dict[Place, Asked]:
+def _right(pairs: Pairs) -> dict[Place, Asked]:
     """Σ Gᵀ A G for every term."""
     asked = {}
     for place, (A, B) in pairs.items():
@@ -135,63 +140,30 @@ def _right(pairs: Mapping[Place, Pair]) -> dict[Place, Asked]:
     return asked
 
 
-def _with_left(
-    pairs: Mapping[Place, Pair], totals: Mapping[Place, Tensor], R: float
-) -> dict[Place, Pair]:
-    """The best A for every B."""
-    found = {}
-    for place, (_, B) in pairs.items():
-        total = totals[place]
-        squared = _inner(B)
-        found[place] = (_divided(R * total, squared[0] if total.ndim == 1 else squared), B)
-    return found
+def _scaled(totals: Mapping[Place, Tensor], R: float) -> dict[Place, Tensor]:
+    """By R, as C is."""
+    return {place: R * total for place, total in totals.items()}
 
 
-def _with_right(
-    pairs: Mapping[Place, Pair], totals: Mapping[Place, Tensor], R: float
-) -> dict[Place, Pair]:
-    """The best B for every A."""
-    return {place: (A, _divided(R * totals[place], _inner(A))) for place, (A, _) in pairs.items()}
-
-
-def _inner(factor: Tensor) -> Tensor:
-    """⟨F, F⟩ of every group; of a diagonal, (1,)."""
-    return factor.square().flatten(-1 if factor.ndim == 1 else 1).sum(-1).view(-1)
-
-
-def _divided(total: Tensor, squared: Tensor) -> Tensor:
-    """The sum over ⟨F, F⟩, symmetric to the last digit; zero where the other factor is zero."""
-    if total.ndim == 3:
-        total, squared = (total + total.mT) / 2, squared.view(-1, 1, 1)
-    return torch.where(squared > 0, total / squared, torch.zeros_like(total))
-
-
-def _norms(pairs: Mapping[Place, Pair]) -> dict[Place, Tensor]:
-    """‖A ⊗ B‖ of every group."""
-    return {place: (_inner(A) * _inner(B)).sqrt() for place, (A, B) in pairs.items()}
-
-
-def _grown(before: Mapping[Place, Tensor], after: Mapping[Place, Tensor]) -> float:
+def _grown(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
     """The largest relative growth."""
     tiny = torch.finfo(torch.float32).tiny
-    return max(
-        (float(((b - before[p]) / b.clamp_min(tiny)).max()) for p, b in after.items()),
-        default=0.0,
-    )
+    pairs = zip(before, after, strict=True)
+    return max((float(((b - a) / b.clamp_min(tiny)).max()) for a, b in pairs), default=0.0)
 
 
-def _blocks(factors: Factors, pairs: Mapping[Place, Pair]) -> dict[str, Block]:
+def _blocks(factors: Factors, pairs: Pairs) -> dict[str, Block]:
     blocks = {}
     for name, plan in factors.plans.items():
         terms = []
         for k, term in enumerate(plan.terms):
-            A, B = _scaled(pairs[name, k], factors.products[name][k].A)
+            A, B = _balanced(pairs[name, k], factors.products[name][k].A)
             terms.append(Kronecker(alone(A), alone(B), term, plan.offsets))
         blocks[name] = Block(plan.parameters, plan.shapes, tuple(terms))
     return blocks
 
 
-def _scaled(pair: Pair, like: Tensor) -> Pair:
+def _balanced(pair: Pair, like: Tensor) -> Pair:
     """The same product, with an A that has the trace of another one."""
     A, B = pair
     wanted, has = _trace(like), _trace(A)

@@ -1,7 +1,7 @@
-"""The Kronecker products of a block, and where their entries are -> one operator over its vector.
+"""The terms of a block, and where their entries are -> one operator over its vector.
 
-Products of parts that have no entry in common are blocks of a block diagonal operator. Two that lie
-alike are a Kronecker sum. Others that lie over each other are a sum that only has products.
+Terms that have no entry in common are blocks of a block diagonal operator. Two Kronecker products
+that lie alike are a Kronecker sum. Others that lie over each other are a sum, which has products.
 """
 
 from __future__ import annotations
@@ -14,22 +14,24 @@ import torch
 from torch import Tensor
 
 from fxkfac.linalg import operators
-from fxkfac.linalg.operators import BlockDiagonal, Kronecker, Operator, Placed
+from fxkfac.linalg.operators import BlockDiagonal, Eigenbasis, Kronecker, Operator, Placed
 
 if TYPE_CHECKING:
     from jaxtyping import Int
 
-Term = tuple[Kronecker, Tensor]  # a product (group, in, out) and the numbers of its entries
+Product = Kronecker | Eigenbasis
+Term = tuple[Product, Tensor]  # on (group, in, out), and the numbers of its entries
 
 
 def laid_out(terms: Sequence[Term], numel: int) -> Operator:
-    """The sum of Kronecker products as an operator on vectors (numel,).
+    """The sum of terms as an operator on vectors (numel,).
 
     Args:
-        terms: Products, and for each one the numbers of its entries, (group, in, out).
+        terms: Kronecker products, or diagonals in an eigenbasis; and for each one the numbers of
+            its entries, (group, in, out).
         numel: The length of the vector; it is zero where no term has an entry.
     """
-    groups = _overlapping(terms, numel)
+    groups = overlapping([entries for _, entries in terms], numel)
     return side_by_side([_one_part([terms[k] for k in group]) for group in groups], numel)
 
 
@@ -42,17 +44,17 @@ def side_by_side(parts: Sequence[tuple[Operator, Tensor]], numel: int) -> Operat
     return Placed(BlockDiagonal(tuple(operator for operator, _ in parts)), entries, (numel,))
 
 
-def _overlapping(terms: Sequence[Term], numel: int) -> list[list[int]]:
+def overlapping(entries: Sequence[Tensor], numel: int) -> list[list[int]]:
     """Terms that have an entry in common, directly or through others, belong together."""
-    if len(terms) == 1:
+    if len(entries) == 1:
         return [[0]]
     masks = []
-    for _, entries in terms:
-        mask = torch.zeros(numel, dtype=torch.bool, device=entries.device)
-        mask[entries.flatten()] = True
+    for own in entries:
+        mask = torch.zeros(numel, dtype=torch.bool, device=own.device)
+        mask[own.flatten()] = True
         masks.append(mask)
     graph = nx.Graph()
-    graph.add_nodes_from(range(len(terms)))
+    graph.add_nodes_from(range(len(entries)))
     for k, mine in enumerate(masks):
         graph.add_edges_from((k, j) for j in range(k) if bool((mine & masks[j]).any()))
     return sorted(sorted(int(k) for k in part) for part in nx.connected_components(graph))
@@ -60,7 +62,7 @@ def _overlapping(terms: Sequence[Term], numel: int) -> list[list[int]]:
 
 def _one_part(terms: Sequence[Term]) -> tuple[Operator, Int[Tensor, "*shape"]]:
     """Terms that lie over each other as one operator, and the numbers of its entries."""
-    ordered = sorted(terms, key=lambda term: term[0].A.ndim)  # those with diagonals first
+    ordered = sorted(terms, key=lambda term: not _has_diagonal(term[0]))
     entries = ordered[0][1]
     alike = [turned(operator, own, entries) for operator, own in ordered]
     fitting = [operator for operator in alike if operator is not None]
@@ -71,12 +73,25 @@ def _one_part(terms: Sequence[Term]) -> tuple[Operator, Int[Tensor, "*shape"]]:
     return operators.add(*placed), union
 
 
-def turned(operator: Kronecker, own: Tensor, entries: Tensor) -> Kronecker | None:
-    """A product whose entries lie as others do; `None` where they do not, turned or not."""
-    if own.equal(entries):
-        return operator
-    if not own.mT.equal(entries):  # the weight is not used the other way round either
-        return None
+def _has_diagonal(operator: Product) -> bool:
+    """Whether a factor is a diagonal, which is written out where its term is turned."""
+    return isinstance(operator, Kronecker) and operator.A.ndim == 2
+
+
+def turned(operator: Product, own: Tensor, entries: Tensor) -> Product | None:
+    """A term whose entries lie as others do; `None` where they do not, turned or not."""
+    is_turned = lies_turned(own, entries)
+    if not is_turned:
+        return None if is_turned is None else operator
+    if isinstance(operator, Eigenbasis):
+        return Eigenbasis(operator.Q_B, operator.Q_A, operator.eigenvalues.mT)
     # No diagonal is larger than the other's B, unless that one has a diagonal, too.
     A = torch.diag_embed(operator.A) if operator.A.ndim == 2 else operator.A
     return Kronecker(operator.B, A)
+
+
+def lies_turned(own: Tensor, entries: Tensor) -> bool | None:
+    """Whether entries lie as others do only if turned; `None` where they do not even then."""
+    if own.equal(entries):
+        return False
+    return True if own.mT.equal(entries) else None

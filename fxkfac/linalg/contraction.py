@@ -40,17 +40,31 @@ class TokenRows:
     """The same where inputs are one-hot: the rows of G that are not zero.
 
     Attributes:
-        tokens: For each, which row of its datum's G it is; no datum has one twice.
+        places: For each, n · size + i where it is row i of datum n's G; no two are equal.
         g: The rows.
         size: How many rows G has.
+        n: Number of data.
     """
 
-    tokens: Int[Tensor, " rows"]
+    places: Int[Tensor, " rows"]
     g: Float[Tensor, "rows c d_out"]
     size: int
+    n: int
+
+    @property
+    def tokens(self) -> Int[Tensor, " rows"]:
+        """For each, which row of its datum's G it is."""
+        return self.places.remainder(self.size)
 
 
-Rows = DatumRows | TokenRows
+@dataclass(frozen=True)
+class Formed:
+    """The gradients themselves, where each is a sum over several kinds of rows."""
+
+    G: Float[Tensor, "group n d_in c d_out"]
+
+
+Rows = DatumRows | TokenRows | Formed
 
 
 @dataclass(frozen=True)
@@ -74,6 +88,8 @@ class Squares:
         if isinstance(rows, TokenRows):
             each = _times(rows.g.unsqueeze(0), self.Q_B)[0].square().sum(1)
             return _by_token(rows, each).unsqueeze(0)
+        if isinstance(rows, Formed):
+            return self._squared(rows.G)
         assert self.Q_A is not None
         order = self.order(rows.sizes)
         x = _times(rows.x, self.Q_A) if order.x_first else rows.x
@@ -81,9 +97,11 @@ class Squares:
         if not order.forms:
             # Σ_c comes before the product: x is the same for all vectors.
             return x.squeeze(2).square().mT @ g.squeeze(2).square().sum(2)
-        G = _gradients(DatumRows(x, g))
-        G = G if order.g_first else _times(G, self.Q_B)
-        G = G if order.x_first else _from_left(self.Q_A.mT, G)
+        return self._squared(gradients(DatumRows(x, g)), order.x_first, order.g_first)
+
+    def _squared(self, G: Tensor, x_turned: bool = False, g_turned: bool = False) -> Tensor:
+        G = G if g_turned else _times(G, self.Q_B)
+        G = G if x_turned or self.Q_A is None else _from_left(self.Q_A.mT, G)
         return G.square().sum((1, 3))
 
 
@@ -108,9 +126,12 @@ class Left:
         if isinstance(rows, TokenRows):
             each = (_times(rows.g.unsqueeze(0), self.B)[0] * rows.g).sum((1, 2))
             return _by_token(rows, each)
-        if self.order(rows.sizes).forms:
-            G = _gradients(rows)
-            return torch.einsum("gnivo,gnjvo->gij", _times(G, self.B), G)
+        if isinstance(rows, Formed) or self.order(rows.sizes).forms:
+            G = gradients(rows)
+            turned = _times(G, self.B)
+            if self.tokens:
+                return (turned * G).sum((0, 1, 3, 4))
+            return torch.einsum("gnivo,gnjvo->gij", turned, G)
         M = _times(rows.g, self.B).flatten(3) @ rows.g.flatten(3).mT  # g B gᵀ
         product = M @ rows.x
         x = rows.x.expand(len(product), -1, -1, -1)
@@ -136,8 +157,8 @@ class Right:
         if isinstance(rows, TokenRows):
             scaled = self.A[rows.tokens].view(-1, 1, 1) * rows.g
             return (scaled.flatten(0, 1).mT @ rows.g.flatten(0, 1)).unsqueeze(0)
-        if self.order(rows.sizes).forms:
-            G = _gradients(rows)
+        if isinstance(rows, Formed) or self.order(rows.sizes).forms:
+            G = gradients(rows)
             return torch.einsum("gnivo,gnivp->gop", G, _from_left(self.A, G))
         P = _times(rows.x, self.A) @ rows.x.mT  # x A xᵀ
         product = (P @ rows.g.flatten(3)).unflatten(-1, rows.g.shape[3:])
@@ -148,8 +169,13 @@ class Right:
 Statistic = Squares | Left | Right
 
 
-def _gradients(rows: DatumRows) -> Float[Tensor, "group n d_in c d_out"]:
+def gradients(rows: Rows) -> Float[Tensor, "group n d_in c d_out"]:
     """G = Σ_s x gᵀ of every datum and vector."""
+    if isinstance(rows, Formed):
+        return rows.G
+    if isinstance(rows, TokenRows):
+        G = rows.g.new_zeros(rows.n * rows.size, *rows.g.shape[1:])
+        return G.index_add(0, rows.places, rows.g).view(1, rows.n, rows.size, *rows.g.shape[1:])
     G = rows.x.mT @ rows.g.flatten(3)
     return G.unflatten(-1, rows.g.shape[3:])
 
@@ -163,9 +189,12 @@ def _times(
 
 
 def _from_left(
-    factor: Float[Tensor, "group d_in d_in"], G: Float[Tensor, "group n d_in c d_out"]
+    factor: Float[Tensor, "group d_in d_in"] | Float[Tensor, " d_in"],
+    G: Float[Tensor, "group n d_in c d_out"],
 ) -> Float[Tensor, "group n d_in c d_out"]:
-    """The matrix of its group times every G."""
+    """The matrix of its group, or the one diagonal, times every G."""
+    if factor.ndim == 1:
+        return factor.view(-1, 1, 1) * G
     groups = max(len(factor), len(G))
     factor, G = factor.expand(groups, -1, -1), G.expand(groups, -1, -1, -1, -1)
     return torch.einsum("gij,gnjvo->gnivo", factor, G)

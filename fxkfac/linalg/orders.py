@@ -90,6 +90,12 @@ def order_by_token(sizes: Sizes) -> Order:
     return Order("Σ of g over equal tokens", False, False, False, cost)
 
 
+def order_of_sums(sizes: Sizes) -> Order:
+    """Where G is a sum over several kinds of rows: it is formed, then comes either factor."""
+    S, V, i, o = sizes.shared, sizes.vectors, sizes.d_in, sizes.d_out
+    return Order("Σ of all terms' x gᵀ", False, False, True, V * i * o * (S + i + o))
+
+
 def _cheapest(orders: list[Order]) -> Order:
     best = min(orders, key=lambda order: order.cost)
     return replace(best, others=tuple((o.name, o.cost) for o in orders if o is not best))

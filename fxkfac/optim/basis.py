@@ -176,7 +176,7 @@ def _of_product(product: Kronecker, split: bool, decompose: Eigh) -> Basis:
 def _of_two(block: Block, damping: float) -> Basis:
     first, second = block.terms
     alike = turned(second.operator, second.entries, first.entries)
-    assert alike is not None  # `Layout.kind` says so
+    assert isinstance(alike, Kronecker)  # `Layout.kind` says so
     both = damped(KroneckerSum(first.operator, alike), Damping(damping, "factors"))
     assert isinstance(both, KroneckerSum)
     found = pencil(both)

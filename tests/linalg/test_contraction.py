@@ -65,14 +65,14 @@ def test_products(sizes, x_group, g_group):
 
 def test_one_hot_rows():
     """Two data with three tokens each, of which some are the same in both."""
-    tokens = torch.tensor([0, 3, 4, 3, 1, 0])
+    places = torch.tensor([0, 3, 4, 8, 6, 5])
     g = rand(6, 2, 3)
     G = torch.zeros(2, 2, 5, 3, dtype=g.dtype)
-    for k, (token, each) in enumerate(zip(tokens, g, strict=True)):
+    for k, (token, each) in enumerate(zip(places % 5, g, strict=True)):
         G[k // 3, :, token] = each
     Q_B, B = torch.linalg.qr(rand(1, 3, 3, seed=2))[0], symmetric(1, 3, 3)
     a = rand(5, seed=4).square()
-    r = TokenRows(tokens, g, 5)
+    r = TokenRows(places, g, 5, 2)
     torch.testing.assert_close(Squares(None, Q_B).of(r), (G @ Q_B).square().sum((0, 1))[None])
     torch.testing.assert_close(
         Left(B, tokens=True).of(r), torch.einsum("nvio,op,nvip->i", G, B[0], G)

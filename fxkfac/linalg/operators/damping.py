@@ -104,10 +104,23 @@ def _factors_damped(operator: Operator, damping: Damping) -> Operator:
             return each_block(lambda block: _factors_damped(block, damping), operator)
         case Placed() if not operator.repeats:
             return in_place(lambda placed: _factors_damped(placed, damping), operator)
-        case Placed() | Sum() | KroneckerSum():
+        case Placed() | Sum() | KroneckerSum() if _has_factors(operator):
             return each_part(lambda part: _term_damped(part, damping), operator)
         case _:
             return _shifted(operator, damping.value)
+
+
+def _has_factors(operator: Operator) -> bool:
+    """Whether a Kronecker product is in it."""
+    match operator:
+        case Placed():
+            return _has_factors(operator.operator)
+        case Sum():
+            return any(map(_has_factors, operator.terms))
+        case BlockDiagonal():
+            return any(map(_has_factors, operator.blocks))
+        case _:
+            return isinstance(operator, Kronecker | KroneckerSum)
 
 
 def _term_damped(operator: Operator, damping: Damping) -> Operator:
