@@ -22,7 +22,7 @@ from fxkfac.graph.signature import Signature
 from fxkfac.graph.structure import Choice, Structures
 from fxkfac.graph.table import program_table
 from fxkfac.graph.tap import Sink, Taps
-from fxkfac.graph.verify import FlatModel, is_model
+from fxkfac.graph.verify import FlatModel, is_model, lost_axis
 from fxkfac.isolation import full_precision, is_finite
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ class Tapped:
         verified: Batch sizes at which the prediction was compared with the model's.
         refusals: Front ends that were tried before, and why they did not do.
         coupled: Whether one datum's prediction depends on the others'.
+        alike: Whether that is not known, since the data of the example are alike.
         derived: For every weight that is computed from parameters, its node and shape.
         memo: What others have made of this graph, which lives as long as it does.
     """
@@ -56,6 +57,7 @@ class Tapped:
     verified: set[int] = field(repr=False)
     refusals: Mapping[str, str] = field(default_factory=dict)
     coupled: bool = False
+    alike: bool = False
     derived: Mapping[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
     memo: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
@@ -267,6 +269,8 @@ def _agrees(model: FlatModel, tapped: Tapped, tensors: list[Tensor], n: int) -> 
     """Compare graph and model at a batch size that is seen for the first time."""
     with quietly():
         wrong = is_model(model, tapped.captured, model.state(), tensors)
+        if n == 1 and not wrong:
+            wrong = lost_axis(tapped, model.state(), tensors)
     if not wrong:
         tapped.verified.add(n)
     return not wrong

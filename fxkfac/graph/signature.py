@@ -85,10 +85,11 @@ class Signature:
         ]
 
     def vary(self, tensors: list[Tensor], size: int, generator: Generator) -> list[Tensor]:
-        """`size` data like those given, and no two alike.
+        """`size` data like those given, and no two alike as far as floating point numbers tell.
 
-        A whole number of each datum's, such as the length of a sequence, stays as it is; numbers
-        in descending order stay so.
+        Whole numbers have no others near by that are sure to be valid: so they are taken from data
+        that differ, where there are such. One of each datum's, such as the length of a sequence,
+        stays as it is; numbers in descending order stay so.
         """
         n = self.batch_size(tensors)
         repeated = self.permute(tensors, self._some(tensors, size, n))
@@ -98,12 +99,32 @@ class Signature:
         ]
 
     def _some(self, tensors: list[Tensor], size: int, n: int) -> Tensor:
-        """The first data, but with that of the largest number: the longest sequence, say."""
+        """The first data, but with that of the largest number: the longest sequence, say.
+
+        And with one that is unlike the first in as many tensors as any.
+        """
         if size >= n:
             return torch.arange(size, device="cpu") * n // size
         pairs = zip(tensors, self.axes, strict=True)
         largest = [int(t.argmax()) for t, axis in pairs if axis is not None and _is_number(t)]
-        return torch.tensor(sorted(list(dict.fromkeys([*largest, *range(n)]))[:size]), device="cpu")
+        differ = [(t != t[:1]).any(1) for t in self._rows(tensors, n)]
+        unlike = int(torch.stack([d.cpu() for d in differ]).sum(0).argmax())
+        chosen = list(dict.fromkeys([*largest, 0, unlike, *range(n)]))[:size]
+        return torch.tensor(sorted(chosen), device="cpu")
+
+    def replaced(self, tensors: list[Tensor]) -> list[Tensor]:
+        """The same data, with the one that is farthest from the first in its place."""
+        n = self.batch_size(tensors)
+        distances = torch.stack([_from_first(t).cpu() for t in self._rows(tensors, n)]).sum(0)
+        far = n - 1 - int(distances.flip(0).argmax())  # the last one of several
+        return self.permute(tensors, torch.tensor([far, *range(1, n)], device="cpu"))
+
+    def _rows(self, tensors: list[Tensor], n: int) -> list[Tensor]:
+        """A row for each datum, of every tensor that has data."""
+        pairs = zip(tensors, self.axes, strict=True)
+        return [
+            t.movedim(axis, 0).reshape(n, t.numel() // n) for t, axis in pairs if axis is not None
+        ]
 
     def unlike(self, tensors: list[Tensor], generator: Generator) -> Iterator[list[Tensor]]:
         """Other data of the same size: all signs +, all −, any; indices drawn anew."""
@@ -112,6 +133,13 @@ class Signature:
                 t if axis is None else _unlike(t, least, most, generator)
                 for t, axis in zip(tensors, self.axes, strict=True)
             ]
+
+
+def _from_first(rows: Tensor) -> Tensor:
+    """How far each row is from the first, from 0 to 1."""
+    rows = rows.double()
+    scale = rows.norm(dim=1) + rows[0].norm()
+    return torch.where(scale > 0, (rows - rows[0]).norm(dim=1) / scale, 0.0)
 
 
 def _unlike(t: Tensor, least: int, most: int, generator: Generator) -> Tensor:
@@ -127,12 +155,20 @@ def _is_number(t: Tensor) -> bool:
     return t.ndim == 1 and not t.is_floating_point() and t.dtype != torch.bool
 
 
+def near(t: Tensor, generator: Generator) -> Tensor:
+    """Floating point numbers near those given.
+
+    Zero entries move too, and no entry changes its sign: log and sqrt stay defined.
+    """
+    g = generator
+    noise = torch.rand(t.shape, generator=g, dtype=torch.float32, device=g.device).to(t)
+    return torch.where(t == 0, 0.1 * noise, t * (1 + 0.1 * noise))
+
+
 def _varied(t: Tensor, repeats: bool, generator: Generator) -> Tensor:
     g = generator
     if t.is_floating_point():
-        # Zero entries move too, and no entry changes its sign: log and sqrt stay defined.
-        noise = torch.rand(t.shape, generator=g, dtype=torch.float32, device=g.device).to(t)
-        return torch.where(t == 0, 0.1 * noise, t * (1 + 0.1 * noise))
+        return near(t, generator)
     if t.dtype == torch.bool or not repeats:
         return t
     chosen = torch.randint(t.numel(), t.shape, generator=g, device=g.device)

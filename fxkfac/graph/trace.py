@@ -26,10 +26,11 @@ from fxkfac.graph.record import record
 from fxkfac.graph.signature import BatchAxes, Signature, signature_of
 from fxkfac.graph.structure import Structures, structures_of
 from fxkfac.graph.tap import tap_uses
-from fxkfac.graph.trial import attempt, coupled, match_and_locate
+from fxkfac.graph.trial import attempt, find_coupling, match_and_locate
 from fxkfac.graph.verify import (
     WRONG_GRADIENTS,
     FlatModel,
+    lost_axis,
     require_gradients,
     require_graph_gradients,
 )
@@ -159,6 +160,7 @@ def _compile(
     example = record(captured.module, [*trial.state.values(), *trial.data])
     matched, located = match_and_locate(trial, example)
     uses, unsupported = _covered(matched, located)
+    found = find_coupling(trial, located, uses)
     module, uses = tap_uses(captured.module, uses)
     tapped = Tapped(
         captured,
@@ -168,9 +170,13 @@ def _compile(
         located.prediction,
         trial.dynamic,
         set(),
-        coupled=coupled(trial, located),
+        coupled=found.coupled,
+        alike=not found.known,
         derived={name: (n.name, tuple(example.shapes[n])) for n, name in trial.derived.items()},
     )
+    alone = trial.dynamic and model.signature.batch_size(tensors) == 1
+    if alone and (wrong := lost_axis(tapped, trial.state, tensors)):
+        raise Refusal(wrong)
     lost = set(tapped.uncovered)
     if lost & set(tapped.derived):
         raise Refusal(f"derived weights have no normal form: {unsupported[0]}")

@@ -20,7 +20,7 @@ from fxkfac.graph.capture import Captured, Refusal
 from fxkfac.graph.derived import computation
 from fxkfac.graph.normal import Input, parameter_gradient
 from fxkfac.graph.signature import Signature
-from fxkfac.graph.tap import Taps
+from fxkfac.graph.tap import Sink, Taps
 
 if TYPE_CHECKING:
     from fxkfac.graph.program import Tapped
@@ -117,7 +117,7 @@ def gradient_errors(
     return errors
 
 
-def run_graph(module: Any, state: State, data: Sequence[Tensor], *sink: Taps) -> Any:
+def run_graph(module: Any, state: State, data: Sequence[Tensor], *sink: Sink) -> Any:
     """Run a captured or tapped graph with the random numbers that `FlatModel.predict` has."""
     torch.manual_seed(0)
     with torch.enable_grad():
@@ -145,6 +145,23 @@ def is_model(model: FlatModel, captured: Captured, state: State, data: Sequence[
     if off <= tolerance(expected, captured.precision):
         return ""
     return f"its prediction is not the model's ({off:.1e})"
+
+
+def lost_axis(tapped: Tapped, state: State, data: Sequence[Tensor]) -> str:
+    """Empty where the outputs at the taps have the axes that they had, else what is wrong.
+
+    A batch of one may have fewer of them, as behind `squeeze()`.
+    """
+    taps = Taps()
+    run_graph(tapped.module, state, data, taps)
+    for use in tapped.uses:
+        y = taps.outputs[use.tap]
+        if y.ndim != len(use.y_shape):
+            return (
+                f"{', '.join(use.parameters)} enters {use.op}, whose output {tuple(y.shape)} has "
+                f"not as many axes as for more data, {use.y_shape}"
+            )
+    return ""
 
 
 def require_gradients(
