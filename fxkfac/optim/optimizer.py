@@ -19,14 +19,14 @@ from torch.optim.adam import adam
 from fxkfac.curvature.data import batches
 from fxkfac.curvature.step import step as pass_over
 from fxkfac.graph.program import Program
-from fxkfac.optim.checks import require_at_least_one, require_positive
+from fxkfac.optim.checks import require, require_at_least_one, require_positive
 from fxkfac.optim.gradients import (
     Batches,
     loss_and_gradients,
     modes_with_buffers,
     move_buffers,
 )
-from fxkfac.optim.groups import grouped
+from fxkfac.optim.groups import grouped, require_held, require_same_groups
 from fxkfac.optim.layout import held
 from fxkfac.optim.policies import clipped, kl_factor, next_damping, predicted_change
 from fxkfac.optim.preconditioner import Preconditioner
@@ -96,7 +96,7 @@ class KFAC(Optimizer):
         self.program, self.loss = program, loss
         self.max_norm, self.kl_clip, self.lm_interval = max_norm, kl_clip, lm_interval
         self.preconditioner = Preconditioner(program, loss, **preconditioner)
-        self._buffers_stay: set[tuple[bool, ...]] = set()  # modes in which a run has moved none
+        self._buffers_stay: set[tuple[bool, ...]] = set()  # modes in which a run writes into none
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -108,6 +108,16 @@ class KFAC(Optimizer):
         }
         covered = set(self.preconditioner.covered)
         super().__init__(grouped(program.model, held(program), covered, groups, defaults), {})
+        self._frozen = {name for name, θ in self._trained() if not θ.requires_grad}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refuse a group that the program knows nothing of, with `OptionError`."""
+        require(
+            "method" in param_group,
+            "a group was added to the optimizer; expected those it was made with, of what was "
+            "traced. Trace the model and make an optimizer anew, and say its options by `groups`.",
+        )
+        super().add_param_group(param_group)
 
     def step(self, inputs: Any, targets: Any = None) -> Tensor:  # type: ignore[override]
         """One step.
@@ -123,7 +133,10 @@ class KFAC(Optimizer):
         Raises:
             DataError, NonFiniteError: As of `fxkfac.step`; nothing has changed then but what random
                 numbers were drawn.
+            ParameterError: The model holds other parameters than when this was made, or one of them
+                was frozen since.
         """
+        require_held(self._trained(), held(self.program), self._frozen)
         data = list(batches(inputs if targets is None else (inputs, targets)))
         p = self.preconditioner
         drawn = p.generator.get_state()
@@ -135,6 +148,9 @@ class KFAC(Optimizer):
         if adapts:
             self._adapt(data, drawn, loss, gradients, before)
         return loss
+
+    def _trained(self) -> list[tuple[str, Tensor]]:
+        return [named for group in self.param_groups for named in _named(group)]
 
     def _values(self) -> dict[str, Tensor]:
         return {name: t.detach().clone() for name, t in held(self.program).items()}
@@ -245,10 +261,15 @@ class KFAC(Optimizer):
         return {**super().state_dict(), "preconditioner": self.preconditioner.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there: with parameters as they were, bit for bit."""
+        """Go on from there: with parameters as they were, bit for bit.
+
+        Raises:
+            OptionError: The state has other groups, or blocks, or tensors of other shapes.
+        """
         own = {key: state_dict[key] for key in ("state", "param_groups")}
-        super().load_state_dict(own)
+        require_same_groups(own["param_groups"], self.param_groups)
         self.preconditioner.load_state_dict(state_dict["preconditioner"])
+        super().load_state_dict(own)
 
 
 def _named(group: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
