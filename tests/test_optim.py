@@ -656,6 +656,53 @@ def test_averages_of_batch_norm_follow_the_data() -> None:
     assert torch.equal(model[1].running_mean, twin[1].running_mean)
 
 
+class Heads(nn.Module):
+    """One of two heads, and a parameter that nothing uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList([nn.Linear(4, 3), nn.Linear(4, 3)])
+        self.nowhere = nn.Parameter(torch.ones(2))
+
+    def forward(self, x: Tensor, which: int) -> Tensor:
+        return self.heads[which](x)
+
+
+@pytest.mark.parametrize("decoupled", [True, False])
+@pytest.mark.parametrize("structure", [{}, {"*": "skip"}], ids=["kfac", "adam"])
+def test_what_no_batch_uses_stays_as_it_is(structure: dict[str, str], decoupled: bool) -> None:
+    torch.manual_seed(0)
+    model, (x, y) = Heads().double(), batch()
+    program = fxkfac.trace(model, {"x": x, "which": 0}, structure=structure)
+    optimizer = KFAC(program, CE, lr=0.1, adam_lr=0.1, weight_decay=0.1, decoupled=decoupled)
+    before = values(model)
+    optimizer.step({"x": x, "which": 0}, y)
+    after = values(model)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {"heads.0.weight", "heads.0.bias"}
+
+
+def test_heads_in_turn_are_trained_as_by_torch() -> None:
+    """A head that a batch does not use has no gradient, and neither moves on nor decays."""
+    torch.manual_seed(0)
+    model, (x, y) = Heads().double(), batch()
+    twin = copy.deepcopy(model)
+    program = fxkfac.trace(model, {"x": x, "which": 0}, structure={"*": "skip"})
+    optimizer = KFAC(program, CE, lr=0.1, adam_lr=0.1, weight_decay=0.1)
+    torchs = torch.optim.AdamW(twin.parameters(), lr=0.1, weight_decay=0.1)
+    for which in (0, 1, 1, 0):
+        optimizer.step({"x": x, "which": which}, y)
+        torchs.zero_grad()
+        CE(twin(x, which), y).backward()
+        torchs.step()
+        assert_close(values(model), values(twin), 1e-12)
+    both = [({"x": x, "which": which}, y) for which in (0, 1)]
+    before = values(model)
+    optimizer.step(both)
+    kept = {name for name, θ in values(model).items() if torch.equal(θ, before[name])}
+    assert kept == {"nowhere"}
+
+
 class Range(nn.Module):
     """The largest input so far, as an observer of quantisation keeps it."""
 
@@ -773,6 +820,20 @@ def test_a_state_with_groups_in_another_order_is_refused() -> None:
     made(groups).load_state_dict(first.state_dict())
     with pytest.raises(OptionError, match="in this order"):
         made([]).load_state_dict(first.state_dict())
+
+
+def test_a_sparse_gradient_is_refused_by_name() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(7, 4, sparse=True), nn.Flatten(), nn.Linear(8, 3))
+    x, y = torch.randint(7, (5, 2)), torch.randint(3, (5,))
+    p = Preconditioner(fxkfac.trace(model, x), CE)
+    CE(model(x), y).backward()
+    p.update(x, y)
+    refused = pytest.raises(OptionError, match=r"gradient of '0\.weight' .* sparse=False")
+    with refused:
+        p.precondition()
+    with refused:
+        p.average.solve({name: θ.grad for name, θ in model.named_parameters()}, 1e-2)
 
 
 def test_a_group_that_is_added_later_is_refused() -> None:

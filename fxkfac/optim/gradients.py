@@ -1,4 +1,7 @@
-"""Program, loss, data -> loss and gradients, where no curvature is due; and moving buffers."""
+"""Program, loss, data -> loss and gradients, where no curvature is due; and what else a step needs.
+
+That is what has no gradient at all, and buffers that have moved with the data.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,9 @@ from torch import Generator, Tensor, nn
 from fxkfac.curvature.batch import require_finite_prediction
 from fxkfac.curvature.likelihoods import Likelihood
 from fxkfac.functional import FunctionalModel, split_inputs
+from fxkfac.graph.dependence import reach_output
 from fxkfac.graph.normal import Input
-from fxkfac.graph.program import Program
+from fxkfac.graph.program import Program, Tapped
 from fxkfac.isolation import full_precision, in_place_of, own_randomness, seed_from
 
 Batches = Sequence[tuple[Any, Any]]
@@ -71,6 +75,22 @@ def loss_and_gradients(
                 running += g
     R = likelihood.reduction_factor(count)
     return R * total, {name: R * g for name, g in sums.items()}
+
+
+def unused(program: Program, data: Batches) -> set[str]:
+    """Names of the selected parameters on which no batch's prediction depends."""
+    if not any(_unused_in(tapped, program) for tapped in program.graphs):
+        return set()
+    return set.intersection(*(_unused_in(program.at(x)[0], program) for x, _ in data))
+
+
+def _unused_in(tapped: Tapped, program: Program) -> set[str]:
+    if "unused" not in tapped.memo:
+        reached = reach_output(tapped.captured.module.graph)
+        used = {name for node, name in tapped.captured.placeholders().items() if node in reached}
+        tapped.memo["unused"] = set(program.asked.selected) - used
+    found: set[str] = tapped.memo["unused"]
+    return found
 
 
 def modes_with_buffers(model: FunctionalModel) -> tuple[bool, ...]:

@@ -8,7 +8,7 @@ long. Parameters without curvature take a step of Adam.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from fxkfac.optim.gradients import (
     loss_and_gradients,
     modes_with_buffers,
     move_buffers,
+    unused,
 )
 from fxkfac.optim.groups import grouped, require_held, require_same_groups
 from fxkfac.optim.layout import held
@@ -39,8 +40,10 @@ class KFAC(Optimizer):
         for x, y in loader:
             loss = optimizer.step(x, y)
 
-    A step reads no `.grad` and writes none. In train mode, buffers such as the averages of batch
-    norm follow the data by one more forward pass, as they would in any training.
+    A step reads no `.grad` and writes none. A parameter that no batch of a step uses stays as it
+    is. In train mode, buffers such as the averages of batch norm follow the data by one more
+    forward pass, as they would in any training; a module that writes into none of its buffers in
+    its first one has no other.
 
     Every group of `param_groups` is either of `method` "kfac" or of `method` "adam", with its own
     `lr`, which schedulers of `torch.optim.lr_scheduler` set.
@@ -144,7 +147,7 @@ class KFAC(Optimizer):
         self._follow_with_buffers(data)
         adapts = self.lm_interval is not None and p.steps % self.lm_interval == 0
         before = self._values() if adapts else {}
-        self._move(clipped(gradients, self.max_norm))
+        self._move(clipped(gradients, self.max_norm), unused(self.program, data))
         if adapts:
             self._adapt(data, drawn, loss, gradients, before)
         return loss
@@ -177,17 +180,19 @@ class KFAC(Optimizer):
             self._buffers_stay.add(modes)
 
     @torch.no_grad()
-    def _move(self, gradients: dict[str, Tensor]) -> None:
-        for group in self.param_groups:
+    def _move(self, gradients: dict[str, Tensor], skipped: Collection[str]) -> None:
+        rest = [_without(group, skipped) for group in self.param_groups]
+        groups = [group for group in rest if group["params"]]
+        for group in groups:
             if not group["decoupled"] and group["weight_decay"]:
                 for name, θ in _named(group):
                     gradients[name] = gradients[name] + group["weight_decay"] * θ
-        kfac = [group for group in self.param_groups if group["method"] == "kfac"]
-        names = [name for group in kfac for name, _ in _named(group)]
-        natural = self.preconditioner.solve({name: gradients[name] for name in names})
+        kfac = [group for group in groups if group["method"] == "kfac"]
+        covered = {name: gradients[name] for name in self.preconditioner.covered}
+        natural = self.preconditioner.solve(covered)
         lengths = [(g["lr"], natural[n], gradients[n]) for g in kfac for n, _ in _named(g)]
         ν = kl_factor(lengths, self.kl_clip)
-        for group in self.param_groups:
+        for group in groups:
             if group["method"] == "kfac":
                 self._move_by_kfac(group, natural, ν)
             else:
@@ -274,6 +279,11 @@ class KFAC(Optimizer):
 
 def _named(group: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
     return list(zip(group["param_names"], group["params"], strict=True))
+
+
+def _without(group: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    kept = [(name, θ) for name, θ in _named(group) if name not in names]
+    return {**group, "param_names": [name for name, _ in kept], "params": [θ for _, θ in kept]}
 
 
 def _last(state: Mapping[str, Tensor], θ: Tensor) -> Tensor:
