@@ -19,7 +19,7 @@ from torch.utils.data import RandomSampler
 from fxkfac.attribution.rows import Formed, Rows, TokenRows, chunks
 from fxkfac.attribution.solve import Exact, Solved, Solver, solvers_of
 from fxkfac.attribution.taps import Batch, Reader
-from fxkfac.curvature.corrected import Corrected
+from fxkfac.curvature.corrected import Corrected, uncorrected
 from fxkfac.curvature.data import Data, batches
 from fxkfac.curvature.factors import Factors, Settings
 from fxkfac.curvature.losses import likelihood_of
@@ -130,7 +130,7 @@ def _scores(
     params: Params | None,
     memory: int,
 ) -> _Scores:
-    base = _factors(factors)
+    base = uncorrected(factors)
     reader = Reader(program, likelihood_of(loss), base.settings, program.state(params))
     _require_same(program, loss, base.settings)
     for name, given in data.items():
@@ -238,18 +238,6 @@ class _Scores:
 def _numbered(name: str, data: Data) -> Iterator[tuple[str, Any, Any]]:
     for number, (inputs, targets) in enumerate(batches(data)):
         yield f"batch {number} of {name}", inputs, targets
-
-
-def _factors(factors: Any) -> Factors:
-    """What says how the curvature was computed."""
-    if isinstance(factors, Corrected):
-        return factors.factors
-    if not isinstance(factors, Factors):
-        raise OptionError(
-            f"factors is a {type(factors).__name__}; expected what fxkfac.kfac or fxkfac.ekfac "
-            "returns."
-        )
-    return factors
 
 
 def _require_same(program: Program, loss: Any, had: Settings) -> None:
