@@ -23,6 +23,7 @@ from torch import Generator, Tensor
 
 from fxkfac.curvature.corrected import Corrected, uncorrected
 from fxkfac.curvature.factors import Factors
+from fxkfac.curvature.point import require_here
 from fxkfac.errors import OptionError, ParameterError
 from fxkfac.functional import FunctionalModel, Inputs, Params, prediction_of
 from fxkfac.isolation import full_precision
@@ -93,6 +94,7 @@ def posterior(
         OptionError: The prior precision is not positive; `factors` are none, such as a running
             average, or were corrected with other data; or what `operators.diagonalised` raises.
         UnknownParameter: A name is unknown, or another parameter of its block is missing.
+        MergeError: The parameters have other values than when the factors were computed.
         ParameterError: A weight is not a parameter of the model, but computed from some.
     """
     base = uncorrected(factors)
@@ -101,6 +103,7 @@ def posterior(
     curvature = operators.diagonalised(curvature)
     assert isinstance(curvature, Named)
     held = {name: t.clone() for name, t in base.model.override(params).items()}
+    require_here(base.point, held)
     if computed := [name for name in curvature.shapes if name not in held]:
         raise ParameterError(
             f"{computed} are computed from parameters; expected parameters, which have values of "

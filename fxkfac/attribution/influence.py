@@ -25,6 +25,7 @@ from fxkfac.curvature.factors import Factors, Settings
 from fxkfac.curvature.losses import likelihood_of
 from fxkfac.curvature.options import settings_again
 from fxkfac.curvature.plan import require_same_terms
+from fxkfac.curvature.point import require_here
 from fxkfac.errors import DataError, MergeError, OptionError
 from fxkfac.functional import Params
 from fxkfac.graph.program import Program
@@ -73,7 +74,8 @@ def influence(
 
     Raises:
         OptionError: The damping is negative, or zero where a block is singular; `factors` are none.
-        MergeError: The factors are of other parameters, or of other blocks.
+        MergeError: The factors are of other parameters, or of other blocks, or were computed when
+            these had other values.
         DataError: No data, inputs and targets that do not fit, or a shuffled DataLoader.
         NonFiniteError: NaN or Inf in a gradient.
         BatchAxisError: Data are coupled, or it is not known which datum a row belongs to.
@@ -131,8 +133,10 @@ def _scores(
     memory: int,
 ) -> _Scores:
     base = uncorrected(factors)
-    reader = Reader(program, likelihood_of(loss), base.settings, program.state(params))
+    state = program.state(params)
+    reader = Reader(program, likelihood_of(loss), base.settings, state)
     _require_same(program, loss, base.settings)
+    require_here(base.point, state)
     for name, given in data.items():
         _require_order(name, given)
     if not memory > 0:

@@ -14,9 +14,8 @@ from torch import Generator, Tensor, nn
 from fxkfac.curvature.batch import require_finite_prediction
 from fxkfac.curvature.likelihoods import Likelihood
 from fxkfac.functional import FunctionalModel, split_inputs
-from fxkfac.graph.dependence import reach_output
 from fxkfac.graph.normal import Input
-from fxkfac.graph.program import Program, Tapped
+from fxkfac.graph.program import Program
 from fxkfac.isolation import full_precision, in_place_of, own_randomness, seed_from
 
 Batches = Sequence[tuple[Any, Any]]
@@ -79,18 +78,10 @@ def loss_and_gradients(
 
 def unused(program: Program, data: Batches) -> set[str]:
     """Names of the selected parameters on which no batch's prediction depends."""
-    if not any(_unused_in(tapped, program) for tapped in program.graphs):
+    trained = set(program.asked.selected)
+    if all(tapped.captured.used >= trained for tapped in program.graphs):
         return set()
-    return set.intersection(*(_unused_in(program.at(x)[0], program) for x, _ in data))
-
-
-def _unused_in(tapped: Tapped, program: Program) -> set[str]:
-    if "unused" not in tapped.memo:
-        reached = reach_output(tapped.captured.module.graph)
-        used = {name for node, name in tapped.captured.placeholders().items() if node in reached}
-        tapped.memo["unused"] = set(program.asked.selected) - used
-    found: set[str] = tapped.memo["unused"]
-    return found
+    return trained.difference(*(program.at(x)[0].captured.used for x, _ in data))
 
 
 def modes_with_buffers(model: FunctionalModel) -> tuple[bool, ...]:
