@@ -153,7 +153,8 @@ def summary(lines: list[Line]) -> str:
     hooked = [r.hooked for r in lines if r.hooked is not None]
     equal = [r.equal for r in lines if r.equal is not None]
     return (
-        f"fxkfac covers {sum(r.complete for r in lines)} of {len(lines)} models completely; hooks "
+        f"fxkfac covers {sum(r.complete for r in lines)} of {len(lines)} models completely, and "
+        f"refuses those at the end of the page as it should; hooks cover "
         f"{sum(hooked)} of {len(hooked)} modules, and no function of {len(lines) - len(hooked)}. "
         f"Where hooks give numbers to compare, {sum(equal)} of {len(equal)} matrices are equal."
     )

@@ -138,7 +138,7 @@ TASKS = {
         ranges={
             "KFAC": {
                 "lr": (0.2, 0.8),
-                "damping": (1e-4, 5e-4),
+                "damping": (5e-5, 5e-4),
                 "momentum": (0.35, 0.6),
                 "kl_clip": (8e-3, 3e-2),
             },

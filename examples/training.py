@@ -49,7 +49,7 @@ import fxkfac
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-TRIALS, REPEATS = 8, 3
+TRIALS, REPEATS = 8, 5
 WARM = 0.1  # of all steps
 COLOURS = {"KFAC": "#0b5fa5", "Adam": "#c2410c"}
 LOSS = nn.CrossEntropyLoss()
@@ -181,25 +181,38 @@ def in_turn(task: Task, chosen: dict[str, Chosen], repeats: int) -> list[Turn]:
 
 
 def report(turns: list[Turn]) -> None:
-    """What both end with, and when KFAC is where Adam ends."""
+    """What both end with, and when KFAC is where Adam ends: in every turn, and on average."""
     for turn in turns:
-        for name, run in turn.items():
-            print(
-                f"  {name}: loss {run.losses[-1]:.3g} after {run.steps[-1]} steps and "
-                f"{run.seconds[-1]:.1f} s, of which {run.seconds[0]:.1f} s before the first"
-            )
-        adam, kfac = turn["Adam"], turn["KFAC"]
-        at = kfac.reaches(adam.losses[-1])
-        if at is None:
-            print("  KFAC does not reach the loss that Adam ends with")
-        else:
-            steps, seconds = kfac.steps[at] / adam.steps[-1], kfac.seconds[at] / adam.seconds[-1]
-            print(
-                f"  KFAC is there after {kfac.steps[at]} steps and {kfac.seconds[at]:.1f} s: "
-                f"{steps:.2f} of Adam's steps, {seconds:.2f} of its time"
-            )
-    ratio = statistics.median(t["KFAC"].seconds[-1] / t["Adam"].seconds[-1] for t in turns)
-    print(f"All of KFAC's steps take {ratio:.2f} of Adam's time, as a median")
+        report_turn(turn)
+    print("On average")
+    report_turn({name: average([turn[name] for turn in turns]) for name in METHODS})
+
+
+def report_turn(turn: Turn) -> None:
+    for name, run in turn.items():
+        print(
+            f"  {name}: loss {run.losses[-1]:.4g} after {run.steps[-1]} steps and "
+            f"{run.seconds[-1]:.1f} s, of which {run.seconds[0]:.1f} s before the first"
+        )
+    adam, kfac = turn["Adam"], turn["KFAC"]
+    at = kfac.reaches(adam.losses[-1])
+    if at is None:
+        print("  KFAC does not reach the loss that Adam ends with")
+        return
+    steps, seconds = kfac.steps[at] / adam.steps[-1], kfac.seconds[at] / adam.seconds[-1]
+    print(
+        f"  KFAC is there after {kfac.steps[at]} steps and {kfac.seconds[at]:.1f} s: "
+        f"{steps:.2f} of Adam's steps, {seconds:.2f} of its time"
+    )
+
+
+def average(runs: list[Run]) -> Run:
+    """Mean losses and times of runs that were looked at after the same steps."""
+    losses, seconds = (
+        [statistics.fmean(at) for at in zip(*each, strict=True)]
+        for each in ([r.losses for r in runs], [r.seconds for r in runs])
+    )
+    return Run(runs[0].steps, losses, seconds)
 
 
 def draw(found: dict[str, list[Turn]], path: Path) -> None:

@@ -102,7 +102,7 @@ def make_parser() -> Parser:
     draw = _command(commands, "draw", "draw the program")
     _about_trace(draw)
     _output(draw, "the picture; its ending says the format, as of fxkfac.Program.draw")
-    draw.add_argument("--fold", action="store_true", help="draw layers that repeat once")
+    draw.add_argument("--fold", action="store_true", help="draw repeated layers only once")
     check = _command(commands, "check", "compare the gradients from the taps with autograd's")
     _about_trace(check)
     factors = _command(commands, "factors", "compute factors over the data, and save them")

@@ -71,8 +71,8 @@ class Padding:
     def look(self, use: Use, gradient: Tensor) -> None:
         """Remember at which rows a gradient arrives.
 
-        An ignored target alone does not make a row padding: a prompt has none, and yet all that is
-        said after it depends on it.
+        An ignored target alone does not make a row padding: the beginning of a sequence may have
+        none, and yet all that comes after it depends on it.
         """
         if self.ignored is not None and _aligned(use, gradient, self.ignored):
             rows = (normal_y(use, gradient, use.batch) != 0).any(-1).any(0)

@@ -21,7 +21,7 @@ from fxkfac.curvature.factors import Settings
 from fxkfac.curvature.padding import Padding
 from fxkfac.curvature.schedule import Schedule
 from fxkfac.curvature.sharing import Kept, chosen_groups, rows_kept
-from fxkfac.curvature.together import Listen, Unpack, chunks, goes_together, send_back
+from fxkfac.curvature.together import FEW, Listen, Unpack, chunks, goes_together, send_back
 from fxkfac.graph.ir import Use
 from fxkfac.graph.normal import Input, Routed, detached
 
@@ -139,7 +139,7 @@ class Receiver(ABC):
     def _at_once(self, prediction: Tensor) -> int:
         """How many vectors go back together."""
         size = self.memory // max(self._bytes, 1)
-        if size < 2 or not has_several(self.settings.fisher, self.settings.mc_samples):
+        if size < FEW or not has_several(self.settings.fisher, self.settings.mc_samples):
             return 1
         memo = self.schedule.tapped.memo
         key = ("together", prediction.device, prediction.dtype)  # kernels differ, and their rules

@@ -18,6 +18,7 @@ from fxkfac.errors import OptionError
 
 Item = TypeVar("Item")
 
+FEW = 4  # vectors, below which going back together takes longer than one after the other
 MEMORY = 2**25  # bytes: what fits the cache of a CPU gains by it, and larger vectors do not
 
 

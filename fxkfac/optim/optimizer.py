@@ -1,6 +1,6 @@
 """Program, loss, data -> one step after the other: KFAC as a `torch.optim.Optimizer`.
 
-    v = (C + λ I)⁻¹ g        m ← μ m + ν v        θ ← (1 − lr · decay) θ − lr m
+    v = (C + λ I)⁻¹ g        m ← μ m + ν v        θ ← (1 − lr · weight_decay) θ − lr m
 
 with the gradient g and the curvature C of one pass, and ν at most one, so that the step is not too
 long. Parameters without curvature take a step of Adam.

@@ -28,7 +28,7 @@ class Peer:
         title: Its name in tables.
         flavours: Those that it has.
         adapter: From a problem, which it may change, and a flavour to the call.
-        distribution: Its name on PyPI, or `None`.
+        distribution: The name of its distribution, or `None`.
         module: What the adapter imports, so that this is not in the first call.
     """
 

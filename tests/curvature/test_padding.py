@@ -115,9 +115,9 @@ LENGTHS = (3, 5, 2, 4)
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
 @pytest.mark.parametrize("fisher", ["type-2", "empirical"])
 def test_rows_that_no_loss_term_can_see_follow_from_ignore_index(fisher, sharing):
-    """Padded behind, with a prompt of one token: as if each datum had its own length."""
+    """Padded behind, with a first token that has no target: as if each datum had its own length."""
     tokens, labels = classes(N, T, C=7), classes(N, T, C=7, seed=2)
-    labels[:, 0] = -100  # the prompt, which all other positions see
+    labels[:, 0] = -100  # all other positions see the first one
     for n, length in enumerate(LENGTHS):
         labels[n, length:] = -100
     model, loss = seeded(Causal), nn.CrossEntropyLoss(reduction="sum")

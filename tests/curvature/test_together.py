@@ -184,3 +184,13 @@ def test_what_is_no_number_of_bytes(problem, memory):
 def test_chunks():
     assert list(together.chunks(range(5), 2)) == [([0, 1], False), ([2, 3], False), ([4], True)]
     assert list(together.chunks([], 2)) == []
+
+
+def test_a_few_go_one_by_one(monkeypatch):
+    """A pair takes longer than two, and three as long as that."""
+    program = fxkfac.trace(seeded(mlp), rand(7, 4))
+    data, one = (rand(7, 4), torch.arange(7) % 5), 7 * (6 + 5) * 8
+    seen = sizes_seen(monkeypatch)
+    fxkfac.kfac(program, CE, data, memory=3 * one)
+    fxkfac.kfac(program, CE, data, memory=4 * one)
+    assert seen == [1, 1, 1, 1, 4]
