@@ -17,6 +17,7 @@ from fxkfac.curvature.likelihoods import Likelihood
 from fxkfac.curvature.losses import likelihood_of
 from fxkfac.curvature.options import settings_again
 from fxkfac.curvature.padding import Mask
+from fxkfac.curvature.point import require_here
 from fxkfac.errors import MergeError, OptionError
 from fxkfac.functional import Params
 from fxkfac.graph.program import Program
@@ -49,6 +50,7 @@ class Correction:
         _require_factors(factors)
         had = factors.settings
         _require_same(had, settings_again(program, loss, had, mask is not None))
+        require_here(factors.point, program.state(params))
         for plan in factors.plans.values():
             require_apart(plan)
         return Correction(program, likelihood, factors, params, mask, backend, memory)

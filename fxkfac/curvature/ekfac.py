@@ -56,7 +56,8 @@ def ekfac(
         of several parts has a basis for each.
 
     Raises:
-        MergeError: The factors are those of another program or loss, or computed otherwise.
+        MergeError: The factors are those of another program or loss, or computed otherwise, or
+            when parameters had other values.
         OptionError: They are no factors, or have fisher="forward-only".
         UnsupportedUse: A block is a sum of overlapping products: its parameter is used in
             different orientations.

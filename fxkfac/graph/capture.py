@@ -32,7 +32,7 @@ from torch.overrides import TorchFunctionMode
 from fxkfac.functional import FunctionalModel, nest_names, prediction_of, split_inputs
 from fxkfac.graph.cleanup import STOP, rebuild
 from fxkfac.graph.custom import whole_functions
-from fxkfac.graph.dependence import precision
+from fxkfac.graph.dependence import precision, reach_output
 from fxkfac.graph.packed import packing
 from fxkfac.graph.recurrence import FUSED
 from fxkfac.graph.signature import Signature
@@ -66,6 +66,12 @@ class Captured:
     def inputs(self) -> list[Node]:
         """The placeholders of the input tensors."""
         return self._nodes()[len(self.parameters) + len(self.buffers) :]
+
+    @cached_property
+    def used(self) -> frozenset[str]:
+        """Names of the parameters to which a gradient may come back from the prediction."""
+        reached = reach_output(self.module.graph)
+        return frozenset(name for node, name in self.placeholders().items() if node in reached)
 
     @cached_property
     def precision(self) -> torch.dtype:
