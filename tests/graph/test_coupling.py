@@ -194,7 +194,7 @@ def test_a_prediction_of_zeros_tells_its_layout():
 
 
 def squeezed(m, x):
-    return m.out(m.inside(x).squeeze().tanh()).reshape(len(x), -1)
+    return m.out(m.inside(x).squeeze().tanh()).reshape(x.shape[0], -1)
 
 
 @pytest.mark.parametrize("traced", [1, 4])
