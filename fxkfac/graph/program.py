@@ -13,11 +13,12 @@ from torch.fx import GraphModule
 
 from fxkfac.errors import DataError
 from fxkfac.functional import FunctionalModel, Inputs, Params
-from fxkfac.graph.capture import Captured, quietly
+from fxkfac.graph.capture import Captured
 from fxkfac.graph.coverage import Coverage, coverage
 from fxkfac.graph.ir import Use
 from fxkfac.graph.locate import Layout
 from fxkfac.graph.match import Unsupported
+from fxkfac.graph.quiet import quietly
 from fxkfac.graph.signature import Signature
 from fxkfac.graph.structure import Choice, Structures
 from fxkfac.graph.table import program_table
@@ -181,10 +182,11 @@ class Program:
             DataError: Inputs of another structure, or that hold no batch, NaN or Inf.
             CaptureError, UnsupportedUse: As `fxkfac.trace`, for inputs of a new shape.
         """
-        tensors = [t.detach() for t in self.signature.tensors(inputs)]
+        leaves = self.signature.leaves(inputs)
+        tensors = [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
         _require_finite(tensors)
         n = self.signature.batch_size(tensors)
-        key = (self.signature.key(inputs, tensors), _mode(self.model))
+        key = (self.signature.key(leaves, tensors), _mode(self.model))
         model = FlatModel(self.model, self.signature.with_constants(inputs))
         tapped = self._cache.get((key, n)) or self._cache.get(key)
         if tapped is None:
@@ -222,7 +224,7 @@ class Program:
     ) -> Run:
         """The same for a graph that is known, and for parameters and buffers together."""
         with torch.enable_grad():
-            prediction = tapped.module(sink, *state.values(), *tensors)
+            prediction = tapped.module(sink, *tapped.captured.arguments(state), *tensors)
         return Run(tapped, prediction, self.signature.batch_size(tensors))
 
     def state(self, params: Params | None = None) -> dict[str, Tensor]:

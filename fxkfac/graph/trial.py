@@ -140,7 +140,7 @@ def _locate(trial: Trial, uses: Sequence[Use]) -> tuple[tuple[Use, ...], Located
     signature = trial.model.signature
     quiet, uses = tap_uses(without_dropout(trial.captured.module), uses)
     located = locate(
-        lambda data, taps: run_graph(quiet, trial.state, data, taps),
+        lambda data, taps: run_graph(trial.captured, quiet, trial.state, data, taps),
         signature.permute,
         trial.data,
         signature.batch_size(trial.data),
@@ -164,7 +164,7 @@ def coupled(trial: Trial, located: Located) -> bool:
     quiet, signature = without_dropout(trial.captured.module), trial.model.signature
     with torch.no_grad():
         return is_coupled(
-            lambda data: run_graph(quiet, trial.state, data),
+            lambda data: run_graph(trial.captured, quiet, trial.state, data),
             signature.permute,
             trial.data,
             signature.batch_size(trial.data),
