@@ -9,13 +9,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from types import EllipsisType, NoneType
+from types import EllipsisType, FunctionType, ModuleType, NoneType
 from typing import Any
 
 import torch
 
 OF_TORCH = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)
 BY_VALUE = frozenset([NoneType, EllipsisType, bool, int, str, bytes, range, *OF_TORCH])
+BY_IDENTITY = (type, FunctionType, ModuleType, torch.Tensor)
 SEQUENCES = (list, tuple, set, frozenset)
 
 
@@ -40,7 +41,9 @@ def constant_key(value: Any) -> Hashable:
     """
     plain = _plain(value, ())
     attributes = getattr(value, "__dict__", None)
-    if not isinstance(plain, Same) or not isinstance(attributes, dict) or callable(value):
+    if not isinstance(plain, Same) or not isinstance(attributes, dict):
+        return plain
+    if isinstance(value, BY_IDENTITY):
         return plain
     return plain, tuple((name, _plain(held, ())) for name, held in attributes.items())
 

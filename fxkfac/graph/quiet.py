@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 import sys
 import warnings
 from collections.abc import Iterator
@@ -39,13 +40,31 @@ def quietly() -> Iterator[None]:
     logging.disable(logging.CRITICAL)
     validated = Distribution._validate_args  # which the first export switches off for everyone
     try:
-        with own_randomness(0), warnings.catch_warnings(), _transforms_closed():
+        with (
+            own_randomness(0),
+            _others_randomness(),
+            warnings.catch_warnings(),
+            _transforms_closed(),
+        ):
             warnings.simplefilter("ignore")
             with torch.enable_grad(), redirect_stderr(_UsersOwn(sys.stderr)):
                 yield
     finally:
         logging.disable(disabled)
         Distribution.set_default_validate_args(validated)
+
+
+@contextmanager
+def _others_randomness() -> Iterator[None]:
+    """Give the states of Python's and numpy's own generators back as they were."""
+    numpy = sys.modules.get("numpy")
+    state, state_of_numpy = random.getstate(), numpy and numpy.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(state)
+        if numpy is not None:
+            numpy.random.set_state(state_of_numpy)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from fxkfac.errors import DataError
 from fxkfac.graph.constants import constant_key
+from fxkfac.isolation import is_finite
 
 BatchAxes = Any  # an int for all tensors, or a tree as of the inputs with int or None (as in vmap)
 
@@ -219,3 +220,14 @@ def _same_length(tensors: list[Tensor], axis: int) -> tuple[int | None, ...]:
             "Pass a batch of at least one example, with the batch axis first, or say batch_axis."
         )
     return tuple(axis if n == first else None for n in lengths)
+
+
+def require_finite(tensors: list[Tensor]) -> None:
+    """Raise `DataError` where an input holds NaN or Inf."""
+    for k, t in enumerate(tensors):
+        if t.is_floating_point() and not is_finite(t):
+            bad = int((~torch.isfinite(t)).sum())
+            raise DataError(
+                f"input tensor {k} of shape {tuple(t.shape)} holds {bad} values that are NaN or "
+                "Inf; expected finite numbers. Clean the data, or look at what scaled them."
+            )

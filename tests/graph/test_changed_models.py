@@ -1,15 +1,18 @@
 """The model, or what it is called with, is no longer what was traced: noticed, never silent."""
 
 import enum
+import random
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from drawn import rand, seeded
 from torch import nn
+from torch.func import functional_call
 
 import fxkfac
-from fxkfac.errors import DataError
+from fxkfac.errors import CaptureError, DataError, ParameterError
 from fxkfac.graph.constants import constant_key
 
 MSE = nn.MSELoss
@@ -213,3 +216,337 @@ class TestBuffers:
             fxkfac.trace(model, X, ["w"], unsupported="dense"), MSE(), (X, Y), fisher="empirical"
         )
         close(found.dense(), expected.dense())
+
+
+def scaled(**parts):
+    return Made(lambda m, x: m.a(x) * m.scale, a=layer(), **parts)
+
+
+def dropping():
+    return nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 3)).train()
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+class Held:
+    """An object that holds a number and a module, and is called."""
+
+    def __init__(self, module, scale=1.0):
+        self.module, self.scale = module, scale
+
+    def __call__(self, params, x):
+        return functional_call(self.module, params, (x,)) * self.scale
+
+    def method(self, params, x):
+        return self(params, x)
+
+
+class TestWhatTheModelReads:
+    """Its attributes are in the graph, as far as it reads them: others need another graph."""
+
+    @pytest.mark.parametrize(
+        ("before", "after"),
+        [
+            (1.0, 2.0),
+            (1, True),
+            (torch.ones(3).double(), 2 * torch.ones(3).double()),
+        ],
+    )
+    def test_an_attribute(self, before, after):
+        model = seeded(lambda: scaled(scale=before))
+        program = fxkfac.trace(model, X)
+        for scale in (after, before):
+            model.scale = scale
+            follows(program, model)
+        assert len(program.graphs) == 2
+
+    def test_inside_a_list_a_dict_and_an_object(self):
+        def nested(m, x):
+            return m.a(x) * m.listed[0] * m.named["by"] * m.config.scale
+
+        model = seeded(
+            lambda: Made(nested, a=layer(), listed=[1.0], named={"by": 1.0}, config=Config(1.0))
+        )
+        program = fxkfac.trace(model, X)
+        model.listed[0] = 2.0
+        follows(program, model)
+        model.named["by"] = 3.0
+        follows(program, model)
+        model.config.scale = 4.0
+        follows(program, model)
+        assert len(program.graphs) == 4
+
+    def test_the_class_is_hidden_by_an_attribute(self):
+        class Scaled(nn.Linear):
+            scale = 1.0
+
+            def forward(self, x):
+                return super().forward(x) * self.scale
+
+        model = seeded(lambda: Scaled(4, 3))
+        program = fxkfac.trace(model, X)
+        model.scale = 2.0
+        follows(program, model)
+
+    def test_what_it_does_not_read_and_what_it_changes_itself_do_not_count(self):
+        def counting(m, x):
+            m.calls += 1
+            m.kept = m.a(x)
+            m.log.append(m.calls)
+            return m.kept
+
+        model = seeded(lambda: Made(counting, a=layer(), calls=0, log=[], epoch=0))
+        program = fxkfac.trace(model, X)
+        for epoch in range(3):
+            model.epoch = epoch
+            follows(program, model)
+        assert len(program.graphs) == 1
+        assert type(model) is Made
+
+    def test_a_dict_that_is_read_whole(self):
+        model = seeded(lambda: Made(lambda m, x: m.a(x) * m.__dict__["by"], a=layer(), by=1.0))
+        program = fxkfac.trace(model, X)
+        model.by = 2.0
+        follows(program, model)
+
+    def test_the_rate_of_dropout(self):
+        model = seeded(dropping)
+        program = fxkfac.trace(model, X)
+        model[1].p = 0.0
+        follows(program, model)
+
+    def test_a_mode_that_comes_back_needs_no_third_graph(self):
+        """Each mode reads attributes of its own."""
+        model = seeded(lambda: Made(lambda m, x: m.a(x) * (m.u if m.training else m.v), a=layer()))
+        model.u, model.v = 1.0, 2.0
+        program = fxkfac.trace(model, X)
+        for mode in (False, True, False):
+            follows(program, model.train(mode))
+        assert len(program.graphs) == 2
+        model.v = 3.0
+        follows(program, model.eval())
+        follows(program, model.train())
+        assert len(program.graphs) == 3
+
+    @pytest.mark.parametrize(
+        "registered",
+        [
+            lambda m: m.register_forward_hook(lambda *a: a[2] * 2),
+            lambda m: m.register_forward_pre_hook(lambda _, x: (x[0] * 2,)),
+        ],
+    )
+    def test_a_hook(self, registered):
+        model = seeded(mlp)
+        program = fxkfac.trace(model, X)
+        hook = registered(model[0])
+        follows(program, model)
+        hook.remove()
+        follows(program, model)
+        assert len(program.graphs) == 2
+
+    def test_another_module_in_its_place(self):
+        model = seeded(mlp)
+        program = fxkfac.trace(model, X)
+        model[1] = nn.ReLU()
+        follows(program, model)
+        first, model[0] = model[0], seeded(lambda: nn.Linear(4, 8), seed=9)
+        follows(program, model)
+        model[0] = first
+        follows(program, model)
+        assert len(program.graphs) == 2
+
+    def test_modules_that_change_places(self):
+        model = seeded(lambda: Made(lambda m, x: m.act(m.a(x)) - m.other(x[:, :3]), a=layer()))
+        model.act, model.other = nn.Tanh(), nn.Sigmoid()
+        program = fxkfac.trace(model, X)
+        model.act, model.other = model.other, model.act
+        follows(program, model)
+
+    def test_a_buffer_that_was_none(self):
+        model = seeded(
+            lambda: Made(lambda m, x: m.a(x) if m.u is None else m.a(x) + m.u, a=layer())
+        )
+        model.register_buffer("u", None)
+        program = fxkfac.trace(model, X)
+        for u in (rand(3), rand(1), None):
+            model.u = u
+            follows(program, model)
+        assert len(program.graphs) == 3
+
+    def test_parameters_of_another_dtype(self):
+        model = seeded(mlp)
+        program = fxkfac.trace(model, X)
+        model.float()
+        found = fxkfac.step(program, MSE(), (X.float(), Y.float()))
+        close(found.loss, MSE()(model(X.float()), Y.float()).detach())
+
+
+MODULE, SCALE = seeded(dropping), 1.0
+
+
+def by_globals(params, x):
+    def inner(x):
+        return functional_call(MODULE, params, (x,)) * SCALE
+
+    return inner(x)
+
+
+class TestFunctions:
+    """A function depends on what it names: modules and numbers in closures and as globals."""
+
+    @staticmethod
+    def ways(module):
+        held = Held(module)
+
+        def wrapped(call):
+            return lambda params, x: call(params, x)
+
+        def with_default(params, x, module=module):
+            return functional_call(module, params, (x,))
+
+        return {
+            "closure": lambda params, x: functional_call(module, params, (x,)),
+            "partial": partial(lambda m, params, x: functional_call(m, params, (x,)), module),
+            "object": held,
+            "method": held.method,
+            "wrapped": wrapped(held),
+            "default": with_default,
+        }
+
+    @pytest.mark.parametrize(
+        "way", ["closure", "partial", "object", "method", "wrapped", "default"]
+    )
+    def test_the_mode_of_a_module(self, way):
+        module = seeded(dropping)
+        params = {name: p.detach() for name, p in module.named_parameters()}
+        program = fxkfac.trace(self.ways(module)[way], X, params)
+        module.eval()
+        loss = fxkfac.step(program, MSE(), (X, Y)).loss
+        close(loss, MSE()(module(X), Y).detach())
+
+    def test_numbers_and_modules_that_are_global(self, monkeypatch):
+        params = {name: p.detach() for name, p in MODULE.named_parameters()}
+        program = fxkfac.trace(by_globals, X, params)
+        monkeypatch.setitem(by_globals.__globals__, "SCALE", 2.0)
+        monkeypatch.setitem(by_globals.__globals__, "MODULE", seeded(mlp))
+        loss = fxkfac.step(program, MSE(), (X, Y)).loss
+        close(loss, MSE()(by_globals(params, X), Y).detach())
+
+    def test_what_a_closure_holds_now(self):
+        scale, shift, held = 1.0, rand(3), Held(seeded(mlp))
+
+        def model(params, x):
+            return x @ params["W"] * scale * held.scale + shift
+
+        params = {"W": rand(4, 3)}
+        program = fxkfac.trace(model, X, params)
+
+        def follows():
+            loss = fxkfac.step(program, MSE(), (X, Y)).loss
+            close(loss, MSE()(model(params, X), Y))
+
+        scale = 2.0
+        follows()
+        shift = rand(3, seed=8)
+        follows()
+        held.scale = 3.0
+        follows()
+
+    def test_an_object_that_counts_its_calls(self):
+        class Counting(Held):
+            calls = 0
+
+            def __call__(self, params, x):
+                self.calls += 1
+                return super().__call__(params, x)
+
+        module = seeded(mlp)
+        model, params = Counting(module), {n: p.detach() for n, p in module.named_parameters()}
+        program = fxkfac.trace(model, X, params)
+        model(params, X)
+        program.run(X)
+        assert len(program.graphs) == 1
+
+    def test_buffers_of_a_module_that_a_function_calls(self):
+        module = seeded(buffered)
+        params = {name: p.detach() for name, p in module.named_parameters()}
+        program = fxkfac.trace(lambda p, x: functional_call(module, p, (x,)), X, params)
+        module.t = module.t * 2
+        loss = fxkfac.step(program, MSE(), (X, Y)).loss
+        close(loss, MSE()(module(X), Y).detach())
+
+
+def tied():
+    model = Made(lambda m, x: m.c(m.b(m.a(x).tanh())), a=nn.Linear(4, 4), b=nn.Linear(4, 4))
+    model.c = layer()
+    model.b.weight = model.a.weight
+    return model
+
+
+def untied():
+    model = tied()
+    model.b.weight = nn.Parameter(torch.randn(4, 4))
+    return model
+
+
+def tie(model):
+    model.b.weight = model.a.weight
+
+
+def untie(model):
+    model.load_state_dict({k: t.clone() for k, t in model.state_dict().items()}, assign=True)
+
+
+def narrow(model):
+    model[0], model[2] = seeded(lambda: nn.Linear(4, 6)), seeded(lambda: nn.Linear(6, 3))
+
+
+CHANGES = {
+    "untied": (tied, untie, "tied are [], and were [['a.weight', 'b.weight']]"),
+    "tied": (untied, tie, "tied are [['a.weight', 'b.weight']], and were []"),
+    "shape": (mlp, narrow, "'0.weight' has shape (6, 4), and had (8, 4)"),
+    "gone": (mlp, lambda m: m[0].register_parameter("bias", None), "'0.bias' is gone"),
+    "removed": (mlp, lambda m: m.__delitem__(2), "'2.weight' is gone"),
+    "new": (mlp, lambda m: m.append(nn.Linear(3, 3).double()), "['3.bias', '3.weight'] are new"),
+    "parametrized": (
+        mlp,
+        lambda m: nn.utils.parametrizations.weight_norm(m[0]),
+        "'0.weight' is gone",
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_other_parameters_are_refused(change):
+    """Blocks and structures are those of the first trace."""
+    make, how, said = CHANGES[change]
+    model = seeded(make)
+    program = fxkfac.trace(model, X)
+    how(model)
+    with pytest.raises(ParameterError) as info:
+        fxkfac.kfac(program, MSE(), (X, Y))
+    for part in ("the model has changed since it was traced", said, "race anew"):
+        assert part in str(info.value)
+
+
+class TestOthersRandomness:
+    @pytest.mark.parametrize(
+        ("name", "draw"), [("random", random.random), ("numpy.random", np.random.rand)]
+    )
+    @pytest.mark.parametrize("by_trace", [True, False])
+    def test_refused(self, name, draw, by_trace):
+        """A graph would hold the one draw of the trace."""
+
+        def dropped(m, x):
+            return m.a(x) if m.training and draw() < 0.5 else m.a(x) + m.b(x).tanh()
+
+        model = seeded(lambda: Made(dropped, a=layer(), b=layer())).train(by_trace)
+        before, before_numpy = random.getstate(), np.random.get_state()[1].copy()
+        program = None if by_trace else fxkfac.trace(model, X)
+        model.train()
+        with pytest.raises(CaptureError, match=f"draws from {name} while it runs"):
+            fxkfac.trace(model, X) if by_trace else program.run(X)
+        assert random.getstate() == before
+        assert (np.random.get_state()[1] == before_numpy).all()
