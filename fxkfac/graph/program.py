@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from fxkfac.errors import CaptureError
 from fxkfac.functional import FunctionalModel, Inputs, Params
 from fxkfac.graph.capture import Captured
+from fxkfac.graph.constructs import require_own_gradients
 from fxkfac.graph.coverage import Coverage, coverage
 from fxkfac.graph.ir import Use
 from fxkfac.graph.locate import Layout
@@ -184,6 +186,7 @@ class Program:
             ParameterError: The model has other parameters than when it was traced.
             CaptureError, UnsupportedUse: As `fxkfac.trace`, for inputs of a new shape.
         """
+        _require_gradients_on()
         leaves = self.signature.leaves(inputs)
         tensors = [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
         require_finite(tensors)
@@ -194,6 +197,7 @@ class Program:
             return tapped, tensors
         model = FlatModel(self.model, self.signature.with_constants(inputs))
         if tapped is None:
+            require_own_gradients(self.model)
             key = (called, watch_for(model, tensors, self._watches).key())
             return self._compile_for(key, model, tensors, n, dynamic=True), tensors
         if not _agrees(model, tapped, tensors, n):
@@ -285,3 +289,11 @@ def _agrees(model: FlatModel, tapped: Tapped, tensors: list[Tensor], n: int) -> 
     if not wrong:
         tapped.verified.add(n)
     return not wrong
+
+
+def _require_gradients_on() -> None:
+    if torch.is_inference_mode_enabled():
+        raise CaptureError(
+            "torch.inference_mode() is on, and gradients are needed; expected that they can be "
+            "taken. Leave inference mode around this call; torch.no_grad() does no harm."
+        )

@@ -134,7 +134,8 @@ def modules_of(reached: Reached) -> list[nn.Module]:
     stack = [*reached.modules]
     while stack:
         module = stack.pop()
-        if module not in found:  # it may hold one that holds it
+        # It may hold one that holds it; a scripted one has no Python, and is refused later.
+        if module not in found and not isinstance(module, torch.jit.ScriptModule):
             found[module] = None
             stack += [m for m in module._modules.values() if m is not None]
     return list(found)

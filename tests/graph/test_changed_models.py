@@ -550,3 +550,25 @@ class TestOthersRandomness:
             fxkfac.trace(model, X) if by_trace else program.run(X)
         assert random.getstate() == before
         assert (np.random.get_state()[1] == before_numpy).all()
+
+
+class TestRawErrors:
+    """What PyTorch would refuse in its own words, or not at all."""
+
+    def test_a_lazy_module(self):
+        with pytest.raises(ParameterError, match=r"0\.weight.* no shape yet.*Run the model once"):
+            fxkfac.trace(nn.Sequential(nn.LazyLinear(3)), X)
+
+    def test_inference_mode(self):
+        with torch.inference_mode(), pytest.raises(CaptureError, match="Leave inference mode"):
+            fxkfac.trace(seeded(layer), X)
+
+    @pytest.mark.parametrize("option", [{"max_norm": 0.1}, {"scale_grad_by_freq": True}])
+    def test_tables_whose_gradient_is_not_their_own(self, option):
+        model = seeded(lambda: nn.Sequential(nn.Embedding(4, 3, **option), nn.Linear(3, 3)))
+        before = model[0].weight.detach().clone()
+        with pytest.raises(
+            CaptureError, match=f"'0.weight' is of an Embedding with {next(iter(option))}"
+        ):
+            fxkfac.trace(model, torch.tensor([0, 1, 1]))
+        assert torch.equal(model[0].weight, before)
