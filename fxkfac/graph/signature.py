@@ -12,6 +12,8 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from fxkfac.errors import DataError
+from fxkfac.graph.constants import constant_key
+from fxkfac.isolation import is_finite
 
 BatchAxes = Any  # an int for all tensors, or a tree as of the inputs with int or None (as in vmap)
 
@@ -30,15 +32,45 @@ class Signature:
     constants: dict[int, Any]
     axes: tuple[int | None, ...]
 
-    def tensors(self, inputs: Any) -> list[Tensor]:
-        """The tensor leaves of `inputs`, which must be nested as at trace time."""
+    def leaves(self, inputs: Any) -> list[Any]:
+        """All leaves of `inputs`, which must be nested as at trace time, tensors where those were.
+
+        Keywords may come in any order.
+        """
         leaves, spec = pytree.tree_flatten(_as_tuple(inputs))
+        if spec != self.spec:
+            leaves, spec = pytree.tree_flatten(self._in_order(inputs))
         if spec != self.spec:
             raise DataError(
                 f"the inputs are nested as {spec}, but the program was traced with {self.spec}. "
                 "Pass inputs of the same structure, or trace anew."
             )
-        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        for k, leaf in enumerate(leaves):
+            if isinstance(leaf, Tensor) == (k in self.constants):
+                raise DataError(self._other_kind(k, leaf))
+        return leaves
+
+    def tensors(self, inputs: Any) -> list[Tensor]:
+        """The tensor leaves of `inputs`, which must be nested as at trace time."""
+        return [leaf for leaf in self.leaves(inputs) if isinstance(leaf, Tensor)]
+
+    def _in_order(self, inputs: Any) -> Any:
+        """Keyword arguments in the order of the trace."""
+        nested, names = _as_tuple(inputs), self.spec.context
+        if self.spec.type is not dict or not isinstance(nested, dict) or set(nested) != set(names):
+            return nested
+        return {name: nested[name] for name in names}
+
+    def _other_kind(self, k: int, leaf: Any) -> str:
+        """The message for a tensor in the place of a constant, or the other way round."""
+        places = pytree.tree_unflatten(list(range(self.spec.num_leaves)), self.spec)
+        path = next(path for path, at in pytree.tree_flatten_with_path(places)[0] if at == k)
+        before = type(self.constants[k]).__name__ if k in self.constants else "Tensor"
+        return (
+            f"inputs{pytree.keystr(path)} is of type {type(leaf).__name__}, but was of type "
+            f"{before} when the program was traced. Pass a tensor where there was one and nowhere "
+            "else, or trace anew: a program for each way to call the model."
+        )
 
     def inputs(self, tensors: list[Tensor]) -> Any:
         """Inverse of `tensors`."""
@@ -49,9 +81,10 @@ class Signature:
 
     def with_constants(self, inputs: Any) -> Signature:
         """The same signature with the leaves of `inputs` that are not tensors."""
-        leaves = pytree.tree_leaves(_as_tuple(inputs))
-        constants = {k: leaf for k, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)}
-        return replace(self, constants=constants)
+        if not self.constants:
+            return self
+        leaves = self.leaves(inputs)
+        return replace(self, constants={k: leaves[k] for k in self.constants})
 
     def batch_size(self, tensors: list[Tensor]) -> int:
         """Number of data N. Raises `DataError` where the tensors disagree, or hold none."""
@@ -67,10 +100,9 @@ class Signature:
             )
         return sizes.pop()
 
-    def key(self, inputs: Any, tensors: list[Tensor]) -> Hashable:
+    def key(self, leaves: list[Any], tensors: list[Tensor]) -> Hashable:
         """What must be equal for a graph with a dynamic batch axis to be the same graph."""
-        leaves = pytree.tree_leaves(_as_tuple(inputs))
-        fixed = tuple(repr(leaf) for leaf in leaves if not isinstance(leaf, Tensor))
+        fixed = tuple(constant_key(leaves[k]) for k in self.constants)  # these at the same places
         shapes = tuple(
             tuple(-1 if k == axis else size for k, size in enumerate(t.shape))
             for t, axis in zip(tensors, self.axes, strict=True)
@@ -224,3 +256,14 @@ def _same_length(tensors: list[Tensor], axis: int) -> tuple[int | None, ...]:
             "Pass a batch of at least one example, with the batch axis first, or say batch_axis."
         )
     return tuple(axis if n == first else None for n in lengths)
+
+
+def require_finite(tensors: list[Tensor]) -> None:
+    """Raise `DataError` where an input holds NaN or Inf."""
+    for k, t in enumerate(tensors):
+        if t.is_floating_point() and not is_finite(t):
+            bad = int((~torch.isfinite(t)).sum())
+            raise DataError(
+                f"input tensor {k} of shape {tuple(t.shape)} holds {bad} values that are NaN or "
+                "Inf; expected finite numbers. Clean the data, or look at what scaled them."
+            )

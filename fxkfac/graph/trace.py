@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from fxkfac.errors import CaptureError, FxkfacError, UnsupportedUse
 from fxkfac.functional import FunctionalModel, Inputs, Params, bind
-from fxkfac.graph.capture import FRONT_ENDS, Captured, Refusal, quietly
+from fxkfac.graph.capture import FRONT_ENDS, Captured, Refusal
 from fxkfac.graph.constructs import Construct, constructs_of
 from fxkfac.graph.ir import Use
 from fxkfac.graph.lift import SUMMED
 from fxkfac.graph.locate import Located
 from fxkfac.graph.match import Matched, Unsupported, unsupported_message
 from fxkfac.graph.program import Program, Tapped
+from fxkfac.graph.quiet import quietly
 from fxkfac.graph.record import record
 from fxkfac.graph.signature import BatchAxes, Signature, signature_of
 from fxkfac.graph.structure import Structures, structures_of
@@ -157,7 +158,7 @@ def _compile(
 ) -> Tapped:
     """Match, tap, locate and verify one captured graph."""
     trial = attempt(model, captured, tensors, dynamic, structures)
-    example = record(captured.module, [*trial.state.values(), *trial.data])
+    example = record(captured.module, [*captured.arguments(trial.state), *trial.data])
     matched, located = match_and_locate(trial, example)
     uses, unsupported = _covered(matched, located)
     found = find_coupling(trial, located, uses)

@@ -152,7 +152,7 @@ def _locate(trial: Trial, uses: Sequence[Use]) -> tuple[tuple[Use, ...], Located
     signature = trial.model.signature
     quiet, uses = tap_uses(without_dropout(trial.captured.module), uses)
     located = locate(
-        lambda data, taps: run_graph(quiet, trial.state, data, taps),
+        lambda data, taps: run_graph(trial.captured, quiet, trial.state, data, taps),
         signature.permute,
         trial.data,
         signature.batch_size(trial.data),
@@ -188,7 +188,7 @@ def find_coupling(trial: Trial, located: Located, uses: Sequence[Use]) -> Coupli
     signature = trial.model.signature
     with torch.no_grad():
         return coupling(
-            lambda data, sink: run_graph(quiet, trial.state, data, sink),
+            lambda data, sink: run_graph(trial.captured, quiet, trial.state, data, sink),
             quiet.graph,
             trial.data,
             signature.replaced(trial.data),
