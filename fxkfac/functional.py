@@ -15,12 +15,12 @@ from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxkfac.errors import FxkfacError, ParameterError, UnknownParameter
 from fxkfac.isolation import Autocast, in_place_of
+from fxkfac.parameters import canonical, require_alike, require_initialised
 
 Params = Mapping[str, Any] | list[Any] | tuple[Any, ...]  # tensors, nested by name or position
 Inputs = Any  # a tensor, a tuple or list of tensors, or a dict of keyword arguments
@@ -150,9 +150,16 @@ class FunctionalModel:
             return self.tensors[name]
         *path, last = name.split(".")
         module: Any = self.model
-        for part in path:
-            module = module._modules[part]
-        found: Tensor = module._parameters[last]
+        try:
+            for part in path:
+                module = module._modules[part]
+            found: Tensor | None = module._parameters[last]
+        except (KeyError, AttributeError):
+            found = None
+        if found is None:
+            raise ParameterError(
+                f"the model has changed since it was traced: {name!r} is gone. Trace anew."
+            )
         return found
 
     def resolve(self, name: str) -> str:
@@ -210,7 +217,7 @@ def bind(
         if isinstance(model, nn.Module)
         else _bind_function(model, params)
     )
-    _require_alike({name: bound.tensors[name] for name in bound.selected})
+    require_alike({name: bound.tensors[name] for name in bound.selected})
     return bound
 
 
@@ -221,13 +228,14 @@ def _bind_function(model: Callable[..., Any], params: Any) -> FunctionalModel:
             f"a function needs `params`, tensors in nested dicts, lists or tuples; found {found}. "
             "Call fxkfac with params={'weight': ..., 'bias': ...}."
         )
-    tensors, aliases = _canonical(flatten_names(params))
+    tensors, aliases = canonical(flatten_names(params))
     selected = tuple(name for name, t in tensors.items() if t.is_floating_point())
     return FunctionalModel(model, params, tensors, aliases, selected)
 
 
 def _bind_module(module: nn.Module, params: Any) -> FunctionalModel:
-    tensors, aliases = _canonical(dict(module.named_parameters(remove_duplicate=False)))
+    require_initialised(module)
+    tensors, aliases = canonical(dict(module.named_parameters(remove_duplicate=False)))
     if params is None:
         selected = [name for name, t in tensors.items() if t.requires_grad]
         bound = FunctionalModel(module, None, tensors, aliases, tuple(selected))
@@ -262,34 +270,3 @@ def select(bound: FunctionalModel, patterns: str | Iterable[str]) -> set[str]:
 
 def _in_order(tensors: Mapping[str, Tensor], chosen: set[str]) -> tuple[str, ...]:
     return tuple(name for name in tensors if name in chosen)
-
-
-def _canonical(named: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """One name per storage: tied parameters keep the name that comes first."""
-    first: dict[object, str] = {}
-    aliases: dict[str, str] = {}
-    for name, tensor in named.items():
-        key = id(tensor) if tensor.numel() == 0 else _storage_key(tensor)
-        if key in first:
-            aliases[name] = first[key]
-        else:
-            first[key] = name
-    return {name: named[name] for name in first.values()}, aliases
-
-
-def _storage_key(tensor: Tensor) -> object:
-    place = (tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()))
-    return place if tensor.device.type != "meta" else id(tensor)
-
-
-def _require_alike(selected: Mapping[str, Tensor]) -> None:
-    for what in ("device", "dtype"):
-        groups: dict[torch.device | torch.dtype, list[str]] = {}
-        for name, tensor in selected.items():
-            groups.setdefault(getattr(tensor, what), []).append(name)
-        if len(groups) > 1:
-            found = "; ".join(f"{key}: {', '.join(names[:3])}" for key, names in groups.items())
-            raise ParameterError(
-                f"parameters have different {what}s ({found}); expected one {what}. "
-                f"Move them to one {what}, or select those of one {what} by `params`."
-            )

@@ -21,7 +21,9 @@ from typing import final
 import torch
 from torch import Generator, Tensor
 
+from fxkfac.curvature.corrected import Corrected, uncorrected
 from fxkfac.curvature.factors import Factors
+from fxkfac.curvature.point import require_here
 from fxkfac.errors import OptionError, ParameterError
 from fxkfac.functional import FunctionalModel, Inputs, Params, prediction_of
 from fxkfac.isolation import full_precision
@@ -71,7 +73,7 @@ class Posterior:
 
 @full_precision()
 def posterior(
-    factors: Factors,
+    factors: Factors | Corrected,
     prior_precision: float = 1.0,
     names: tuple[str, ...] = (),
     params: Params | None = None,
@@ -79,7 +81,9 @@ def posterior(
     """The posterior at the parameters that factors were computed at, in the dtype of the factors.
 
     Args:
-        factors: Of all training data, by `fisher="type-2"` or one that approximates it.
+        factors: Of all training data, by `fisher="type-2"` or one that approximates it: what
+            `fxkfac.kfac` returned, or with corrections, of the same data, `fxkfac.ekfac` or
+            `fxkfac.kfoc`.
         prior_precision: τ; of a loss with `reduction="mean"` and a weight decay, this is the decay
             over R (for `nn.CrossEntropyLoss`, times the number of data).
         names: The parameters that it is over, such as a last layer's, in whole blocks; without
@@ -87,20 +91,35 @@ def posterior(
         params: What `fxkfac.kfac` had in the place of the model's own parameters.
 
     Raises:
-        OptionError: The prior precision is not positive; or what `operators.diagonalised` raises.
+        OptionError: The prior precision is not positive; `factors` are none, such as a running
+            average, or were corrected with other data; or what `operators.diagonalised` raises.
         UnknownParameter: A name is unknown, or another parameter of its block is missing.
+        MergeError: The parameters have other values than when the factors were computed.
         ParameterError: A weight is not a parameter of the model, but computed from some.
     """
-    curvature = operators.scaled(factors.operator(*names), 1 / factors.reduction)
+    base = uncorrected(factors)
+    _require_same_data(factors, base)
+    curvature = operators.scaled(factors.operator(*names), 1 / base.reduction)
     curvature = operators.diagonalised(curvature)
     assert isinstance(curvature, Named)
-    held = {name: t.clone() for name, t in factors.model.override(params).items()}
+    held = {name: t.clone() for name, t in base.model.override(params).items()}
+    require_here(base.point, held)
     if computed := [name for name in curvature.shapes if name not in held]:
         raise ParameterError(
             f"{computed} are computed from parameters; expected parameters, which have values of "
             "their own. Name those that the posterior should be over by `names`."
         )
-    return Posterior(curvature, prior_precision, factors.reduction, held, factors.model)
+    return Posterior(curvature, prior_precision, base.reduction, held, base.model)
+
+
+def _require_same_data(factors: Factors | Corrected, base: Factors) -> None:
+    """Raise `OptionError` unless all blocks are sums over as many data, with one R."""
+    if isinstance(factors, Corrected) and not math.isclose(factors.count, base.count, rel_tol=1e-5):
+        raise OptionError(
+            f"the factors are of {base.n} data, which count as {base.count:g}, and their "
+            f"corrections of {factors.n}, which count as {factors.count:g}; expected the same "
+            "training data for both. Correct the factors with all of them."
+        )
 
 
 def sample(posterior: Posterior, number: int, generator: Generator) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -117,6 +118,26 @@ def test_precision_is_that_of_the_sum_of_the_loss(names: tuple[str, ...]) -> Non
     H = whole.dense(*found.mean)
     assert list(found.mean) == list(names or dict(model.named_parameters()))
     close(operators.to_dense(found.precision), H + PRECISION * torch.eye(len(H)).double())
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("correct", [fxkfac.ekfac, fxkfac.kfoc])
+def test_corrected_factors_have_a_posterior(correct: Any, reduction: str) -> None:
+    model, x, y = network()
+    loss = nn.CrossEntropyLoss(reduction=reduction)
+    factors = fxkfac.kfac(network_program(), loss, (x, y))
+    corrected = correct(network_program(), loss, (x, y), factors)
+    found = laplace.posterior(corrected, PRECISION)
+    H = corrected.dense(*found.mean) * (N if reduction == "mean" else 1)
+    assert (corrected.dense() - factors.dense()).norm() > 1e-3 * factors.dense().norm()
+    precision = H + PRECISION * torch.eye(len(H)).double()
+    close(operators.to_dense(found.precision), precision)
+    close(operators.to_dense(operators.power(found.precision, -1)), torch.linalg.inv(precision))
+    θ = torch.cat([m.flatten() for m in found.mean.values()])
+    log_prior = len(θ) / 2 * math.log(PRECISION) - PRECISION / 2 * θ @ θ
+    value = loss(model(x), y).detach()
+    nll = value * N if reduction == "mean" else value
+    close(laplace.log_evidence(found, value), log_prior - nll - torch.logdet(precision) / 2)
 
 
 @pytest.mark.parametrize("names", [(), ("2.weight", "2.bias")])
@@ -254,3 +275,20 @@ def test_weights_computed_from_parameters_are_refused() -> None:
     factors = fxkfac.kfac(program, nn.MSELoss(), (x, y))
     with pytest.raises(ParameterError, match="computed from parameters"):
         laplace.posterior(factors)
+
+
+def test_corrections_of_other_data_are_refused() -> None:
+    _, x, y = network()
+    loss = nn.CrossEntropyLoss()
+    factors = fxkfac.kfac(network_program(), loss, (x, y))
+    corrected = fxkfac.ekfac(network_program(), loss, (x[:4], y[:4]), factors)
+    with pytest.raises(OptionError, match=r"of 7 data, .* corrections of 4"):
+        laplace.posterior(corrected)
+
+
+def test_an_average_is_of_no_number_of_data() -> None:
+    _, x, y = network()
+    average = fxkfac.RunningAverage()
+    average.update(fxkfac.kfac(network_program(), nn.CrossEntropyLoss(), (x, y)))
+    with pytest.raises(OptionError, match=r"is a RunningAverage; expected what fxkfac\.kfac"):
+        laplace.posterior(average)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fxkfac
-from fxkfac.errors import DataError, FxkfacError, OptionError, UnknownParameter
+from fxkfac.errors import DataError, FxkfacError, OptionError, ParameterError, UnknownParameter
 from fxkfac.optim import KFAC, Preconditioner
 from fxkfac.optim.policies import next_damping
 
@@ -656,7 +656,190 @@ def test_averages_of_batch_norm_follow_the_data() -> None:
     assert torch.equal(model[1].running_mean, twin[1].running_mean)
 
 
+class Heads(nn.Module):
+    """One of two heads, and a parameter that nothing uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList([nn.Linear(4, 3), nn.Linear(4, 3)])
+        self.nowhere = nn.Parameter(torch.ones(2))
+
+    def forward(self, x: Tensor, which: int) -> Tensor:
+        return self.heads[which](x)
+
+
+@pytest.mark.parametrize("decoupled", [True, False])
+@pytest.mark.parametrize("structure", [{}, {"*": "skip"}], ids=["kfac", "adam"])
+def test_what_no_batch_uses_stays_as_it_is(structure: dict[str, str], decoupled: bool) -> None:
+    torch.manual_seed(0)
+    model, (x, y) = Heads().double(), batch()
+    program = fxkfac.trace(model, {"x": x, "which": 0}, structure=structure)
+    optimizer = KFAC(program, CE, lr=0.1, adam_lr=0.1, weight_decay=0.1, decoupled=decoupled)
+    before = values(model)
+    optimizer.step({"x": x, "which": 0}, y)
+    after = values(model)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {"heads.0.weight", "heads.0.bias"}
+
+
+def test_heads_in_turn_are_trained_as_by_torch() -> None:
+    """A head that a batch does not use has no gradient, and neither moves on nor decays."""
+    torch.manual_seed(0)
+    model, (x, y) = Heads().double(), batch()
+    twin = copy.deepcopy(model)
+    program = fxkfac.trace(model, {"x": x, "which": 0}, structure={"*": "skip"})
+    optimizer = KFAC(program, CE, lr=0.1, adam_lr=0.1, weight_decay=0.1)
+    torchs = torch.optim.AdamW(twin.parameters(), lr=0.1, weight_decay=0.1)
+    for which in (0, 1, 1, 0):
+        optimizer.step({"x": x, "which": which}, y)
+        torchs.zero_grad()
+        CE(twin(x, which), y).backward()
+        torchs.step()
+        assert_close(values(model), values(twin), 1e-12)
+    both = [({"x": x, "which": which}, y) for which in (0, 1)]
+    before = values(model)
+    optimizer.step(both)
+    kept = {name for name, θ in values(model).items() if torch.equal(θ, before[name])}
+    assert kept == {"nowhere"}
+
+
+class Range(nn.Module):
+    """The largest input so far, as an observer of quantisation keeps it."""
+
+    def __init__(self, write: str):
+        super().__init__()
+        self.write, self.map = write, nn.Linear(4, 3)
+        self.register_buffer("top", torch.full((), 10.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            top = torch.maximum(self.top, x.detach().abs().max())
+            if self.write == "assign":
+                self.top = top
+            else:
+                self.top.copy_(top)
+        return self.map(x / self.top)
+
+
+@pytest.mark.parametrize("write", ["in place", "assign"])
+def test_a_buffer_that_a_first_batch_leaves_as_it_was_follows_the_next_ones(write: str) -> None:
+    model, (x, y) = Range(write).double(), batch()
+    twin = copy.deepcopy(model)
+    optimizer = KFAC(fxkfac.trace(model, x), CE, lr=0.0)
+    for scale in (1.0, 100.0, 1.0):
+        found = optimizer.step(scale * x, y)
+        assert torch.allclose(found, CE(twin(scale * x), y), rtol=1e-12)
+        assert torch.equal(model.top, twin.top)
+    assert model.top > 10
+
+
+class Constant(nn.Module):
+    """Holds a buffer that nothing writes into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map, self.runs = nn.Linear(4, 3), 0
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.runs += 1
+        return self.map(x * self.scale)
+
+
+def test_a_module_that_writes_into_no_buffer_does_not_run_again() -> None:
+    model, (x, y) = Constant().double(), batch()
+    optimizer = KFAC(fxkfac.trace(model, x), CE, lr=0.1)
+    optimizer.step(x, y)
+    runs = model.runs
+    optimizer.step(x, y)
+    assert model.runs == runs
+
+
+def test_buffers_follow_the_tensors_in_the_place_of_the_modules_own() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)).double()
+    x, y = batch()
+    params = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    twin, own = copy.deepcopy(model), values(model)
+    twin.load_state_dict({**twin.state_dict(), **params})
+    optimizer = KFAC(fxkfac.trace(model, x, params), CE, lr=0.1)
+    optimizer.step(x, y)
+    twin(x)
+    for found, expected in zip(model.buffers(), twin.buffers(), strict=True):
+        assert torch.allclose(found, expected, rtol=1e-12)
+    assert_equal(values(model), own)
+
+
 # --- what is refused ---
+
+
+def test_another_tensor_in_the_model_is_refused_and_an_optimizer_made_anew_goes_on() -> None:
+    model, (x, y) = mlp(), batch()
+    program = fxkfac.trace(model, x)
+    optimizer = KFAC(program, CE, lr=0.1)
+    optimizer.step(x, y)
+    model.load_state_dict(values(mlp(seed=3)))  # in place: the same tensors
+    optimizer.step(x, y)
+    model.load_state_dict(values(mlp(seed=4)), assign=True)
+    before = values(model)
+    with pytest.raises(ParameterError, match=r"another tensor as '0\.weight'"):
+        optimizer.step(x, y)
+    assert optimizer.preconditioner.steps == 2
+    again = KFAC(program, CE, lr=0.1)
+    again.load_state_dict(optimizer.state_dict())
+    again.step(x, y)
+    assert all(not torch.equal(now, before[name]) for name, now in values(model).items())
+
+
+def test_a_parameter_that_was_frozen_since_is_refused() -> None:
+    model, (x, y) = mlp(), batch()
+    optimizer = KFAC(fxkfac.trace(model, x), CE, lr=0.1)
+    model[0].bias.requires_grad_(False)
+    before = values(model)
+    with pytest.raises(ParameterError, match=r"'0\.bias' was frozen"):
+        optimizer.step(x, y)
+    KFAC(fxkfac.trace(model, x), CE, lr=0.1).step(x, y)
+    assert torch.equal(model[0].bias, before["0.bias"])
+    assert not torch.equal(model[0].weight, before["0.weight"])
+
+
+def test_a_state_with_groups_in_another_order_is_refused() -> None:
+    torch.manual_seed(0)
+    x, y = batch()
+    groups = [{"params": "3.*", "lr": 0.2}, {"params": "0.*"}]
+
+    def made(groups: list[dict[str, Any]]) -> KFAC:
+        return KFAC(fxkfac.trace(mlp(), x), CE, lr=0.1, groups=groups)
+
+    first, other = made(groups), made(groups[::-1])
+    first.step(x, y)
+    with pytest.raises(OptionError, match=r"of the parameters 3\.weight, 3\.bias; 0\.weight"):
+        other.load_state_dict(first.state_dict())
+    assert other.preconditioner.steps == 0
+    assert not other.state
+    made(groups).load_state_dict(first.state_dict())
+    with pytest.raises(OptionError, match="in this order"):
+        made([]).load_state_dict(first.state_dict())
+
+
+def test_a_sparse_gradient_is_refused_by_name() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(7, 4, sparse=True), nn.Flatten(), nn.Linear(8, 3))
+    x, y = torch.randint(7, (5, 2)), torch.randint(3, (5,))
+    p = Preconditioner(fxkfac.trace(model, x), CE)
+    CE(model(x), y).backward()
+    p.update(x, y)
+    refused = pytest.raises(OptionError, match=r"gradient of '0\.weight' .* sparse=False")
+    with refused:
+        p.precondition()
+    with refused:
+        p.average.solve({name: θ.grad for name, θ in model.named_parameters()}, 1e-2)
+
+
+def test_a_group_that_is_added_later_is_refused() -> None:
+    optimizer = KFAC(fxkfac.trace(mlp(), batch()[0]), CE, lr=0.1)
+    with pytest.raises(OptionError, match="by `groups`"):
+        optimizer.add_param_group({"params": [("more", nn.Parameter(torch.ones(2)))]})
 
 
 @pytest.mark.parametrize(

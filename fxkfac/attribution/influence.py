@@ -19,12 +19,13 @@ from torch.utils.data import RandomSampler
 from fxkfac.attribution.rows import Formed, Rows, TokenRows, chunks
 from fxkfac.attribution.solve import Exact, Solved, Solver, solvers_of
 from fxkfac.attribution.taps import Batch, Reader
-from fxkfac.curvature.corrected import Corrected
+from fxkfac.curvature.corrected import Corrected, uncorrected
 from fxkfac.curvature.data import Data, batches
 from fxkfac.curvature.factors import Factors, Settings
 from fxkfac.curvature.losses import likelihood_of
 from fxkfac.curvature.options import settings_again
 from fxkfac.curvature.plan import require_same_terms
+from fxkfac.curvature.point import require_here
 from fxkfac.errors import DataError, MergeError, OptionError
 from fxkfac.functional import Params
 from fxkfac.graph.program import Program
@@ -73,7 +74,8 @@ def influence(
 
     Raises:
         OptionError: The damping is negative, or zero where a block is singular; `factors` are none.
-        MergeError: The factors are of other parameters, or of other blocks.
+        MergeError: The factors are of other parameters, or of other blocks, or were computed when
+            these had other values.
         DataError: No data, inputs and targets that do not fit, or a shuffled DataLoader.
         NonFiniteError: NaN or Inf in a gradient.
         BatchAxisError: Data are coupled, or it is not known which datum a row belongs to.
@@ -130,9 +132,11 @@ def _scores(
     params: Params | None,
     memory: int,
 ) -> _Scores:
-    base = _factors(factors)
-    reader = Reader(program, likelihood_of(loss), base.settings, program.state(params))
+    base = uncorrected(factors)
+    state = program.state(params)
+    reader = Reader(program, likelihood_of(loss), base.settings, state)
     _require_same(program, loss, base.settings)
+    require_here(base.point, state)
     for name, given in data.items():
         _require_order(name, given)
     if not memory > 0:
@@ -238,18 +242,6 @@ class _Scores:
 def _numbered(name: str, data: Data) -> Iterator[tuple[str, Any, Any]]:
     for number, (inputs, targets) in enumerate(batches(data)):
         yield f"batch {number} of {name}", inputs, targets
-
-
-def _factors(factors: Any) -> Factors:
-    """What says how the curvature was computed."""
-    if isinstance(factors, Corrected):
-        return factors.factors
-    if not isinstance(factors, Factors):
-        raise OptionError(
-            f"factors is a {type(factors).__name__}; expected what fxkfac.kfac or fxkfac.ekfac "
-            "returns."
-        )
-    return factors
 
 
 def _require_same(program: Program, loss: Any, had: Settings) -> None:

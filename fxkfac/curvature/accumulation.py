@@ -98,7 +98,7 @@ class Accumulation:
             raise DataError("nothing was added yet; expected at least one batch.")
         over = self.over
         over.likelihood.reduction_factor(total.count)
-        return total.copy().factors(over.settings, over.program.model, over.likelihood)
+        return over.of(total.copy())
 
     def __repr__(self) -> str:
         settings = self.over.settings

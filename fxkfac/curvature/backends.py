@@ -168,8 +168,10 @@ class _Whole:
 
 
 def _inductor(batch: Forward) -> Differentiable:
-    arguments, names = [*batch.state.values(), *batch.tensors], list(batch.state)
-    kinds, places = tuple(map(Kind.of, arguments)), tuple(names.index(n) for n in batch.wanted)
+    captured = batch.tapped.captured
+    arguments = [*captured.arguments(batch.state), *batch.tensors]
+    kinds = tuple(map(Kind.of, arguments))
+    places = tuple(captured.names.index(n) for n in batch.wanted)
     sink = batch.receiver if pays(batch.receiver, arguments[0].device) else None
     n = batch.program.signature.batch_size(batch.tensors)
     if sink is not None and (objective := _objective(batch, sink)) is not None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
 from fxkfac.curvature.curvature import AnyBlock, OfBlocks
 from fxkfac.curvature.factors import Factors
+from fxkfac.errors import OptionError
 from fxkfac.linalg.orders import Order
 
 
@@ -58,3 +60,20 @@ class Corrected(OfBlocks):
         ]
         title = "block" if not rows else f"{'block':<{width}}  order: multiply-adds for one datum"
         return "\n".join([title, *rows])
+
+
+def uncorrected(curvature: Any) -> Factors:
+    """The factors that say how a curvature was computed, and of how many data.
+
+    Raises:
+        OptionError: It is neither factors nor corrected ones, but a sum or an average of such.
+    """
+    if isinstance(curvature, Corrected):
+        return curvature.factors
+    if not isinstance(curvature, Factors):
+        raise OptionError(
+            f"factors is a {type(curvature).__name__}; expected what fxkfac.kfac, fxkfac.ekfac or "
+            "fxkfac.kfoc returns, which knows of what data it is. Compute the factors of all data "
+            "by fxkfac.kfac."
+        )
+    return curvature

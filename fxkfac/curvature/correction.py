@@ -18,6 +18,7 @@ from fxkfac.curvature.losses import likelihood_of
 from fxkfac.curvature.options import settings_again
 from fxkfac.curvature.overlap import Part, Place, parts_of
 from fxkfac.curvature.padding import Mask
+from fxkfac.curvature.point import require_here
 from fxkfac.errors import MergeError, OptionError
 from fxkfac.functional import Params
 from fxkfac.graph.program import Program
@@ -51,6 +52,7 @@ class Correction:
         _require_factors(factors)
         had = factors.settings
         _require_same(had, settings_again(program, loss, had, mask is not None))
+        require_here(factors.point, program.state(params))
         parts = tuple(part for plan in factors.plans.values() for part in parts_of(plan))
         return Correction(program, likelihood, factors, parts, params, mask, backend, memory)
 

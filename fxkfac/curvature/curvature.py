@@ -15,7 +15,7 @@ from fxkfac.curvature.eigen import EigenBlock
 from fxkfac.curvature.report import Report
 from fxkfac.curvature.sharing import accurate_dtype
 from fxkfac.curvature.summarise import report_of
-from fxkfac.errors import UnknownParameter
+from fxkfac.errors import OptionError, UnknownParameter
 from fxkfac.functional import unknown
 from fxkfac.isolation import full_precision
 from fxkfac.linalg import operators
@@ -87,11 +87,12 @@ class Curvature(Mapping[str, AnyBlock]):
 
         Raises:
             UnknownParameter: A block's other parameter has no gradient here.
-            OptionError: The damping is negative, or zero where a block is singular.
+            OptionError: The damping is negative, or zero where a block is singular; or a gradient
+                is sparse.
         """
         names = [name for name in gradients if name in self.shapes]
         operator = operators.damped(self.operator(*(names or gradients)), Damping(damping, damp))
-        return operators.solve(operator, {name: gradients[name].detach() for name in names})
+        return operators.solve(operator, {n: strided(n, gradients[n]) for n in names})
 
     @full_precision()
     def operator(self, *names: str) -> Named:
@@ -154,6 +155,16 @@ class OfBlocks(Curvature):
 
     def __len__(self) -> int:
         return len(self.blocks)
+
+
+def strided(name: str, gradient: Tensor) -> Tensor:
+    """A gradient without its graph. Raises `OptionError` for one that is sparse."""
+    if gradient.layout is not torch.strided:
+        raise OptionError(
+            f"the gradient of {name!r} is of layout {gradient.layout}; expected a dense one, since "
+            "a natural gradient has entries everywhere. Make the embedding with sparse=False."
+        )
+    return gradient.detach()
 
 
 def _fill(total: Tensor, block: AnyBlock, inside: list[str], spans: Mapping[str, slice]) -> None:

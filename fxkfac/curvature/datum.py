@@ -72,7 +72,16 @@ class _Normal:
 
 
 def require_independent(tapped: Tapped) -> None:
-    """Raise `BatchAxisError` where one datum's prediction depends on others of its batch."""
+    """Raise `BatchAxisError` where one datum's prediction depends on others of its batch.
+
+    And where it is not known whether it does.
+    """
+    if tapped.alike:
+        raise BatchAxisError(
+            "it is not known whether one datum's prediction depends on the others', as by batch "
+            "norm in train mode: the data of the example are alike, and to put one in the place of "
+            "another changes nothing; expected data that differ. Trace with such."
+        )
     if tapped.coupled:
         raise BatchAxisError(
             "one datum's prediction depends on the others', as by batch norm in train mode, so "

@@ -10,12 +10,12 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 from torch.func import grad, vmap
-from torch.fx import GraphModule
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fxkfac.curvature.perdatum import zero_moment
 from fxkfac.errors import BatchAxisError, FxkfacError
 from fxkfac.functional import Inputs
+from fxkfac.graph.capture import Captured
 from fxkfac.graph.program import Program, Run
 from fxkfac.graph.verify import relative_error, tolerance
 
@@ -46,11 +46,13 @@ def gradient_moments(
     signature = program.signature.with_constants(inputs)
     data, axes = [t.detach() for t in signature.tensors(inputs)], signature.axes
     first = signature.inputs(signature.permute(data, torch.tensor([0], device="cpu")))
-    module = _for_one_datum(program, first)
+    captured = _for_one_datum(program, first)
 
     def of_one(chosen: Mapping[str, Tensor], *datum: Tensor) -> Tensor:
         single = [t if a is None else t.unsqueeze(a) for t, a in zip(datum, axes, strict=True)]
-        return module(*{**state, **chosen}.values(), *single).flatten()
+        arguments = captured.arguments({**state, **chosen})
+        prediction: Tensor = captured.module(*arguments, *single)
+        return prediction.flatten()
 
     chosen = {name: state[name] for name in structures}
     in_dims = (None, *axes)
@@ -81,10 +83,10 @@ COUPLED = (
 )
 
 
-def _for_one_datum(program: Program, inputs: Inputs) -> GraphModule:
+def _for_one_datum(program: Program, inputs: Inputs) -> Captured:
     """A graph that is good for a batch of one."""
     try:
-        return program.at(inputs)[0].captured.module
+        return program.at(inputs)[0].captured
     except FxkfacError:
         raise
     except Exception as error:  # the model's own, which may want more than one datum

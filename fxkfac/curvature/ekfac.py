@@ -61,7 +61,8 @@ def ekfac(
         in two orientations do, the eigenvalues are the non-negative ones whose sum is nearest.
 
     Raises:
-        MergeError: The factors are those of another program or loss, or computed otherwise.
+        MergeError: The factors are those of another program or loss, or computed otherwise, or
+            when parameters had other values.
         OptionError: They are no factors, or have fisher="forward-only".
         UnsupportedUse: A block is a sum of products that have some of their entries in common: its
             parameter is used in parts that overlap.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +15,7 @@ from fxkfac.curvature.diagonal import gradient_moments
 from fxkfac.curvature.factors import Factors
 from fxkfac.curvature.padding import Padding
 from fxkfac.curvature.perdatum import zero_moment
+from fxkfac.curvature.point import here
 from fxkfac.curvature.schedule import Schedule
 from fxkfac.errors import NoDataError
 from fxkfac.graph.structure import EXACT
@@ -59,7 +60,12 @@ class FactorPass(Pass[Collector, Accumulated]):
         """What was added so far, which is used up; without blocks before the first batch."""
         if self.total is None:
             return self._of_no_data()
-        return self.total.factors(self.settings, self.program.model, self.likelihood)
+        return self.of(self.total)
+
+    def of(self, total: Accumulated) -> Factors:
+        """The factors of sums, which are used up."""
+        factors = total.factors(self.settings, self.program.model, self.likelihood)
+        return replace(factors, point=here(self.program, self.state))
 
     def _of_no_data(self) -> Factors:
         plans = {block.name: block for block in self.schedule.blocks}

@@ -15,6 +15,7 @@ from fxkfac.curvature.blocks import Block, Dense, Diagonal, Kronecker
 from fxkfac.curvature.curvature import AnyBlock, Curvature
 from fxkfac.curvature.likelihoods import Likelihood
 from fxkfac.curvature.plan import BlockPlan, TermPlan, require_same_terms
+from fxkfac.curvature.point import Point
 from fxkfac.curvature.sharing import accurate_dtype
 from fxkfac.errors import MergeError
 from fxkfac.functional import FunctionalModel, unknown
@@ -78,6 +79,7 @@ class Factors(Curvature):
         settings: How it was computed.
         n: Number of data seen.
         count: What `reduction="mean"` divides by, over all data seen.
+        point: The values of the parameters at which it was computed, if that is known.
     """
 
     settings: Settings
@@ -88,6 +90,7 @@ class Factors(Curvature):
     plans: Mapping[str, BlockPlan] = field(repr=False)
     products: Mapping[str, tuple[Product, ...]] = field(repr=False)
     exact: Mapping[str, Tensor] = field(repr=False)
+    point: Point | None = field(default=None, repr=False)
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -163,7 +166,7 @@ class Factors(Curvature):
         return len(list(iter(self)))
 
     def __add__(self, other: Factors) -> Factors:
-        """The factors of both data sets together.
+        """The factors of both data sets together, computed at the same parameters or not.
 
         Raises:
             MergeError: The two were not computed in the same way.
@@ -174,6 +177,7 @@ class Factors(Curvature):
         mine, theirs = (R / scale_of(self.likelihood, c) for c in (self.count, other.count))
         return replace(
             self,
+            point=self.point if self.point == other.point else None,
             n=self.n + other.n,
             count=count,
             products={

@@ -14,7 +14,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate
 
 from fxkfac.errors import FxkfacError
-from fxkfac.graph.capture import quietly
+from fxkfac.graph.quiet import quietly
 
 EAGER = "Use backend='eager'."
 # Dropout draws what it draws without compilation.

@@ -45,15 +45,15 @@ def exact_names(
     """Parameters with exact blocks: those whose taps tell each datum's gradient, and the others.
 
     One that nothing uses is neither: its block is zero. Where the data are coupled, no gradient is
-    one datum's own. The other way refuses that; a scale that nobody asked an exact block for is
-    taken as everything in KFAC then is.
+    one datum's own. The other way looks whether they are, and refuses that; a scale that nobody
+    asked an exact block for is taken as everything in KFAC then is.
     """
     names = [name for name, kind in structures.items() if kind in EXACT]
     used = {p for u in tapped.uses for p in u.parameters}
     unknown = {p for u in tapped.uses if u.batch is None for p in u.parameters}
     names = [name for name in names if name in used or name in tapped.uncovered]
     lost = unknown | set(tapped.uncovered)
-    if tapped.coupled:
+    if tapped.coupled or tapped.alike:
         chosen = program.structures_for(tapped)
         lost |= {name for name in names if not chosen[name].is_scale}
     return [n for n in names if n not in lost], [n for n in names if n in lost]

@@ -190,7 +190,8 @@ def _zeros(factors: Factors) -> Factors:
         return Product(made.setdefault(id(p.A), _zeros_like(p.A)), _zeros_like(p.B), p.rows)
 
     held = _with(factors, room)
-    return replace(held, exact={name: _zeros_like(e) for name, e in factors.exact.items()})
+    exact = {name: _zeros_like(e) for name, e in factors.exact.items()}
+    return replace(held, exact=exact, point=None)  # the mean of several
 
 
 def _zeros_like(t: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from fxkfac.curvature.accumulated import Accumulated
 from fxkfac.curvature.backends import Differentiable
 from fxkfac.curvature.data import Data, batches
 from fxkfac.curvature.factor_pass import FactorPass
@@ -87,6 +88,10 @@ class _Steps(FactorPass):
         self.wanted = tuple(self.program.asked.selected)
         self.gradients = {n: torch.zeros_like(self.state[n].detach()) for n in self.wanted}
         self.criterion = next(iter(self.state.values())).new_zeros(())
+
+    def of(self, total: Accumulated) -> Factors:
+        """Without their point, for the parameters move on right away."""
+        return total.factors(self.settings, self.program.model, self.likelihood)
 
     def part(self, factors: Factors) -> Step:
         """Loss and gradients, too."""

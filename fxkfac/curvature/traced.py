@@ -15,8 +15,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from fxkfac.curvature.parts import EAGER, first_line
 from fxkfac.errors import OptionError
-from fxkfac.graph.capture import quietly
 from fxkfac.graph.program import Tapped
+from fxkfac.graph.quiet import quietly
 from fxkfac.graph.tap import Taps
 
 

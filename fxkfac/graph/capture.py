@@ -7,21 +7,17 @@ they are tried in order, and each one's refusal is kept.
 
 from __future__ import annotations
 
-import logging
 import sys
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, redirect_stderr
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from types import FrameType
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 import torch.fx.traceback as fx_traceback
 from torch import Tensor, nn
-from torch._C import _functorch as functorch
-from torch.distributions import Distribution
 from torch.export import Dim, export
 from torch.export.graph_signature import InputKind
 from torch.func import functionalize
@@ -29,15 +25,16 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
+from fxkfac.errors import ParameterError
 from fxkfac.functional import FunctionalModel, nest_names, prediction_of, split_inputs
 from fxkfac.graph.cleanup import STOP, rebuild
 from fxkfac.graph.custom import whole_functions
-from fxkfac.graph.dependence import precision
+from fxkfac.graph.dependence import precision, reach_output
 from fxkfac.graph.packed import packing
 from fxkfac.graph.recurrence import FUSED
 from fxkfac.graph.signature import Signature
 from fxkfac.graph.source import is_foreign
-from fxkfac.isolation import in_place_of, own_randomness
+from fxkfac.isolation import in_place_of
 
 
 class Refusal(Exception):
@@ -59,6 +56,27 @@ class Captured:
     buffers: tuple[str, ...]
     front_end: str
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Parameters and buffers, as the graph takes them."""
+        return *self.parameters, *self.buffers
+
+    def arguments(self, state: Mapping[str, Tensor]) -> list[Tensor]:
+        """What the graph takes before the inputs, by name: the model's order may be another now.
+
+        Raises:
+            ParameterError: The model holds others than the graph takes.
+        """
+        names = self.names
+        if state.keys() != set(names):
+            raise ParameterError(
+                "the model has changed since it was traced: it has lost "
+                f"{[name for name in names if name not in state]}, and "
+                f"{[name for name in state if name not in names]} are new; expected the "
+                "parameters and buffers of the trace. Trace anew."
+            )
+        return [state[name] for name in names]
+
     def placeholders(self) -> dict[Node, str]:
         """The parameters' placeholders and their names."""
         return dict(zip(self._nodes(), self.parameters, strict=False))
@@ -66,6 +84,12 @@ class Captured:
     def inputs(self) -> list[Node]:
         """The placeholders of the input tensors."""
         return self._nodes()[len(self.parameters) + len(self.buffers) :]
+
+    @cached_property
+    def used(self) -> frozenset[str]:
+        """Names of the parameters to which a gradient may come back from the prediction."""
+        reached = reach_output(self.module.graph)
+        return frozenset(name for node, name in self.placeholders().items() if node in reached)
 
     @cached_property
     def precision(self) -> torch.dtype:
@@ -237,56 +261,3 @@ FRONT_ENDS: dict[str, Callable[[FunctionalModel, Signature, list[Tensor]], Captu
     "make_fx (symbolic)": by_make_fx("symbolic"),
     "make_fx (real)": by_make_fx("real"),
 }
-
-
-class _UsersOwn:
-    """The standard error, without what torch prints there, such as the graph of a failed export."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        if is_foreign(sys._getframe(1).f_code.co_filename):
-            return len(text)
-        return self._stream.write(text)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-
-@contextmanager
-def quietly() -> Iterator[None]:
-    """Tracing and trial runs draw random numbers and speak of their own doings; nobody else's."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    validated = Distribution._validate_args  # which the first export switches off for everyone
-    try:
-        with own_randomness(0), warnings.catch_warnings(), _transforms_closed():
-            warnings.simplefilter("ignore")
-            with torch.enable_grad(), redirect_stderr(_UsersOwn(sys.stderr)):
-                yield
-    finally:
-        logging.disable(disabled)
-        Distribution.set_default_validate_args(validated)
-
-
-@contextmanager
-def _transforms_closed() -> Iterator[None]:
-    """A front end that fails inside `jvp` or `grad` leaves these open: close them again."""
-    depth, closed = functorch.get_dynamic_layer_stack_depth(), _forward_mode_closed()
-    try:
-        yield
-    finally:
-        if functorch.get_dynamic_layer_stack_depth() > depth:
-            functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
-        if closed and not _forward_mode_closed():
-            torch._C._exit_dual_level(0)
-
-
-def _forward_mode_closed() -> bool:
-    """Whether no forward-mode level is open, below Python's own count of them."""
-    try:
-        torch._C._exit_dual_level(torch._C._enter_dual_level())
-    except RuntimeError:
-        return False
-    return True

@@ -23,7 +23,8 @@ from torch.nn.utils import rnn as packing
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
-from fxkfac.errors import FxkfacError
+from fxkfac.errors import CaptureError, FxkfacError
+from fxkfac.functional import FunctionalModel
 from fxkfac.graph.ir import Source
 from fxkfac.graph.source import caller, is_foreign
 from fxkfac.graph.verify import FlatModel
@@ -52,6 +53,15 @@ CALLS = {
 VALUES = {"__bool__", "__float__", "__int__", "__index__", "item", "tolist", "numpy", "__array__"}
 
 
+TABLES = (nn.Embedding, nn.EmbeddingBag)
+OPTIONS = {
+    "max_norm": "which shortens rows of the table in place whenever it runs; expected a model that "
+    "leaves its parameters alone. Set max_norm=None, and shorten the rows after each step",
+    "scale_grad_by_freq": "whose backward divides by how often an index is in the batch; expected "
+    "the loss's own gradient, of which there is curvature. Set scale_grad_by_freq=False",
+}
+
+
 @dataclass(frozen=True)
 class Construct:
     """Something that a graph cannot hold.
@@ -70,6 +80,28 @@ class Construct:
         at = f" at {self.source}" if self.source else ""
         code = f"\n      {self.source.code}" if self.source and self.source.code else ""
         return f"{self.name}{at}{code}\n    {self.remedy[0].upper()}{self.remedy[1:]}."
+
+
+def require_own_gradients(bound: FunctionalModel) -> None:
+    """Refuse a selected table that writes into itself while it runs, or whose backward is no slope.
+
+    Before the model runs: the table is the user's.
+
+    Raises:
+        CaptureError: For `max_norm` and `scale_grad_by_freq`.
+    """
+    if not isinstance(bound.model, nn.Module):
+        return
+    for path, module in bound.model.named_modules():
+        name = f"{path}.weight".removeprefix(".")
+        if not isinstance(module, TABLES) or bound.aliases.get(name, name) not in bound.selected:
+            continue
+        for option, remedy in OPTIONS.items():
+            if getattr(module, option):
+                raise CaptureError(
+                    f"{name!r} is of an {type(module).__name__} with {option}="
+                    f"{getattr(module, option)}, {remedy}, or select others by params=."
+                )
 
 
 def constructs_of(model: FlatModel, tensors: list[Tensor]) -> list[Construct]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -43,11 +43,19 @@ def reach_output(graph: Graph) -> set[Node]:
     return alive
 
 
-def depend_on(graph: Graph, inputs: Sequence[Node]) -> set[Node]:
-    """All nodes whose values depend on those of the inputs, not on their shapes alone."""
+def depend_on(graph: Graph, inputs: Sequence[Node], besides: Collection[Node] = ()) -> set[Node]:
+    """All nodes whose values depend on those of the inputs, not on their shapes alone.
+
+    Args:
+        graph: The graph.
+        inputs: Some of its nodes.
+        besides: Nodes whose values are given, whatever they are computed from.
+    """
     dependent = set(inputs)
     for node in graph.nodes:
-        if node.target not in SHAPE_ONLY | LIKE and dependent & set(node.all_input_nodes):
+        if node in besides or node.target in SHAPE_ONLY | LIKE:
+            continue
+        if dependent & set(node.all_input_nodes):
             dependent.add(node)
     return dependent
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
+from fxkfac.errors import BatchAxisError
 from fxkfac.graph.form import BatchAxis
 from fxkfac.graph.ir import Use
 from fxkfac.graph.normal import Input, OneHotRows, normal_x, normal_y
@@ -60,12 +61,28 @@ def locate(
     uses: Sequence[Use],
     generator: Generator,
     precision: torch.dtype,
+    longer: Callable[[], Sequence[int] | None],
 ) -> Located:
-    """Find the batch axis of the prediction and of every use."""
+    """Find the batch axis of the prediction and of every use.
+
+    Args:
+        run: The graph.
+        permute: Puts data into another order.
+        data: The data.
+        n: How many they are.
+        uses: The uses, tapped.
+        generator: For the cotangent.
+        precision: The dtype whose digits count, where the tensors' own has more.
+        longer: The shape of the prediction for a datum more, if that can be told.
+
+    Raises:
+        BatchAxisError: The prediction is the same in any order of the data, and more than one
+            layout explains that.
+    """
     other = Reordered(n, torch.arange(n, device="cpu").roll(1), precision)
     first, second = Taps(), Taps()
     f, permuted_f = run(data, first), run(permute(data, other.order), second)
-    at = next(_fits([(f.detach(), permuted_f.detach())], other), None)
+    at = _of_prediction(f.detach(), permuted_f.detach(), other, longer)
     if at is None:  # a cotangent that goes wherever the entries of the prediction go
         cotangent, turned = f.detach().cos(), permuted_f.detach().cos()
     else:
@@ -80,40 +97,45 @@ def locate(
         g = (before[use.tap], after[use.tap])
         pairs = [g, (first.outputs[use.tap].detach(), second.outputs[use.tap].detach())]
         axes.append(_batch_axis(use, pairs, (first.inputs[k], second.inputs[k]), other))
-        constant.append(axes[-1] is None and bool(g[0].any()) and _close(*g, precision))
+        constant.append(axes[-1] is None and bool(g[0].any()) and close(*g, precision))
     if at is not None and any(constant):
-        datum = _data_of(cotangent, at, n)
+        datum = data_of(cotangent, at, n)
         one, rest = (first.gradients(f, cotangent * part) for part in (datum == 0, datum != 0))
         shared = [n == 1 or _share_rows(u, one[u.tap], rest[u.tap]) for u in uses]
         constant = [c and s for c, s in zip(constant, shared, strict=True)]
     return Located(at, tuple(axes), tuple(constant))
 
 
-def is_coupled(
-    run: Callable[[list[Tensor]], Tensor],
-    permute: Callable[[list[Tensor], Tensor], list[Tensor]],
-    data: list[Tensor],
-    n: int,
-    at: Layout,
-    precision: torch.dtype,
-) -> bool:
-    """Put the last datum in the place of the first: do the others' predictions change?"""
-    if n < 2:
-        return False
-    axis, outer, inner = at
-    replaced = permute(data, torch.tensor([n - 1, *range(1, n)], device="cpu"))
-    before, after = (
-        run(some).unflatten(axis, (outer, n, inner)).narrow(axis + 1, 1, n - 1)
-        for some in (data, replaced)
-    )
-    return not _close(before, after, precision)
+def _of_prediction(
+    f: Tensor, permuted_f: Tensor, other: Reordered, longer: Callable[[], Sequence[int] | None]
+) -> Layout | None:
+    """The layout of the prediction.
+
+    Where the data are alike, their order tells nothing. Then it is an axis that is longer for a
+    datum more, and all of it.
+    """
+    fits = _fits([(f, permuted_f)], other)
+    first = next(fits, None)
+    if first is None or other.n < 2 or not close(f, permuted_f, other.precision):
+        return first
+    found, shape = [first, *fits], longer()
+    if shape is not None:
+        found = [(a, o, i) for a, o, i in found if shape[a] == o * (other.n + 1) * i]
+    if len(found) > 1:
+        listed = " or ".join(f"axis {a} as {o}·N·{i}" for a, o, i in found[:4])
+        raise BatchAxisError(
+            f"the prediction {tuple(f.shape)} for {other.n} data is the same in any order of them, "
+            f"so that it may hold them along {listed}; expected data of which one can be told from "
+            "another. Trace with data that differ."
+        )
+    return found[0] if found else None
 
 
-def _data_of(prediction: Tensor, at: Layout, n: int) -> Tensor:
-    """Which datum each entry of a prediction belongs to; broadcasts to it."""
+def data_of(t: Tensor, at: Layout, n: int) -> Tensor:
+    """Which datum each entry of a tensor belongs to; broadcasts to it."""
     axis, outer, inner = at
-    datum = torch.arange(n, device=prediction.device).view(-1, 1).expand(outer, n, inner)
-    return datum.flatten().view(-1, *[1] * (prediction.ndim - axis - 1))
+    datum = torch.arange(n, device=t.device).view(-1, 1).expand(outer, n, inner)
+    return datum.flatten().view(-1, *[1] * (t.ndim - axis - 1))
 
 
 def _share_rows(use: Use, one: Tensor, rest: Tensor) -> bool:
@@ -173,10 +195,10 @@ def _divisors(number: int) -> list[int]:
 def _explains(a: Tensor, b: Tensor, layout: Layout, other: Reordered) -> bool:
     axis, outer, inner = layout
     if a.shape[axis] == 1 and other.n > 1:  # this tensor is broadcast over the data
-        return _close(a, b, other.precision)
+        return close(a, b, other.precision)
     if a.shape[axis] != outer * other.n * inner:
         return False
-    return _close(_permuted(a, layout, other), b, other.precision)
+    return close(_permuted(a, layout, other), b, other.precision)
 
 
 def _permuted(t: Tensor, layout: Layout, other: Reordered) -> Tensor:
@@ -185,7 +207,7 @@ def _permuted(t: Tensor, layout: Layout, other: Reordered) -> Tensor:
     return split.index_select(axis + 1, other.order.to(t.device)).flatten(axis, axis + 2)
 
 
-def _close(a: Tensor, b: Tensor, precision: torch.dtype) -> bool:
+def close(a: Tensor, b: Tensor, precision: torch.dtype) -> bool:
     """Equal up to the rounding of sums in another order: half of the digits."""
     if not a.is_floating_point():
         return torch.equal(a, b)

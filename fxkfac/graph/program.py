@@ -8,22 +8,25 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import GraphModule
 
-from fxkfac.errors import DataError
+from fxkfac.errors import CaptureError
 from fxkfac.functional import FunctionalModel, Inputs, Params
-from fxkfac.graph.capture import Captured, quietly
+from fxkfac.graph.capture import Captured
+from fxkfac.graph.constructs import require_own_gradients
 from fxkfac.graph.coverage import Coverage, coverage
 from fxkfac.graph.ir import Use
 from fxkfac.graph.locate import Layout
 from fxkfac.graph.match import Unsupported
-from fxkfac.graph.signature import Signature
+from fxkfac.graph.quiet import quietly
+from fxkfac.graph.signature import Signature, require_finite
 from fxkfac.graph.structure import Choice, Structures
 from fxkfac.graph.table import program_table
 from fxkfac.graph.tap import Sink, Taps
-from fxkfac.graph.verify import FlatModel, is_model
-from fxkfac.isolation import full_precision, is_finite
+from fxkfac.graph.verify import FlatModel, is_model, lost_axis
+from fxkfac.graph.watch import Watch, watch_for
+from fxkfac.isolation import full_precision
 
 if TYPE_CHECKING:
     import networkx
@@ -43,6 +46,7 @@ class Tapped:
         verified: Batch sizes at which the prediction was compared with the model's.
         refusals: Front ends that were tried before, and why they did not do.
         coupled: Whether one datum's prediction depends on the others'.
+        alike: Whether that is not known, since the data of the example are alike.
         derived: For every weight that is computed from parameters, its node and shape.
         memo: What others have made of this graph, which lives as long as it does.
     """
@@ -56,6 +60,7 @@ class Tapped:
     verified: set[int] = field(repr=False)
     refusals: Mapping[str, str] = field(default_factory=dict)
     coupled: bool = False
+    alike: bool = False
     derived: Mapping[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
     memo: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
@@ -98,6 +103,7 @@ class Program:
     asked: Structures
     _compile: Compile = field(repr=False)
     _cache: dict[Hashable, Tapped] = field(default_factory=dict, repr=False)
+    _watches: list[Watch] = field(default_factory=list, repr=False)
     generator: torch.Generator = field(
         default_factory=lambda: torch.Generator().manual_seed(torch.initial_seed() % 2**63),
         repr=False,
@@ -179,19 +185,34 @@ class Program:
 
         Raises:
             DataError: Inputs of another structure, or that hold no batch, NaN or Inf.
+            ParameterError: The model has other parameters than when it was traced.
             CaptureError, UnsupportedUse: As `fxkfac.trace`, for inputs of a new shape.
         """
-        tensors = [t.detach() for t in self.signature.tensors(inputs)]
-        _require_finite(tensors)
+        _require_gradients_on()
+        leaves = self.signature.leaves(inputs)
+        tensors = [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
+        require_finite(tensors)
         n = self.signature.batch_size(tensors)
-        key = (self.signature.key(inputs, tensors), _mode(self.model))
+        called = self.signature.key(leaves, tensors)
+        key, tapped = self._known(called, n)
+        if tapped is not None and n in tapped.verified:
+            return tapped, tensors
         model = FlatModel(self.model, self.signature.with_constants(inputs))
-        tapped = self._cache.get((key, n)) or self._cache.get(key)
         if tapped is None:
+            require_own_gradients(self.model)
+            key = (called, watch_for(model, tensors, self._watches).key())
             return self._compile_for(key, model, tensors, n, dynamic=True), tensors
-        if n not in tapped.verified and not _agrees(model, tapped, tensors, n):
+        if not _agrees(model, tapped, tensors, n):
             return self._compile_for(key, model, tensors, n, dynamic=False), tensors
         return tapped, tensors
+
+    def _known(self, called: Hashable, n: int) -> tuple[Hashable, Tapped | None]:
+        """The graph for what the model is called with, and is now; and its key."""
+        for watch in self._watches:
+            key = (called, watch.key())
+            if tapped := self._cache.get((key, n)) or self._cache.get(key):
+                return key, tapped
+        return called, None
 
     def _compile_for(
         self, key: Hashable, model: FlatModel, tensors: list[Tensor], n: int, dynamic: bool
@@ -222,7 +243,7 @@ class Program:
     ) -> Run:
         """The same for a graph that is known, and for parameters and buffers together."""
         with torch.enable_grad():
-            prediction = tapped.module(sink, *state.values(), *tensors)
+            prediction = tapped.module(sink, *tapped.captured.arguments(state), *tensors)
         return Run(tapped, prediction, self.signature.batch_size(tensors))
 
     def state(self, params: Params | None = None) -> dict[str, Tensor]:
@@ -267,29 +288,16 @@ def _agrees(model: FlatModel, tapped: Tapped, tensors: list[Tensor], n: int) -> 
     """Compare graph and model at a batch size that is seen for the first time."""
     with quietly():
         wrong = is_model(model, tapped.captured, model.state(), tensors)
+        if n == 1 and not wrong:
+            wrong = lost_axis(tapped, model.state(), tensors)
     if not wrong:
         tapped.verified.add(n)
     return not wrong
 
 
-def _mode(bound: FunctionalModel) -> Hashable:
-    """What of a module's state decides which graph it is: train or eval mode of its parts."""
-    if not isinstance(bound.model, nn.Module):
-        return None
-    modes, stack = {}, [bound.model]
-    while stack:  # at every batch: `modules()` takes three times as long
-        module = stack.pop()
-        if module not in modes:  # it may hold one that holds it
-            modes[module] = module.training
-            stack += [m for m in module._modules.values() if m is not None]
-    return tuple(modes.values())
-
-
-def _require_finite(tensors: list[Tensor]) -> None:
-    for k, t in enumerate(tensors):
-        if t.is_floating_point() and not is_finite(t):
-            bad = int((~torch.isfinite(t)).sum())
-            raise DataError(
-                f"input tensor {k} of shape {tuple(t.shape)} holds {bad} values that are NaN or "
-                "Inf; expected finite numbers. Clean the data, or look at what scaled them."
-            )
+def _require_gradients_on() -> None:
+    if torch.is_inference_mode_enabled():
+        raise CaptureError(
+            "torch.inference_mode() is on, and gradients are needed; expected that they can be "
+            "taken. Leave inference mode around this call; torch.no_grad() does no harm."
+        )

@@ -12,6 +12,8 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from fxkfac.errors import DataError
+from fxkfac.graph.constants import constant_key
+from fxkfac.isolation import is_finite
 
 BatchAxes = Any  # an int for all tensors, or a tree as of the inputs with int or None (as in vmap)
 
@@ -30,15 +32,45 @@ class Signature:
     constants: dict[int, Any]
     axes: tuple[int | None, ...]
 
-    def tensors(self, inputs: Any) -> list[Tensor]:
-        """The tensor leaves of `inputs`, which must be nested as at trace time."""
+    def leaves(self, inputs: Any) -> list[Any]:
+        """All leaves of `inputs`, which must be nested as at trace time, tensors where those were.
+
+        Keywords may come in any order.
+        """
         leaves, spec = pytree.tree_flatten(_as_tuple(inputs))
+        if spec != self.spec:
+            leaves, spec = pytree.tree_flatten(self._in_order(inputs))
         if spec != self.spec:
             raise DataError(
                 f"the inputs are nested as {spec}, but the program was traced with {self.spec}. "
                 "Pass inputs of the same structure, or trace anew."
             )
-        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        for k, leaf in enumerate(leaves):
+            if isinstance(leaf, Tensor) == (k in self.constants):
+                raise DataError(self._other_kind(k, leaf))
+        return leaves
+
+    def tensors(self, inputs: Any) -> list[Tensor]:
+        """The tensor leaves of `inputs`, which must be nested as at trace time."""
+        return [leaf for leaf in self.leaves(inputs) if isinstance(leaf, Tensor)]
+
+    def _in_order(self, inputs: Any) -> Any:
+        """Keyword arguments in the order of the trace."""
+        nested, names = _as_tuple(inputs), self.spec.context
+        if self.spec.type is not dict or not isinstance(nested, dict) or set(nested) != set(names):
+            return nested
+        return {name: nested[name] for name in names}
+
+    def _other_kind(self, k: int, leaf: Any) -> str:
+        """The message for a tensor in the place of a constant, or the other way round."""
+        places = pytree.tree_unflatten(list(range(self.spec.num_leaves)), self.spec)
+        path = next(path for path, at in pytree.tree_flatten_with_path(places)[0] if at == k)
+        before = type(self.constants[k]).__name__ if k in self.constants else "Tensor"
+        return (
+            f"inputs{pytree.keystr(path)} is of type {type(leaf).__name__}, but was of type "
+            f"{before} when the program was traced. Pass a tensor where there was one and nowhere "
+            "else, or trace anew: a program for each way to call the model."
+        )
 
     def inputs(self, tensors: list[Tensor]) -> Any:
         """Inverse of `tensors`."""
@@ -49,9 +81,10 @@ class Signature:
 
     def with_constants(self, inputs: Any) -> Signature:
         """The same signature with the leaves of `inputs` that are not tensors."""
-        leaves = pytree.tree_leaves(_as_tuple(inputs))
-        constants = {k: leaf for k, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)}
-        return replace(self, constants=constants)
+        if not self.constants:
+            return self
+        leaves = self.leaves(inputs)
+        return replace(self, constants={k: leaves[k] for k in self.constants})
 
     def batch_size(self, tensors: list[Tensor]) -> int:
         """Number of data N. Raises `DataError` where the tensors disagree, or hold none."""
@@ -67,10 +100,9 @@ class Signature:
             )
         return sizes.pop()
 
-    def key(self, inputs: Any, tensors: list[Tensor]) -> Hashable:
+    def key(self, leaves: list[Any], tensors: list[Tensor]) -> Hashable:
         """What must be equal for a graph with a dynamic batch axis to be the same graph."""
-        leaves = pytree.tree_leaves(_as_tuple(inputs))
-        fixed = tuple(repr(leaf) for leaf in leaves if not isinstance(leaf, Tensor))
+        fixed = tuple(constant_key(leaves[k]) for k in self.constants)  # these at the same places
         shapes = tuple(
             tuple(-1 if k == axis else size for k, size in enumerate(t.shape))
             for t, axis in zip(tensors, self.axes, strict=True)
@@ -85,10 +117,11 @@ class Signature:
         ]
 
     def vary(self, tensors: list[Tensor], size: int, generator: Generator) -> list[Tensor]:
-        """`size` data like those given, and no two alike.
+        """`size` data like those given, and no two alike as far as floating point numbers tell.
 
-        A whole number of each datum's, such as the length of a sequence, stays as it is; numbers
-        in descending order stay so.
+        Whole numbers have no others near by that are sure to be valid: so they are taken from data
+        that differ, where there are such. One of each datum's, such as the length of a sequence,
+        stays as it is; numbers in descending order stay so.
         """
         n = self.batch_size(tensors)
         repeated = self.permute(tensors, self._some(tensors, size, n))
@@ -98,12 +131,32 @@ class Signature:
         ]
 
     def _some(self, tensors: list[Tensor], size: int, n: int) -> Tensor:
-        """The first data, but with that of the largest number: the longest sequence, say."""
+        """The first data, but with that of the largest number: the longest sequence, say.
+
+        And with one that is unlike the first in as many tensors as any.
+        """
         if size >= n:
             return torch.arange(size, device="cpu") * n // size
         pairs = zip(tensors, self.axes, strict=True)
         largest = [int(t.argmax()) for t, axis in pairs if axis is not None and _is_number(t)]
-        return torch.tensor(sorted(list(dict.fromkeys([*largest, *range(n)]))[:size]), device="cpu")
+        differ = [(t != t[:1]).any(1) for t in self._rows(tensors, n)]
+        unlike = int(torch.stack([d.cpu() for d in differ]).sum(0).argmax())
+        chosen = list(dict.fromkeys([*largest, 0, unlike, *range(n)]))[:size]
+        return torch.tensor(sorted(chosen), device="cpu")
+
+    def replaced(self, tensors: list[Tensor]) -> list[Tensor]:
+        """The same data, with the one that is farthest from the first in its place."""
+        n = self.batch_size(tensors)
+        distances = torch.stack([_from_first(t).cpu() for t in self._rows(tensors, n)]).sum(0)
+        far = n - 1 - int(distances.flip(0).argmax())  # the last one of several
+        return self.permute(tensors, torch.tensor([far, *range(1, n)], device="cpu"))
+
+    def _rows(self, tensors: list[Tensor], n: int) -> list[Tensor]:
+        """A row for each datum, of every tensor that has data."""
+        pairs = zip(tensors, self.axes, strict=True)
+        return [
+            t.movedim(axis, 0).reshape(n, t.numel() // n) for t, axis in pairs if axis is not None
+        ]
 
     def unlike(self, tensors: list[Tensor], generator: Generator) -> Iterator[list[Tensor]]:
         """Other data of the same size: all signs +, all −, any; indices drawn anew."""
@@ -112,6 +165,13 @@ class Signature:
                 t if axis is None else _unlike(t, least, most, generator)
                 for t, axis in zip(tensors, self.axes, strict=True)
             ]
+
+
+def _from_first(rows: Tensor) -> Tensor:
+    """How far each row is from the first, from 0 to 1."""
+    rows = rows.double()
+    scale = rows.norm(dim=1) + rows[0].norm()
+    return torch.where(scale > 0, (rows - rows[0]).norm(dim=1) / scale, 0.0)
 
 
 def _unlike(t: Tensor, least: int, most: int, generator: Generator) -> Tensor:
@@ -127,12 +187,20 @@ def _is_number(t: Tensor) -> bool:
     return t.ndim == 1 and not t.is_floating_point() and t.dtype != torch.bool
 
 
+def near(t: Tensor, generator: Generator) -> Tensor:
+    """Floating point numbers near those given.
+
+    Zero entries move too, and no entry changes its sign: log and sqrt stay defined.
+    """
+    g = generator
+    noise = torch.rand(t.shape, generator=g, dtype=torch.float32, device=g.device).to(t)
+    return torch.where(t == 0, 0.1 * noise, t * (1 + 0.1 * noise))
+
+
 def _varied(t: Tensor, repeats: bool, generator: Generator) -> Tensor:
     g = generator
     if t.is_floating_point():
-        # Zero entries move too, and no entry changes its sign: log and sqrt stay defined.
-        noise = torch.rand(t.shape, generator=g, dtype=torch.float32, device=g.device).to(t)
-        return torch.where(t == 0, 0.1 * noise, t * (1 + 0.1 * noise))
+        return near(t, generator)
     if t.dtype == torch.bool or not repeats:
         return t
     chosen = torch.randint(t.numel(), t.shape, generator=g, device=g.device)
@@ -188,3 +256,14 @@ def _same_length(tensors: list[Tensor], axis: int) -> tuple[int | None, ...]:
             "Pass a batch of at least one example, with the batch axis first, or say batch_axis."
         )
     return tuple(axis if n == first else None for n in lengths)
+
+
+def require_finite(tensors: list[Tensor]) -> None:
+    """Raise `DataError` where an input holds NaN or Inf."""
+    for k, t in enumerate(tensors):
+        if t.is_floating_point() and not is_finite(t):
+            bad = int((~torch.isfinite(t)).sum())
+            raise DataError(
+                f"input tensor {k} of shape {tuple(t.shape)} holds {bad} values that are NaN or "
+                "Inf; expected finite numbers. Clean the data, or look at what scaled them."
+            )

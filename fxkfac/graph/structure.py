@@ -105,8 +105,7 @@ class Structures:
         if not uses:
             return Choice("diagonal", "no use: its curvature is zero", is_free=True)
         if all(u.form.is_elementwise for u in uses):
-            inexact = "; not exact, since the data are coupled" if tapped.coupled else ""
-            reason = f"a scale: each entry is multiplied by one number{inexact}"
+            reason = f"a scale: each entry is multiplied by one number{_inexact(tapped)}"
             return Choice("diagonal", reason, is_scale=True)
         alone = [u for u in uses if (u.is_bias and not u.join) or u.form.is_elementwise]
         if len(alone) == len(uses) and size > self.dense_limit:
@@ -127,6 +126,15 @@ class Structures:
                     free = [n for n in use.parameters if n not in self.wanted]
                     joined = Choice("kronecker", "one operand together with other parameters")
                     chosen |= {n: joined for n in free if chosen[n].structure in EXACT}
+
+
+def _inexact(tapped: Tapped) -> str:
+    """Why the diagonal of a scale is not exact, or not known to be so."""
+    if tapped.coupled:
+        return "; not exact, since the data are coupled"
+    if tapped.alike:
+        return "; exact if the data are not coupled: those of the example are alike and do not tell"
+    return ""
 
 
 def _require_alike_in_use(chosen: dict[str, Choice], uses: Sequence[Use]) -> None:

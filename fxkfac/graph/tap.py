@@ -115,6 +115,11 @@ def _tapped(graph: Graph, sink: Node, place: int, node: Node) -> Node:
     return inserted
 
 
+def tap_nodes(graph: Graph) -> dict[int, Node]:
+    """The taps of a tapped graph by `Use.tap`: what the graph goes on with."""
+    return {n.args[1]: n for n in graph.nodes if n.target is _give_output}
+
+
 def _give_output(sink: Sink, place: int, y: Tensor) -> Tensor:
     return sink.output(place, y)
 

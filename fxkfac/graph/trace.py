@@ -15,21 +15,23 @@ from torch import Tensor, nn
 
 from fxkfac.errors import CaptureError, FxkfacError, UnsupportedUse
 from fxkfac.functional import FunctionalModel, Inputs, Params, bind
-from fxkfac.graph.capture import FRONT_ENDS, Captured, Refusal, quietly
+from fxkfac.graph.capture import FRONT_ENDS, Captured, Refusal
 from fxkfac.graph.constructs import Construct, constructs_of
 from fxkfac.graph.ir import Use
 from fxkfac.graph.lift import SUMMED
 from fxkfac.graph.locate import Located
 from fxkfac.graph.match import Matched, Unsupported, unsupported_message
 from fxkfac.graph.program import Program, Tapped
+from fxkfac.graph.quiet import quietly
 from fxkfac.graph.record import record
 from fxkfac.graph.signature import BatchAxes, Signature, signature_of
 from fxkfac.graph.structure import Structures, structures_of
 from fxkfac.graph.tap import tap_uses
-from fxkfac.graph.trial import attempt, coupled, match_and_locate
+from fxkfac.graph.trial import attempt, find_coupling, match_and_locate
 from fxkfac.graph.verify import (
     WRONG_GRADIENTS,
     FlatModel,
+    lost_axis,
     require_gradients,
     require_graph_gradients,
 )
@@ -156,9 +158,10 @@ def _compile(
 ) -> Tapped:
     """Match, tap, locate and verify one captured graph."""
     trial = attempt(model, captured, tensors, dynamic, structures)
-    example = record(captured.module, [*trial.state.values(), *trial.data])
+    example = record(captured.module, [*captured.arguments(trial.state), *trial.data])
     matched, located = match_and_locate(trial, example)
     uses, unsupported = _covered(matched, located)
+    found = find_coupling(trial, located, uses)
     module, uses = tap_uses(captured.module, uses)
     tapped = Tapped(
         captured,
@@ -168,9 +171,13 @@ def _compile(
         located.prediction,
         trial.dynamic,
         set(),
-        coupled=coupled(trial, located),
+        coupled=found.coupled,
+        alike=not found.known,
         derived={name: (n.name, tuple(example.shapes[n])) for n, name in trial.derived.items()},
     )
+    alone = trial.dynamic and model.signature.batch_size(tensors) == 1
+    if alone and (wrong := lost_axis(tapped, trial.state, tensors)):
+        raise Refusal(wrong)
     lost = set(tapped.uncovered)
     if lost & set(tapped.derived):
         raise Refusal(f"derived weights have no normal form: {unsupported[0]}")

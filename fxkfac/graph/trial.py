@@ -15,11 +15,13 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from fxkfac.graph.capture import Captured, Refusal
+from fxkfac.graph.coupling import Coupling, coupling
 from fxkfac.graph.dependence import depend_on
 from fxkfac.graph.derived import derived_weights
 from fxkfac.graph.ir import Example, Use
-from fxkfac.graph.locate import Located, is_coupled, locate
+from fxkfac.graph.locate import Located, locate
 from fxkfac.graph.match import Matched, match
+from fxkfac.graph.signature import near
 from fxkfac.graph.structure import Structures
 from fxkfac.graph.tap import tap_uses, without_dropout
 from fxkfac.graph.verify import FlatModel, State, is_model, run_graph
@@ -29,7 +31,10 @@ TRIAL_SIZE = 3  # data in the experiments: few, and no divisor of most other siz
 
 @dataclass(frozen=True)
 class Trial:
-    """A captured graph that gives the model's predictions, and data for the experiments on it."""
+    """A captured graph that gives the model's predictions, and data for the experiments on it.
+
+    In `state`, parameters that are zero are not, since what is multiplied by them would not show.
+    """
 
     model: FlatModel
     captured: Captured
@@ -57,6 +62,7 @@ def attempt(
     n = model.signature.batch_size(tensors)
     if wrong := is_model(model, captured, state, tensors):
         raise Refusal(wrong)
+    state = _without_zeros(model, state, generator)
     data = model.signature.vary(tensors, TRIAL_SIZE + (n == TRIAL_SIZE), generator)
     dynamic = dynamic and not _differs_at(model, captured, state, data)
     if not dynamic:
@@ -67,6 +73,12 @@ def attempt(
     through = {node: p for node, p in captured.placeholders().items() if p in structures.derived}
     derived = derived_weights(captured.module.graph, through, captured.inputs())
     return Trial(model, captured, dynamic, state, data, generator, structures, derived)
+
+
+def _without_zeros(model: FlatModel, state: State, generator: torch.Generator) -> State:
+    """The same with small numbers in parameters that are zero, as those of a new head may be."""
+    zero = [n for n in model.bound.tensors if state[n].is_floating_point() and not state[n].any()]
+    return {**state, **{name: near(state[name], generator) for name in zero}}
 
 
 def _require_no_choice(
@@ -140,35 +152,50 @@ def _locate(trial: Trial, uses: Sequence[Use]) -> tuple[tuple[Use, ...], Located
     signature = trial.model.signature
     quiet, uses = tap_uses(without_dropout(trial.captured.module), uses)
     located = locate(
-        lambda data, taps: run_graph(quiet, trial.state, data, taps),
+        lambda data, taps: run_graph(trial.captured, quiet, trial.state, data, taps),
         signature.permute,
         trial.data,
         signature.batch_size(trial.data),
         uses,
         trial.generator,
         trial.captured.precision,
+        lambda: _shape_for_more(trial),
     )
     routed = {n.name for n in trial.captured.module.graph.nodes if _is_routed(n)}
     constant = (c and u.node not in routed for c, u in zip(located.constant, uses, strict=True))
     return uses, replace(located, constant=tuple(constant))
 
 
-def coupled(trial: Trial, located: Located) -> bool:
+def _shape_for_more(trial: Trial) -> torch.Size | None:
+    """The shape of the prediction for one datum more, of a model that takes one more."""
+    signature = trial.model.signature
+    order = torch.tensor([0, *range(signature.batch_size(trial.data))], device="cpu")
+    try:
+        return trial.model.predict(trial.state, signature.permute(trial.data, order)).shape
+    except Exception:  # the model's own, of whatever kind
+        return None
+
+
+def find_coupling(trial: Trial, located: Located, uses: Sequence[Use]) -> Coupling:
     """Whether the prediction for some data changes with another datum.
 
     Where no one axis of the prediction holds the data, as in a matrix that compares every datum
     with every other one, no part of it is one datum's own.
     """
     if located.prediction is None:
-        return True
-    quiet, signature = without_dropout(trial.captured.module), trial.model.signature
+        return Coupling(coupled=True)
+    quiet, uses = tap_uses(without_dropout(trial.captured.module), uses)
+    signature = trial.model.signature
     with torch.no_grad():
-        return is_coupled(
-            lambda data: run_graph(quiet, trial.state, data),
-            signature.permute,
+        return coupling(
+            lambda data, sink: run_graph(trial.captured, quiet, trial.state, data, sink),
+            quiet.graph,
             trial.data,
+            signature.replaced(trial.data),
             signature.batch_size(trial.data),
             located.prediction,
+            uses,
+            trial.generator,
             trial.captured.precision,
         )
 

@@ -20,14 +20,14 @@ from fxkfac.graph.capture import Captured, Refusal
 from fxkfac.graph.derived import computation
 from fxkfac.graph.normal import Input, parameter_gradient
 from fxkfac.graph.signature import Signature
-from fxkfac.graph.tap import Taps
+from fxkfac.graph.tap import Sink, Taps
 
 if TYPE_CHECKING:
     from fxkfac.graph.program import Tapped
 
 WRONG_GRADIENTS = "gradients put together"  # how the reason begins where only they are wrong
 
-State = Mapping[str, Tensor]  # parameters and buffers by name, in the graph's order
+State = Mapping[str, Tensor]  # parameters and buffers by name
 
 
 @dataclass(frozen=True)
@@ -117,11 +117,13 @@ def gradient_errors(
     return errors
 
 
-def run_graph(module: Any, state: State, data: Sequence[Tensor], *sink: Taps) -> Any:
-    """Run a captured or tapped graph with the random numbers that `FlatModel.predict` has."""
+def run_graph(
+    captured: Captured, module: Any, state: State, data: Sequence[Tensor], *sink: Sink
+) -> Any:
+    """Run what was made of a captured graph with the random numbers of `FlatModel.predict`."""
     torch.manual_seed(0)
     with torch.enable_grad():
-        return module(*sink, *state.values(), *data)
+        return module(*sink, *captured.arguments(state), *data)
 
 
 def is_model(model: FlatModel, captured: Captured, state: State, data: Sequence[Tensor]) -> str:
@@ -132,7 +134,7 @@ def is_model(model: FlatModel, captured: Captured, state: State, data: Sequence[
     """
     expected = model.predict(state, data)
     try:
-        found = run_graph(captured.module, state, data)
+        found = run_graph(captured, captured.module, state, data)
     except DataError:
         raise
     except Exception as error:  # whatever a baked-in size makes an op say
@@ -147,6 +149,23 @@ def is_model(model: FlatModel, captured: Captured, state: State, data: Sequence[
     return f"its prediction is not the model's ({off:.1e})"
 
 
+def lost_axis(tapped: Tapped, state: State, data: Sequence[Tensor]) -> str:
+    """Empty where the outputs at the taps have the axes that they had, else what is wrong.
+
+    A batch of one may have fewer of them, as behind `squeeze()`.
+    """
+    taps = Taps()
+    run_graph(tapped.captured, tapped.module, state, data, taps)
+    for use in tapped.uses:
+        y = taps.outputs[use.tap]
+        if y.ndim != len(use.y_shape):
+            return (
+                f"{', '.join(use.parameters)} enters {use.op}, whose output {tuple(y.shape)} has "
+                f"not as many axes as for more data, {use.y_shape}"
+            )
+    return ""
+
+
 def require_gradients(
     model: FlatModel,
     tapped: Tapped,
@@ -156,7 +175,7 @@ def require_gradients(
 ) -> None:
     """Raise `Refusal` where a gradient from the taps is not autograd's on the model itself."""
     taps = Taps()
-    prediction = run_graph(tapped.module, state, data, taps)
+    prediction = run_graph(tapped.captured, tapped.module, state, data, taps)
     cotangent = _cotangent(prediction)
     at_taps = taps.gradients(prediction, cotangent)
     found = tap_gradients(tapped, taps.inputs, at_taps, names, state, data)
@@ -175,7 +194,7 @@ def require_graph_gradients(
     if not names:
         return
     leaves = {name: state[name].detach().requires_grad_() for name in names}
-    prediction = run_graph(captured.module, {**state, **leaves}, data)
+    prediction = run_graph(captured, captured.module, {**state, **leaves}, data)
     cotangent = _cotangent(prediction)
     found = tuple(torch.zeros_like(t) for t in leaves.values())
     if prediction.requires_grad:
@@ -232,7 +251,9 @@ def tap_gradients(
         return total
     leaves = {name: state[name].detach().requires_grad_() for name in names}
     nodes = [node for node, _ in tapped.derived.values()]
-    weights = run_graph(computation(tapped.captured.module, nodes), {**state, **leaves}, data)
+    captured = tapped.captured
+    computed = computation(captured.module, nodes)
+    weights = run_graph(captured, computed, {**state, **leaves}, data)
     pulled = torch.autograd.grad(
         weights,
         list(leaves.values()),

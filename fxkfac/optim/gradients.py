@@ -1,4 +1,7 @@
-"""Program, loss, data -> loss and gradients, where no curvature is due; and moving buffers."""
+"""Program, loss, data -> loss and gradients, where no curvature is due; and what else a step needs.
+
+That is what has no gradient at all, and buffers that have moved with the data.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from fxkfac.curvature.likelihoods import Likelihood
 from fxkfac.functional import FunctionalModel, split_inputs
 from fxkfac.graph.normal import Input
 from fxkfac.graph.program import Program
-from fxkfac.isolation import full_precision, own_randomness, seed_from
+from fxkfac.isolation import full_precision, in_place_of, own_randomness, seed_from
 
 Batches = Sequence[tuple[Any, Any]]
 
@@ -73,6 +76,14 @@ def loss_and_gradients(
     return R * total, {name: R * g for name, g in sums.items()}
 
 
+def unused(program: Program, data: Batches) -> set[str]:
+    """Names of the selected parameters on which no batch's prediction depends."""
+    trained = set(program.asked.selected)
+    if all(tapped.captured.used >= trained for tapped in program.graphs):
+        return set()
+    return trained.difference(*(program.at(x)[0].captured.used for x, _ in data))
+
+
 def modes_with_buffers(model: FunctionalModel) -> tuple[bool, ...]:
     """Which modules with buffers are in train mode; none of a function."""
     module = model.model
@@ -84,10 +95,36 @@ def modes_with_buffers(model: FunctionalModel) -> tuple[bool, ...]:
 
 @torch.no_grad()
 def move_buffers(model: FunctionalModel, inputs: Iterable[Any], seed: int) -> bool:
-    """Run the user's module itself, as training would; whether a buffer has changed."""
-    before = {name: buffer.clone() for name, buffer in model.buffers().items()}
-    with own_randomness(seed), model.autocast.again():
+    """Run the user's module itself, as training would; whether it has written into a buffer.
+
+    What it has written may be what was there, such as a maximum that no datum has exceeded yet.
+    """
+    module = model.model
+    assert isinstance(module, nn.Module)
+    before = {name: (b, _version(b), b.clone()) for name, b in model.buffers().items()}
+    with own_randomness(seed), model.autocast.again(), in_place_of(_replaced(model), module):
         for one in inputs:
             args, kwargs = split_inputs(one)
-            model.model(*args, **kwargs)
-    return any(not before[name].equal(buffer) for name, buffer in model.buffers().items())
+            module(*args, **kwargs)
+        after = [(m, dict(m._buffers)) for m in module.modules()]
+    for m, buffers in after:  # also those that were assigned
+        m._buffers.update(buffers)
+    return any(
+        name not in before or _is_written(b, *before[name]) for name, b in model.buffers().items()
+    )
+
+
+def _replaced(model: FunctionalModel) -> dict[int, Tensor]:
+    """The tensors in the place of the module's own parameters, by these ones' `id`."""
+    own = model.model.named_parameters(remove_duplicate=False)  # type: ignore[union-attr]
+    names = [(model.aliases.get(name, name), p) for name, p in own]
+    return {id(p): model.tensors[name] for name, p in names if name in model.replaced}
+
+
+def _is_written(now: Tensor, held: Tensor, version: int, values: Tensor) -> bool:
+    """By its version, or by its values: not every kernel counts versions."""
+    return now is not held or _version(now) != version or not values.equal(now)
+
+
+def _version(t: Tensor) -> int:
+    return 0 if t.is_inference() else t._version  # which has none

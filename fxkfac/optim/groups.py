@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from fxkfac.errors import OptionError
+from fxkfac.errors import OptionError, ParameterError
 from fxkfac.functional import FunctionalModel, select
 from fxkfac.optim.checks import require, require_fraction, require_not_negative, require_positive
 
@@ -89,3 +89,44 @@ def _require_in_range(options: Mapping[str, Any]) -> None:
     for beta in options["betas"]:
         require_fraction("betas", beta)
     require_positive("eps", options["eps"])
+
+
+def require_held(
+    trained: Iterable[tuple[str, Tensor]], held: Mapping[str, Tensor], frozen: Collection[str]
+) -> None:
+    """Raise `ParameterError` unless what is trained is what the model holds, and may be trained.
+
+    Args:
+        trained: The parameters of all groups, with their names.
+        held: The tensors in which the user holds them now.
+        frozen: Names of those that never required a gradient, and are trained all the same.
+    """
+    for name, θ in trained:
+        if held[name] is not θ:
+            raise ParameterError(
+                f"the model holds another tensor as {name!r} than when this optimizer was made; "
+                "expected the same, whose values may change, as by load_state_dict without "
+                "assign=True. Make an optimizer anew, and load the state of this one."
+            )
+        if not θ.requires_grad and name not in frozen:
+            raise ParameterError(
+                f"{name!r} was frozen by requires_grad_(False) since this optimizer was made; "
+                "expected a parameter that is trained. Trace the model and make an optimizer anew: "
+                "they are of those parameters that require a gradient then."
+            )
+
+
+def require_same_groups(
+    found: Sequence[Mapping[str, Any]], expected: Sequence[Mapping[str, Any]]
+) -> None:
+    """Raise `OptionError` unless the groups of a state are of the same parameters in one order."""
+    theirs, mine = ([list(g["param_names"]) for g in groups] for groups in (found, expected))
+    if theirs != mine:
+        raise OptionError(
+            f"the state has groups of the parameters {_some(theirs)}; expected {_some(mine)}, in "
+            "this order. Make the optimizer with the program and the groups that the state is of."
+        )
+
+
+def _some(groups: Sequence[Sequence[str]]) -> str:
+    return "; ".join(", ".join(names[:4]) + ", .." * (len(names) > 4) for names in groups[:4])

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fxkfac.curvature.curvature import strided
 from fxkfac.curvature.factors import Settings
 from fxkfac.curvature.plan import BlockPlan
 from fxkfac.curvature.schedule import schedule_of
@@ -46,6 +47,7 @@ class Layout:
 
         Raises:
             UnknownParameter: One of them is missing.
+            OptionError: One of them is sparse.
         """
         missing = [name for name in self.params if name not in gradients]
         if missing:
@@ -53,7 +55,7 @@ class Layout:
                 f"there is no gradient of {missing}, whose block is that of {self.params}; "
                 "expected those of all of its parameters."
             )
-        found = [gradients[name].detach() for name in self.params]
+        found = [strided(name, gradients[name]) for name in self.params]
         if self.boxes is None:
             flat = torch.cat([g.flatten() for g in found])
             return flat[self.entries.to(flat.device)].to(dtype)

@@ -8,7 +8,7 @@ long. Parameters without curvature take a step of Adam.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,14 +19,15 @@ from torch.optim.adam import adam
 from fxkfac.curvature.data import batches
 from fxkfac.curvature.step import step as pass_over
 from fxkfac.graph.program import Program
-from fxkfac.optim.checks import require_at_least_one, require_positive
+from fxkfac.optim.checks import require, require_at_least_one, require_positive
 from fxkfac.optim.gradients import (
     Batches,
     loss_and_gradients,
     modes_with_buffers,
     move_buffers,
+    unused,
 )
-from fxkfac.optim.groups import grouped
+from fxkfac.optim.groups import grouped, require_held, require_same_groups
 from fxkfac.optim.layout import held
 from fxkfac.optim.policies import clipped, kl_factor, next_damping, predicted_change
 from fxkfac.optim.preconditioner import Preconditioner
@@ -39,8 +40,10 @@ class KFAC(Optimizer):
         for x, y in loader:
             loss = optimizer.step(x, y)
 
-    A step reads no `.grad` and writes none. In train mode, buffers such as the averages of batch
-    norm follow the data by one more forward pass, as they would in any training.
+    A step reads no `.grad` and writes none. A parameter that no batch of a step uses stays as it
+    is. In train mode, buffers such as the averages of batch norm follow the data by one more
+    forward pass, as they would in any training; a module that writes into none of its buffers in
+    its first one has no other.
 
     Every group of `param_groups` is either of `method` "kfac" or of `method` "adam", with its own
     `lr`, which schedulers of `torch.optim.lr_scheduler` set.
@@ -96,7 +99,7 @@ class KFAC(Optimizer):
         self.program, self.loss = program, loss
         self.max_norm, self.kl_clip, self.lm_interval = max_norm, kl_clip, lm_interval
         self.preconditioner = Preconditioner(program, loss, **preconditioner)
-        self._buffers_stay: set[tuple[bool, ...]] = set()  # modes in which a run has moved none
+        self._buffers_stay: set[tuple[bool, ...]] = set()  # modes in which a run writes into none
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -108,6 +111,16 @@ class KFAC(Optimizer):
         }
         covered = set(self.preconditioner.covered)
         super().__init__(grouped(program.model, held(program), covered, groups, defaults), {})
+        self._frozen = {name for name, θ in self._trained() if not θ.requires_grad}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refuse a group that the program knows nothing of, with `OptionError`."""
+        require(
+            "method" in param_group,
+            "a group was added to the optimizer; expected those it was made with, of what was "
+            "traced. Trace the model and make an optimizer anew, and say its options by `groups`.",
+        )
+        super().add_param_group(param_group)
 
     def step(self, inputs: Any, targets: Any = None) -> Tensor:  # type: ignore[override]
         """One step.
@@ -123,7 +136,10 @@ class KFAC(Optimizer):
         Raises:
             DataError, NonFiniteError: As of `fxkfac.step`; nothing has changed then but what random
                 numbers were drawn.
+            ParameterError: The model holds other parameters than when this was made, or one of them
+                was frozen since.
         """
+        require_held(self._trained(), held(self.program), self._frozen)
         data = list(batches(inputs if targets is None else (inputs, targets)))
         p = self.preconditioner
         drawn = p.generator.get_state()
@@ -131,10 +147,13 @@ class KFAC(Optimizer):
         self._follow_with_buffers(data)
         adapts = self.lm_interval is not None and p.steps % self.lm_interval == 0
         before = self._values() if adapts else {}
-        self._move(clipped(gradients, self.max_norm))
+        self._move(clipped(gradients, self.max_norm), unused(self.program, data))
         if adapts:
             self._adapt(data, drawn, loss, gradients, before)
         return loss
+
+    def _trained(self) -> list[tuple[str, Tensor]]:
+        return [named for group in self.param_groups for named in _named(group)]
 
     def _values(self) -> dict[str, Tensor]:
         return {name: t.detach().clone() for name, t in held(self.program).items()}
@@ -161,17 +180,19 @@ class KFAC(Optimizer):
             self._buffers_stay.add(modes)
 
     @torch.no_grad()
-    def _move(self, gradients: dict[str, Tensor]) -> None:
-        for group in self.param_groups:
+    def _move(self, gradients: dict[str, Tensor], skipped: Collection[str]) -> None:
+        rest = [_without(group, skipped) for group in self.param_groups]
+        groups = [group for group in rest if group["params"]]
+        for group in groups:
             if not group["decoupled"] and group["weight_decay"]:
                 for name, θ in _named(group):
                     gradients[name] = gradients[name] + group["weight_decay"] * θ
-        kfac = [group for group in self.param_groups if group["method"] == "kfac"]
-        names = [name for group in kfac for name, _ in _named(group)]
-        natural = self.preconditioner.solve({name: gradients[name] for name in names})
+        kfac = [group for group in groups if group["method"] == "kfac"]
+        covered = {name: gradients[name] for name in self.preconditioner.covered}
+        natural = self.preconditioner.solve(covered)
         lengths = [(g["lr"], natural[n], gradients[n]) for g in kfac for n, _ in _named(g)]
         ν = kl_factor(lengths, self.kl_clip)
-        for group in self.param_groups:
+        for group in groups:
             if group["method"] == "kfac":
                 self._move_by_kfac(group, natural, ν)
             else:
@@ -245,14 +266,24 @@ class KFAC(Optimizer):
         return {**super().state_dict(), "preconditioner": self.preconditioner.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there: with parameters as they were, bit for bit."""
+        """Go on from there: with parameters as they were, bit for bit.
+
+        Raises:
+            OptionError: The state has other groups, or blocks, or tensors of other shapes.
+        """
         own = {key: state_dict[key] for key in ("state", "param_groups")}
-        super().load_state_dict(own)
+        require_same_groups(own["param_groups"], self.param_groups)
         self.preconditioner.load_state_dict(state_dict["preconditioner"])
+        super().load_state_dict(own)
 
 
 def _named(group: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
     return list(zip(group["param_names"], group["params"], strict=True))
+
+
+def _without(group: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    kept = [(name, θ) for name, θ in _named(group) if name not in names]
+    return {**group, "param_names": [name for name, _ in kept], "params": [θ for _, θ in kept]}
 
 
 def _last(state: Mapping[str, Tensor], θ: Tensor) -> Tensor:

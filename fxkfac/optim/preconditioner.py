@@ -160,6 +160,7 @@ class Preconditioner:
 
         Raises:
             UnknownParameter: A parameter of one of the blocks has a gradient and another one none.
+            OptionError: A gradient is sparse.
             FxkfacError: There was no update yet.
         """
         if self.steps == 0:
@@ -189,7 +190,7 @@ class Preconditioner:
         """Replace the values of all `.grad` of parameters with curvature by natural gradients.
 
         Raises:
-            UnknownParameter, FxkfacError: As `solve` does.
+            UnknownParameter, OptionError, FxkfacError: As `solve` does.
         """
         tensors = held(self.program)
         gradients = {n: t.grad for n, t in tensors.items() if t.grad is not None}

@@ -1,0 +1,54 @@
+"""Parameters by name: which names are one parameter, and what all of them must have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from fxkfac.errors import ParameterError
+
+
+def require_initialised(module: nn.Module) -> None:
+    """Raise `ParameterError` where a lazy module does not know its shapes yet."""
+    held = [*module.named_parameters(), *module.named_buffers()]
+    if lazy := [name for name, t in held if is_lazy(t)]:
+        raise ParameterError(
+            f"{', '.join(lazy[:4])} of {type(module).__name__} have no shape yet, as a lazy module "
+            "has none before its first call; expected initialised tensors. Run the model once on a "
+            "batch, then trace."
+        )
+
+
+def canonical(named: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """One name per storage: tied parameters keep the name that comes first."""
+    first: dict[object, str] = {}
+    aliases: dict[str, str] = {}
+    for name, tensor in named.items():
+        key = id(tensor) if tensor.numel() == 0 else _storage_key(tensor)
+        if key in first:
+            aliases[name] = first[key]
+        else:
+            first[key] = name
+    return {name: named[name] for name in first.values()}, aliases
+
+
+def _storage_key(tensor: Tensor) -> object:
+    place = (tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()))
+    return place if tensor.device.type != "meta" else id(tensor)
+
+
+def require_alike(selected: Mapping[str, Tensor]) -> None:
+    """Raise `ParameterError` unless all are on one device and of one dtype."""
+    for what in ("device", "dtype"):
+        groups: dict[torch.device | torch.dtype, list[str]] = {}
+        for name, tensor in selected.items():
+            groups.setdefault(getattr(tensor, what), []).append(name)
+        if len(groups) > 1:
+            found = "; ".join(f"{key}: {', '.join(names[:3])}" for key, names in groups.items())
+            raise ParameterError(
+                f"parameters have different {what}s ({found}); expected one {what}. "
+                f"Move them to one {what}, or select those of one {what} by `params`."
+            )
