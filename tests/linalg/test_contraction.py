@@ -4,7 +4,8 @@ import pytest
 import torch
 from drawn import rand
 
-from fxkfac.linalg.contraction import DatumRows, Left, Right, Squares, TokenRows
+from fxkfac.linalg import contraction
+from fxkfac.linalg.contraction import DatumRows, Formed, Left, Right, Squares, TokenRows
 from fxkfac.linalg.orders import Sizes, order_of_products, order_of_squares
 
 # (shared, vectors, in, out), and the order that is the cheapest one there
@@ -94,3 +95,17 @@ def test_chunks_hold_no_more_than_they_may(largest):
     held = 2 * data * (4 * 5 + vectors * (4 * 6 + 5 * 6))
     assert held <= largest or data == 1
     assert 1 <= vectors <= 3
+
+
+def test_gradients_that_are_formed():
+    """As of rows; those of one-hot rows with all of their zeros."""
+    r, A, B = rows((6, 3, 5, 4)), symmetric(2, 5, 2), symmetric(2, 4, 3)
+    Q_A, Q_B = torch.linalg.eigh(A).eigenvectors, torch.linalg.eigh(B).eigenvectors
+    formed = Formed(gradients(r).movedim(2, 3))
+    for statistic in (Squares(Q_A, Q_B), Left(B), Right(A)):
+        torch.testing.assert_close(statistic.of(formed), statistic.of(r))
+    hot = TokenRows(torch.tensor([0, 3, 8, 6, 5]), rand(5, 2, 4), 5, 2)
+    formed = Formed(contraction.gradients(hot))
+    a = rand(5, seed=4).square()
+    for statistic in (Squares(None, Q_B[:1]), Left(B[:1], tokens=True), Right(a)):
+        torch.testing.assert_close(statistic.of(formed), statistic.of(hot))
