@@ -11,7 +11,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-LENGTH, BATCH = 64, 128  # of a stretch of text, and stretches of a batch
+LENGTH, BATCH = 64, 256  # of a stretch of text, and stretches of a batch
 
 Data = tuple[Tensor, Tensor]
 Chosen = dict[str, float]
@@ -133,7 +133,7 @@ TASKS = {
         small_gpt,
         batches_of_text,
         measured_text,
-        steps=200,
+        steps=160,
         intervals={"factor_interval": 4, "inverse_interval": 8},
         ranges={
             "KFAC": {

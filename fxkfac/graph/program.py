@@ -19,12 +19,11 @@ from fxkfac.graph.coverage import Coverage, coverage
 from fxkfac.graph.ir import Use
 from fxkfac.graph.locate import Layout
 from fxkfac.graph.match import Unsupported
-from fxkfac.graph.quiet import quietly
 from fxkfac.graph.signature import Signature, require_finite
 from fxkfac.graph.structure import Choice, Structures
 from fxkfac.graph.table import program_table
 from fxkfac.graph.tap import Sink, Taps
-from fxkfac.graph.verify import FlatModel, is_model, lost_axis
+from fxkfac.graph.verify import FlatModel, agrees
 from fxkfac.graph.watch import Watch, watch_for
 from fxkfac.isolation import full_precision
 
@@ -202,7 +201,7 @@ class Program:
             require_own_gradients(self.model)
             key = (called, watch_for(model, tensors, self._watches).key())
             return self._compile_for(key, model, tensors, n, dynamic=True), tensors
-        if not _agrees(model, tapped, tensors, n):
+        if not agrees(model, tapped, tensors, n):
             return self._compile_for(key, model, tensors, n, dynamic=False), tensors
         return tapped, tensors
 
@@ -282,17 +281,6 @@ class Program:
 
     def __str__(self) -> str:
         return program_table(self)
-
-
-def _agrees(model: FlatModel, tapped: Tapped, tensors: list[Tensor], n: int) -> bool:
-    """Compare graph and model at a batch size that is seen for the first time."""
-    with quietly():
-        wrong = is_model(model, tapped.captured, model.state(), tensors)
-        if n == 1 and not wrong:
-            wrong = lost_axis(tapped, model.state(), tensors)
-    if not wrong:
-        tapped.verified.add(n)
-    return not wrong
 
 
 def _require_gradients_on() -> None:

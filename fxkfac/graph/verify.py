@@ -19,6 +19,7 @@ from fxkfac.functional import FunctionalModel, Inputs, prediction_of
 from fxkfac.graph.capture import Captured, Refusal
 from fxkfac.graph.derived import computation
 from fxkfac.graph.normal import Input, parameter_gradient
+from fxkfac.graph.quiet import quietly
 from fxkfac.graph.signature import Signature
 from fxkfac.graph.tap import Sink, Taps
 
@@ -164,6 +165,17 @@ def lost_axis(tapped: Tapped, state: State, data: Sequence[Tensor]) -> str:
                 f"not as many axes as for more data, {use.y_shape}"
             )
     return ""
+
+
+def agrees(model: FlatModel, tapped: Tapped, tensors: list[Tensor], n: int) -> bool:
+    """Compare graph and model at a batch size that is seen for the first time."""
+    with quietly():
+        wrong = is_model(model, tapped.captured, model.state(), tensors)
+        if n == 1 and not wrong:
+            wrong = lost_axis(tapped, model.state(), tensors)
+    if not wrong:
+        tapped.verified.add(n)
+    return not wrong
 
 
 def require_gradients(
