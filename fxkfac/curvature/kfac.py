@@ -65,10 +65,11 @@ def kfac(
             from call to call.
         progress: Show a progress bar over the batches.
         backend: `"eager"`, or `"inductor"`: forward and backward pass are compiled, once for each
-            shape of a batch, which takes seconds and a C++ compiler. Labels and dropout are drawn
-            as without; results differ by rounding. It pays for models of many small operations,
-            such as norms, activations and derivatives in their inputs, for many batches of one
-            shape, and on a GPU; products of large matrices are as fast without.
+            shape of a batch, which takes seconds and a C++ compiler; on a GPU, for `"mc"` and
+            `"empirical"`, as one CUDA graph, which keeps copies of parameters and data. Labels and
+            dropout are drawn as without; results differ by rounding. It pays for models of many
+            small operations, such as norms, activations and derivatives in their inputs, for many
+            batches of one shape, and on a GPU; products of large matrices are as fast without.
         memory: Bytes that the gradients of vectors which are sent back together may take, counted
             at the outputs of linear ops: of flavours with several vectors, such as `"type-2"`, as
             many go through one backward pass as fit, one at least. Default: 32 MiB, beyond which
