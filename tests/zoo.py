@@ -188,7 +188,7 @@ class Made(nn.Module):
         self.function = function
         for name, part in parts.items():
             if isinstance(part, tuple):
-                self.register_parameter(name, nn.Parameter(torch.zeros(part)))
+                self.register_parameter(name, nn.Parameter(torch.randn(part)))
             elif isinstance(part, Tensor) and not isinstance(part, nn.Parameter):
                 self.register_buffer(name, part)
             else:
