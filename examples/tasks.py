@@ -150,8 +150,8 @@ TASKS = {
             },
         },
         found={
-            "KFAC": {"lr": 0.374, "damping": 2.76e-4, "momentum": 0.452, "kl_clip": 0.0107},
-            "Adam": {"lr": 0.0315, "beta1": 0.719, "beta2": 0.943, "eps": 3.01e-10},
+            "KFAC": {"lr": 0.536, "damping": 8.02e-5, "momentum": 0.413, "kl_clip": 0.0293},
+            "Adam": {"lr": 0.0207, "beta1": 0.725, "beta2": 0.946, "eps": 1.26e-9},
         },
     ),
 }

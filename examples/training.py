@@ -6,24 +6,22 @@ that rise over the first tenth of the steps and then fall linearly to zero; what
 at the end. For digits it is that of all training images, for text, which is the source code of
 Python's standard library, that of stretches nobody has trained on. The best trials of both then
 take turns on the clock, each turn from a start and over batches that tuning has not seen. The
-ranges of both, and KFAC's intervals and averages, come from runs by hand, some hundred of KFAC and
-sixty of Adam, whose β₁ matters: 0.6 is better here than the usual 0.9.
+ranges of both, and KFAC's intervals and averages, come from runs by hand, two hundred of KFAC and
+eighty of Adam, whose β₁ matters: 0.6 to 0.7 is better here than the usual 0.9.
 
-Eight trials each, and three turns of the best, on one thread of a machine with two cores and more
-to do than these can (Python 3.11, PyTorch 2.13), gave at the end
+Eight trials each, and five turns of the best, on one thread of a machine with two cores and more
+to do than these can (Python 3.11, PyTorch 2.13), gave on average
 
-            optimizer  steps  loss                 seconds           of these tracing
-    digits  KFAC          60  7e-5, 6e-5, 3e-5     10.4, 14.3, 8.6   3.4, 2.0, 0.8
-            Adam         120  3e-3, 6e-3, 5e-3     8.9, 13.2, 17.5   –
-    text    KFAC         120  1.71, 1.72, 1.72     23.9, 19.7, 20.6  4.0, 1.4, 1.5
-            Adam         240  1.70, 1.85, 1.72     21.8, 19.4, 25.1  –
+            optimizer  steps  loss    seconds  of these tracing
+    digits  KFAC          60  8.1e-5      6.8  0.6
+            Adam         120  2.8e-3      8.0  –
+    text    KFAC          80  1.626      44.3  2.0
+            Adam         160  1.728      63.3  –
 
-For digits, KFAC was where Adam ended, and stayed, after 56, 54 and 52 steps: 0.43 to 0.47 of
-Adam's. For text it is a draw: in one turn KFAC was there after 98 steps, 0.41 of Adam's, in the
-others it ended 0.1 and 1.1 % above. Adam's best trial had 1.68, and so had KFAC's. Time is a
-draw at best: other work on the machine moved it by more than KFAC saves, and on text KFAC took once
-1.15 of Adam's, in time of the process itself. The tuning and the turns of
-both tasks were run as parts, side by side. The first trace of a process takes some seconds more.
+On average KFAC was where Adam ended, and stayed, after 0.45 of its steps on both, and after 0.77
+and 0.64 of its time; in the single turns after 0.42 to 0.50 and 0.42 to 0.46 of its steps. In
+tuning, the best trials ended at 1.7e-5 and 2.3e-4, and at 1.57 and 1.67. Text needs its large
+batches: with 64 stretches in place of 256 half of Adam's steps were a draw.
 
 Run it with `python examples/training.py [--out DIRECTORY] [--trials NUMBER] [--repeats NUMBER]`.
 """

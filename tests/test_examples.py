@@ -70,13 +70,13 @@ def test_training(
 ) -> None:
     """With what was found, and half of the steps, KFAC ends where Adam does.
 
-    For digits that is below a tenth of its loss; for text within two percent.
+    For digits that is below a tenth of its loss.
     """
     task = training["TASKS"][key]
     turns = training["in_turn"](task, task.found, 1)
     adam, kfac = turns[0]["Adam"], turns[0]["KFAC"]
     assert adam.losses[-1] < {"digits": 5e-3, "text": 1.75}[key]
-    assert kfac.losses[-1] < {"digits": 0.1, "text": 1.02}[key] * adam.losses[-1]
+    assert kfac.losses[-1] < {"digits": 0.1, "text": 1.0}[key] * adam.losses[-1]
     assert 2 * kfac.steps[-1] == adam.steps[-1] == task.steps
     training["report"](turns)
     at = kfac.reaches(adam.losses[-1])
