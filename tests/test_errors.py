@@ -703,11 +703,20 @@ class TestMerge:
             _ = factors + fxkfac.kfac(program, CE(), (X, Y))
 
 
+class Sharp(nn.Tanh):
+    slope = 1.0
+
+    def forward(self, x):
+        return super().forward(self.slope * x)
+
+
 class TestTapMismatch:
-    def test_an_activation_swapped_after_tracing(self):
+    def test_an_attribute_of_a_class_that_was_changed_after_tracing(self, monkeypatch):
+        """Of which no trace hears."""
         model = seeded(mlp)
+        model[1] = Sharp()
         program = fxkfac.trace(model, X)
-        model[1] = nn.ReLU()
+        monkeypatch.setattr(Sharp, "slope", 3.0)
         with refuses(TapMismatch, "0.weight", "0.bias", "autograd", "Trace it anew") as info:
             fxkfac.check(program, CE(), (X, Y))
         assert "e+" in str(info.value) or "e-" in str(info.value)  # the relative errors
