@@ -144,7 +144,7 @@ def _share_rows(use: Use, one: Tensor, rest: Tensor) -> bool:
     Rows that are chosen from all data, as by experts of a given capacity, are the same in any
     order, too; but each one's gradient comes from its own datum alone.
     """
-    first, others = ((normal_y(use, g, None) != 0).any(-1).any(0) for g in (one, rest))
+    first, others = ((normal_y(use, g, None) != 0).any(-1) for g in (one, rest))
     return bool((first & others).any())
 
 
