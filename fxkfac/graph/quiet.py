@@ -54,17 +54,24 @@ def quietly() -> Iterator[None]:
         Distribution.set_default_validate_args(validated)
 
 
+def others_states() -> dict[str, Any]:
+    """The states of the generators of Python's and numpy's own."""
+    states: dict[str, Any] = {"random": random.getstate()}
+    if (numpy := sys.modules.get("numpy")) is not None:
+        states["numpy.random"] = numpy.random.get_state()
+    return states
+
+
 @contextmanager
 def _others_randomness() -> Iterator[None]:
-    """Give the states of Python's and numpy's own generators back as they were."""
-    numpy = sys.modules.get("numpy")
-    state, state_of_numpy = random.getstate(), numpy and numpy.random.get_state()
+    """Give these states back as they were."""
+    states = others_states()
     try:
         yield
     finally:
-        random.setstate(state)
-        if numpy is not None:
-            numpy.random.set_state(state_of_numpy)
+        random.setstate(states["random"])
+        if "numpy.random" in states:
+            sys.modules["numpy"].random.set_state(states["numpy.random"])
 
 
 @contextmanager

@@ -6,7 +6,6 @@ counter or an activation that is kept, is another one at every call, and does no
 
 from __future__ import annotations
 
-import random
 import sys
 from abc import ABCMeta
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ from torch.nn.modules import module
 
 from fxkfac.errors import CaptureError
 from fxkfac.graph.constants import Same, constant_key
+from fxkfac.graph.quiet import others_states
 from fxkfac.graph.verify import FlatModel
 
 # Torch's, which are looked at by themselves; the last is how recurrent ones hold parameters twice.
@@ -58,7 +58,7 @@ def reads_of(
     everything = Reads((None,) * len(modules))
     if any(_is_compiled(m) for m in modules):
         return everything
-    before, drawn = [_attributes(m) for m in modules], _others_randomness()
+    before, drawn = [_attributes(m) for m in modules], others_states()
     held = [*map(attribute_key, values)]
     try:
         with _recording(modules) as reads:
@@ -128,19 +128,11 @@ def _recorder(kind: type[nn.Module], reads: dict[int, set[str]]) -> type | None:
     return recorder
 
 
-def _others_randomness() -> dict[str, Any]:
-    """The states of the generators of Python's and numpy's own."""
-    states: dict[str, Any] = {"random": random.getstate()}
-    if (numpy := sys.modules.get("numpy")) is not None:
-        _, keys, *rest = numpy.random.get_state()
-        states["numpy.random"] = (keys.tobytes(), *rest)
-    return states
-
-
 def _require_drawn_by_torch(before: dict[str, Any]) -> None:
     """Raise `CaptureError` where another generator has moved."""
-    now = _others_randomness()
-    if moved := [name for name, state in before.items() if now[name] != state]:
+    now = others_states()
+    moved = [n for n, state in before.items() if constant_key(now[n]) != constant_key(state)]
+    if moved:
         raise CaptureError(
             f"the model draws from {' and '.join(moved)} while it runs; expected random numbers "
             "of torch alone, since a graph would hold the one draw of the trace for ever. Draw by "
