@@ -49,15 +49,20 @@ def test_batch_norm_of_tokens(example):
         fxkfac.kfac(program, CE, data)
 
 
+def assert_refused(program, data, why):
+    """Whatever needs one datum's own gradient."""
+    factors = fxkfac.kfac(program, CE, data)
+    for function in (fxkfac.ekfac, fxkfac.kfoc):
+        with pytest.raises(BatchAxisError, match=why):
+            function(program, CE, data, factors)
+    with pytest.raises(BatchAxisError, match=why):
+        fxkfac.influence(program, CE, factors, data, data, 0.1)
+
+
 def test_what_batch_norm_of_equal_tokens_forbids():
     plain = fxkfac.trace(embedded(nn.BatchNorm1d(3, affine=False)).train(), TOKENS["all the same"])
     data = torch.tensor([0, 6, 3, 3, 1]), classes(N)
-    factors = fxkfac.kfac(plain, CE, data)
-    for function in (fxkfac.ekfac, fxkfac.kfoc):
-        with pytest.raises(BatchAxisError, match="depends on the others'"):
-            function(plain, CE, data, factors)
-    with pytest.raises(BatchAxisError, match="depends on the others'"):
-        fxkfac.influence(plain, CE, factors, data, data, 0.1)
+    assert_refused(plain, data, "depends on the others'")
 
 
 @pytest.mark.parametrize("example", TOKENS.values(), ids=TOKENS)
@@ -119,12 +124,7 @@ def test_where_tokens_meet_no_tap_before_the_others():
         found = factors.dense(name)
         torch.testing.assert_close(found.diagonal(), expected.diagonal())
     plain = fxkfac.trace(model, alike, wanted)
-    factors = fxkfac.kfac(plain, CE, data)
-    for function in (fxkfac.ekfac, fxkfac.kfoc):
-        with pytest.raises(BatchAxisError, match="data that differ"):
-            function(plain, CE, data, factors)
-    with pytest.raises(BatchAxisError, match="data that differ"):
-        fxkfac.influence(plain, CE, factors, data, data, 0.1)
+    assert_refused(plain, data, "data that differ")
     assert not fxkfac.trace(model, data[0], wanted).tapped.alike
 
 
