@@ -18,7 +18,7 @@ from zoo import MSE, rand
 import fxkfac
 from fxkfac import errors
 from fxkfac.graph.capture import FRONT_ENDS
-from fxkfac.graph.verify import tolerance
+from fxkfac.graph.digits import tolerance
 
 T = 4  # positions
 APART = torch.arange(T)[:, None] - torch.arange(T) + T - 1  # how far each is from each other
@@ -124,11 +124,10 @@ def test_float32_inside_leaves_float32s_digits():
     assert max(found.values()) < 1e-5
     assert all(use.batch is not None for use in program.uses)
     assert not program.tapped.coupled
-    precision = program.tapped.captured.precision
-    assert precision == torch.float32
-    assert (
-        tolerance(torch.ones((), dtype=torch.float64), precision) < 1e-3
-    )  # a per cent still shows
+    lowest = program.tapped.captured.lowest
+    assert lowest == torch.float32
+    one = torch.ones((), dtype=torch.float64)
+    assert tolerance(one, lowest) < 1e-3  # a per cent still shows
 
 
 def test_under_autocast_scale_and_data_have_different_dtypes():

@@ -15,9 +15,10 @@ from fxkfac.curvature.data import batches
 from fxkfac.curvature.losses import likelihood_of, loss_value
 from fxkfac.errors import TapMismatch
 from fxkfac.functional import Params
+from fxkfac.graph.digits import tolerance
 from fxkfac.graph.program import Program
 from fxkfac.graph.tap import Taps
-from fxkfac.graph.verify import FlatModel, gradient_errors, gradient_tolerance, tap_gradients
+from fxkfac.graph.verify import FlatModel, gradient_errors, tap_gradients
 from fxkfac.isolation import full_precision, own_randomness
 
 
@@ -53,9 +54,9 @@ def check(
         at_taps = taps.gradients(run.prediction, cotangent)
         found = tap_gradients(run.tapped, taps.inputs, at_taps, names, state, tensors)
         expected = model.gradients(state, tensors, cotangent, names)
-    captured = run.tapped.captured
-    errors = gradient_errors(found, expected, captured.precision)
-    wrong = {n: e for n, e in errors.items() if not e <= gradient_tolerance(expected[n], captured)}
+    lowest = run.tapped.captured.lowest
+    errors = gradient_errors(found, expected, lowest)
+    wrong = {n: e for n, e in errors.items() if not e <= tolerance(expected[n], lowest)}
     if wrong:
         listed = ", ".join(f"{name} ({error:.1e})" for name, error in wrong.items())
         raise TapMismatch(

@@ -16,8 +16,9 @@ from fxkfac.curvature.perdatum import zero_moment
 from fxkfac.errors import BatchAxisError, FxkfacError
 from fxkfac.functional import Inputs
 from fxkfac.graph.capture import Captured
+from fxkfac.graph.digits import tolerance
 from fxkfac.graph.program import Program, Run
-from fxkfac.graph.verify import relative_error, tolerance
+from fxkfac.graph.verify import relative_error
 
 
 @sdpa_kernel(SDPBackend.MATH)  # vmap would run the fused attention datum by datum, and say so
@@ -58,7 +59,7 @@ def gradient_moments(
     in_dims = (None, *axes)
     alone = vmap(of_one, in_dims, randomness="same")(chosen, *data)
     own = by_datum(run, run.prediction.detach())
-    if relative_error(alone, own) > tolerance(own, run.tapped.captured.precision):
+    if relative_error(alone, own) > tolerance(own, run.tapped.captured.lowest):
         raise BatchAxisError(f"a datum by itself gives another prediction {COUPLED}")
     per_datum = vmap(
         grad(lambda p, v, *datum: (of_one(p, *datum) * v).sum()),

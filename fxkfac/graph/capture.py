@@ -29,7 +29,8 @@ from fxkfac.errors import ParameterError
 from fxkfac.functional import FunctionalModel, nest_names, prediction_of, split_inputs
 from fxkfac.graph.cleanup import STOP, rebuild
 from fxkfac.graph.custom import whole_functions
-from fxkfac.graph.dependence import precision, reach_output
+from fxkfac.graph.dependence import reach_output
+from fxkfac.graph.digits import lowest
 from fxkfac.graph.packed import packing
 from fxkfac.graph.recurrence import FUSED
 from fxkfac.graph.signature import Signature
@@ -91,19 +92,10 @@ class Captured:
         reached = reach_output(self.module.graph)
         return frozenset(name for node, name in self.placeholders().items() if node in reached)
 
-    @cached_property
-    def precision(self) -> torch.dtype:
-        """Float32 where anything is computed of the parameters in less than float64.
-
-        That is the lowest: half of the digits of half precision are one, by which two data may
-        differ.
-        """
-        return torch.float64 if self.lowest == torch.float64 else torch.float32
-
-    @cached_property
+    @property
     def lowest(self) -> torch.dtype:
         """The dtype with the fewest digits in which anything is computed of the parameters."""
-        return precision(self.module.graph, self._nodes()[: len(self.parameters)])
+        return lowest(self.module.graph, self._nodes()[: len(self.parameters)])
 
     def _nodes(self) -> list[Node]:
         return [n for n in self.module.graph.nodes if n.op == "placeholder"]

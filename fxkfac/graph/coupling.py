@@ -74,7 +74,7 @@ def coupling(
     at: Layout,
     uses: Sequence[Use],
     generator: Generator,
-    precision: torch.dtype,
+    lowest: torch.dtype,
 ) -> Coupling:
     """Change the first datum, and compare the predictions.
 
@@ -87,17 +87,17 @@ def coupling(
         at: The layout of the prediction.
         uses: The uses, tapped, with their batch axes.
         generator: For what the first datum's rows become.
-        precision: The dtype whose digits count, where the tensors' own has more.
+        lowest: The dtype with the fewest digits of what the graph computes.
     """
     if n < 2:
         return Coupling(coupled=False)
     as_it_is, changed = (_Changed(layouts, n, generator) for layouts in ({}, _layouts(uses)))
     before = _Split.of(run(data, as_it_is), at, n)
     by_other = _Split.of(run(replaced, as_it_is), at, n)
-    if before.couples(by_other, precision):
+    if before.couples(by_other, lowest):
         return Coupling(coupled=True)
     by_taps = _Split.of(run(data, changed), at, n)
-    if before.couples(by_taps, precision):
+    if before.couples(by_taps, lowest):
         return Coupling(coupled=True)
     if before.differs(by_other):
         return Coupling(coupled=False)
@@ -118,8 +118,8 @@ class _Split:
         parts = prediction.unflatten(axis, (outer, n, inner))
         return cls(parts.narrow(axis + 1, 0, 1), parts.narrow(axis + 1, 1, n - 1))
 
-    def couples(self, changed: _Split, precision: torch.dtype) -> bool:
-        return not close(self.others, changed.others, precision)
+    def couples(self, changed: _Split, lowest: torch.dtype) -> bool:
+        return not close(self.others, changed.others, lowest)
 
     def differs(self, changed: _Split) -> bool:
         return not torch.equal(self.first, changed.first)

@@ -1,4 +1,4 @@
-"""Which nodes hold values of the data, which only their sizes, and how precise they are."""
+"""Which nodes hold values of the data, and which only their sizes."""
 
 from __future__ import annotations
 
@@ -58,13 +58,3 @@ def depend_on(graph: Graph, inputs: Sequence[Node], besides: Collection[Node] = 
         if dependent & set(node.all_input_nodes):
             dependent.add(node)
     return dependent
-
-
-def precision(graph: Graph, inputs: Sequence[Node]) -> torch.dtype:
-    """The dtype with the fewest digits of all that depends on the inputs; float64 without any.
-
-    A norm or a state-space scan may compute in float32 inside, whatever the model's dtype.
-    """
-    values = (node.meta.get("val") for node in depend_on(graph, inputs))
-    dtypes = {v.dtype for v in values if isinstance(v, Tensor) and v.dtype.is_floating_point}
-    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float64)

@@ -14,6 +14,7 @@ import torch
 from torch import Generator, Tensor
 
 from fxkfac.errors import BatchAxisError
+from fxkfac.graph.digits import tolerance
 from fxkfac.graph.form import BatchAxis
 from fxkfac.graph.ir import Use
 from fxkfac.graph.normal import Input, OneHotRows, normal_x, normal_y
@@ -29,12 +30,12 @@ class Reordered:
     Attributes:
         n: Number of data.
         order: Which datum is at each place.
-        precision: The dtype whose digits count, where the tensors' own has more.
+        lowest: The dtype with the fewest digits of what the graph computes.
     """
 
     n: int
     order: Tensor
-    precision: torch.dtype
+    lowest: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def locate(
     n: int,
     uses: Sequence[Use],
     generator: Generator,
-    precision: torch.dtype,
+    lowest: torch.dtype,
     longer: Callable[[], Sequence[int] | None],
 ) -> Located:
     """Find the batch axis of the prediction and of every use.
@@ -72,14 +73,14 @@ def locate(
         n: How many they are.
         uses: The uses, tapped.
         generator: For the cotangent.
-        precision: The dtype whose digits count, where the tensors' own has more.
+        lowest: The dtype with the fewest digits of what the graph computes.
         longer: The shape of the prediction for a datum more, if that can be told.
 
     Raises:
         BatchAxisError: The prediction is the same in any order of the data, and more than one
             layout explains that.
     """
-    other = Reordered(n, torch.arange(n, device="cpu").roll(1), precision)
+    other = Reordered(n, torch.arange(n, device="cpu").roll(1), lowest)
     first, second = Taps(), Taps()
     f, permuted_f = run(data, first), run(permute(data, other.order), second)
     at = _of_prediction(f.detach(), permuted_f.detach(), other, longer)
@@ -97,7 +98,7 @@ def locate(
         g = (before[use.tap], after[use.tap])
         pairs = [g, (first.outputs[use.tap].detach(), second.outputs[use.tap].detach())]
         axes.append(_batch_axis(use, pairs, (first.inputs[k], second.inputs[k]), other))
-        constant.append(axes[-1] is None and bool(g[0].any()) and close(*g, precision))
+        constant.append(axes[-1] is None and bool(g[0].any()) and close(*g, lowest))
     if at is not None and any(constant):
         datum = data_of(cotangent, at, n)
         one, rest = (first.gradients(f, cotangent * part) for part in (datum == 0, datum != 0))
@@ -116,7 +117,7 @@ def _of_prediction(
     """
     fits = _fits([(f, permuted_f)], other)
     first = next(fits, None)
-    if first is None or other.n < 2 or not close(f, permuted_f, other.precision):
+    if first is None or other.n < 2 or not close(f, permuted_f, other.lowest):
         return first
     found, shape = [first, *fits], longer()
     if shape is not None:
@@ -195,10 +196,10 @@ def _divisors(number: int) -> list[int]:
 def _explains(a: Tensor, b: Tensor, layout: Layout, other: Reordered) -> bool:
     axis, outer, inner = layout
     if a.shape[axis] == 1 and other.n > 1:  # this tensor is broadcast over the data
-        return close(a, b, other.precision)
+        return close(a, b, other.lowest)
     if a.shape[axis] != outer * other.n * inner:
         return False
-    return close(_permuted(a, layout, other), b, other.precision)
+    return close(_permuted(a, layout, other), b, other.lowest)
 
 
 def _permuted(t: Tensor, layout: Layout, other: Reordered) -> Tensor:
@@ -207,10 +208,10 @@ def _permuted(t: Tensor, layout: Layout, other: Reordered) -> Tensor:
     return split.index_select(axis + 1, other.order.to(t.device)).flatten(axis, axis + 2)
 
 
-def close(a: Tensor, b: Tensor, precision: torch.dtype) -> bool:
+def close(a: Tensor, b: Tensor, lowest: torch.dtype) -> bool:
     """Equal up to the rounding of sums in another order: half of the digits."""
     if not a.is_floating_point():
         return torch.equal(a, b)
-    tolerance = max(torch.finfo(a.dtype).eps, torch.finfo(precision).eps) ** 0.5
+    limit = tolerance(a, lowest)
     a, b = a.double(), b.double()
-    return bool((a - b).norm() <= tolerance * (a.norm() + b.norm()))
+    return bool((a - b).norm() <= limit * (a.norm() + b.norm()))

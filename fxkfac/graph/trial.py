@@ -158,7 +158,7 @@ def _locate(trial: Trial, uses: Sequence[Use]) -> tuple[tuple[Use, ...], Located
         signature.batch_size(trial.data),
         uses,
         trial.generator,
-        trial.captured.precision,
+        trial.captured.lowest,
         lambda: _shape_for_more(trial),
     )
     routed = {n.name for n in trial.captured.module.graph.nodes if _is_routed(n)}
@@ -196,7 +196,7 @@ def find_coupling(trial: Trial, located: Located, uses: Sequence[Use]) -> Coupli
             located.prediction,
             uses,
             trial.generator,
-            trial.captured.precision,
+            trial.captured.lowest,
         )
 
 

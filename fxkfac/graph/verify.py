@@ -18,6 +18,7 @@ from fxkfac.errors import DataError
 from fxkfac.functional import FunctionalModel, Inputs, prediction_of
 from fxkfac.graph.capture import Captured, Refusal
 from fxkfac.graph.derived import computation
+from fxkfac.graph.digits import rounding, tolerance
 from fxkfac.graph.normal import Input, parameter_gradient
 from fxkfac.graph.quiet import quietly
 from fxkfac.graph.signature import Signature
@@ -70,26 +71,6 @@ class FlatModel:
         return dict(zip(leaves, gradients, strict=True))
 
 
-def tolerance(t: Tensor, precision: torch.dtype = torch.float64) -> float:
-    """Half of the digits: far above rounding, far below a lost or doubled term.
-
-    Args:
-        t: What is expected.
-        precision: The dtype in which it is computed, where that has fewer digits.
-    """
-    return rounding(t, precision) ** 0.5
-
-
-def gradient_tolerance(t: Tensor, captured: Captured) -> float:
-    """The same for a gradient, which an op in half precision rounds to that as a whole."""
-    return max(tolerance(t, captured.precision), torch.finfo(captured.lowest).eps)
-
-
-def rounding(t: Tensor, precision: torch.dtype) -> float:
-    """The relative rounding error of one op, in the lower one of two dtypes."""
-    return max(torch.finfo(t.dtype).eps, torch.finfo(precision).eps)
-
-
 def relative_error(found: Tensor, expected: Tensor) -> float:
     """‖found − expected‖ / ‖expected‖, or the absolute error where nothing is expected."""
     found, expected = found.detach().double(), expected.detach().double()
@@ -101,7 +82,7 @@ ROUNDING = 32  # digits lost in the sum over the rows of a gradient that cancels
 
 
 def gradient_errors(
-    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], precision: torch.dtype
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], lowest: torch.dtype
 ) -> dict[str, float]:
     """The relative error of every gradient.
 
@@ -112,7 +93,7 @@ def gradient_errors(
     errors = {}
     for name, t in expected.items():
         norm = float(t.double().norm())
-        is_rounding = norm <= ROUNDING * rounding(t, precision) * largest
+        is_rounding = norm <= ROUNDING * rounding(t, lowest) * largest
         scale = largest / norm if is_rounding and norm > 0 else 1.0
         errors[name] = relative_error(found[name], t) / scale
     return errors
@@ -145,7 +126,7 @@ def is_model(model: FlatModel, captured: Captured, state: State, data: Sequence[
     if found.shape != expected.shape:
         return f"its graph predicts {tuple(found.shape)}, the model {tuple(expected.shape)}"
     off = relative_error(found, expected)
-    if off <= tolerance(expected, captured.precision):
+    if off <= tolerance(expected, captured.lowest):
         return ""
     return f"its prediction is not the model's ({off:.1e})"
 
@@ -226,8 +207,9 @@ def _cotangent(prediction: Tensor) -> Tensor:
 def _require_equal(
     found: Mapping[str, Tensor], expected: Mapping[str, Tensor], captured: Captured, how: str
 ) -> None:
-    errors = gradient_errors(found, expected, captured.precision)
-    limits = {n: gradient_tolerance(t, captured) for n, t in expected.items()}
+    lowest = captured.lowest
+    errors = gradient_errors(found, expected, lowest)
+    limits = {n: tolerance(t, lowest) for n, t in expected.items()}
     wrong = [f"{n} ({e:.1e})" for n, e in errors.items() if not e <= limits[n]]
     if wrong:
         raise Refusal(

@@ -1,0 +1,61 @@
+"""How many digits count where two results are compared that should be equal but for rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from fxkfac.graph.dependence import depend_on
+
+# What a product of float32 may be taken in inside, by torch's name for it: the dtype with the
+# digits of that. TensorFloat-32 has those of float16.
+INSIDE = {"tf32": torch.float16, "bf16": torch.bfloat16}
+
+
+def lowest(graph: Graph, inputs: Sequence[Node]) -> torch.dtype:
+    """The dtype with the fewest digits of all that depends on the inputs; float64 without any.
+
+    A norm or a state-space scan may compute in float32 inside, whatever the model's dtype; and a
+    product of float32 in less, where torch is allowed to: on a GPU convolutions are, by default.
+    """
+    values = (node.meta.get("val") for node in depend_on(graph, inputs))
+    tensors = [v for v in values if isinstance(v, Tensor) and v.dtype.is_floating_point]
+    dtypes = {t.dtype for t in tensors}
+    dtypes |= {_inside(t.device.type) for t in tensors if t.dtype == torch.float32}
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float64)
+
+
+def _inside(device: str) -> torch.dtype:
+    """The digits that products of float32 have on a device, as torch is set now."""
+    cudnn: Any = torch.backends.cudnn
+    mkldnn: Any = torch.backends.mkldnn
+    allowed: dict[str, tuple[Any, ...]] = {
+        "cuda": (cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul),
+        "cpu": (mkldnn.conv, mkldnn.rnn, mkldnn.matmul),
+    }
+    dtypes = [INSIDE.get(a.fp32_precision, torch.float32) for a in allowed.get(device, ())]
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
+
+
+def rounding(t: Tensor, lowest: torch.dtype = torch.float64) -> float:
+    """The relative rounding error of a tensor, which sums at least in float32.
+
+    Args:
+        t: What is expected.
+        lowest: The dtype with the fewest digits of what it is computed from.
+    """
+    at_most = torch.finfo(torch.float32).eps
+    return max(torch.finfo(t.dtype).eps, min(torch.finfo(lowest).eps, at_most))
+
+
+def tolerance(t: Tensor, lowest: torch.dtype = torch.float64) -> float:
+    """Half of the digits: far above rounding, far below a lost or doubled term.
+
+    Half of those of half precision are one, by which two data may differ. So what is computed in
+    that, and is more itself, is given the rounding of one op alone.
+    """
+    return max(rounding(t, lowest) ** 0.5, torch.finfo(lowest).eps)

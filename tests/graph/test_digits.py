@@ -1,0 +1,72 @@
+"""What is rounded in less than its own dtype is given the rounding of that, and no more."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from zoo import CE, rand
+
+import fxkfac
+
+TF32, BF16 = 8e-4, 4e-3  # what roundings of such products may differ by, relative
+
+
+class ByPlace(nn.Module):
+    """A net that rounds otherwise at every place of a batch, as kernels of a GPU may."""
+
+    def __init__(self, noise: float) -> None:
+        super().__init__()
+        self.noise = noise
+        self.inside, self.out = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = torch.linspace(-1, 1, x.shape[0], device=x.device).unsqueeze(1)
+        h = self.inside(x).float() * (1 + self.noise * places)
+        return self.out(torch.tanh(h)).float()
+
+
+def are_found(noise: float) -> bool:
+    """Whether the data are told from one another, and are independent."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = ByPlace(noise)
+    program = fxkfac.trace(model, rand(3, 4).float())
+    found = all(use.batch is not None for use in program.uses)
+    return found and not program.tapped.coupled
+
+
+@pytest.fixture
+def products() -> Iterator[None]:
+    """The way products of float32 are taken is put back."""
+    before = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
+    yield
+    torch.backends.mkldnn.matmul.fp32_precision = before  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("inside", ["tf32", "bf16"])
+def test_products_that_are_taken_in_less(inside: str, products: None) -> None:
+    noise = TF32 if inside == "tf32" else BF16
+    assert are_found(noise / 10)
+    assert not are_found(noise)
+    torch.backends.mkldnn.matmul.fp32_precision = inside  # type: ignore[attr-defined]
+    assert are_found(noise)
+    assert not are_found(10 * noise)
+
+
+def test_autocast() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        assert are_found(BF16)
+        assert not are_found(10 * BF16)
+
+
+def test_check_says_the_same(products: None) -> None:
+    program = fxkfac.trace(nn.Linear(4, 3), rand(5, 4).float())
+    data = rand(5, 4).float(), torch.arange(5) % 3
+    assert max(fxkfac.check(program, CE, data).values()) < 1e-5
+    captured = program.tapped.captured
+    assert captured.lowest == torch.float32
+    torch.backends.mkldnn.matmul.fp32_precision = "tf32"  # type: ignore[attr-defined]
+    assert captured.lowest == torch.float16
