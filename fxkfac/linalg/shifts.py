@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache, reduce
 from itertools import product
 from math import prod
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
@@ -59,6 +58,7 @@ def whole(shift: int, size: int) -> Run:
     return Run(shift, max(0, -shift), min(size, size - shift))
 
 
+Span = tuple[int, int]  # start and length along a dimension
 Box = tuple[Run, ...]  # one run along every dimension
 
 
@@ -69,15 +69,17 @@ class Correlation:
     Attributes:
         boxes: Their numbers.
         places: For each one, where its product is in the flat kernel.
-        first: What the first factor has of the image, (start, length) along each dimension.
-        second: The second one's, of the image with margins.
+        reach: What they read of the image, (start, length) along each dimension.
+        first: What the first factor has of that, likewise.
+        second: The second one's, which may begin before it and end behind.
         kernel: The number of shifts along each dimension.
     """
 
     boxes: tuple[int, ...]
     places: tuple[int, ...]
-    first: tuple[tuple[int, int], ...]
-    second: tuple[tuple[int, int], ...]
+    reach: tuple[Span, ...]
+    first: tuple[Span, ...]
+    second: tuple[Span, ...]
     kernel: tuple[int, ...]
 
 
@@ -89,14 +91,12 @@ class Plan:
         boxes: One product of channels with channels for each.
         turned: For every box, the number of the one with its factors in the other order.
         tables: For every dimension, what a pair of taps takes of every run: 1, −1 or 0.
-        margins: Zeros before and behind the image along each dimension.
         correlations: How the boxes are computed of which no other one is the transpose.
     """
 
     boxes: tuple[Box, ...]
     turned: tuple[int, ...]
     tables: tuple[Float[Tensor, "kernel kernel runs"], ...]
-    margins: tuple[tuple[int, int], ...]
     correlations: tuple[Correlation, ...]
 
     @cached_property
@@ -123,16 +123,10 @@ def plan(axes: tuple[Axis, ...]) -> Plan:
         for along, rs, a in zip(terms, runs, axes, strict=True)
     )
     taken = {k: boxes[k] for k, other in enumerate(turned) if k <= other}
-    margins = tuple(
-        (max(0, -min(r.shift for r in rs)), max(0, max(r.shift for r in rs))) if rs else (0, 0)
-        for rs in runs
-    )
-    return Plan(boxes, turned, tables, margins, tuple(_correlations(taken, axes, margins)))
+    return Plan(boxes, turned, tables, tuple(_correlations(taken, axes)))
 
 
-def _correlations(
-    taken: Mapping[int, Box], axes: tuple[Axis, ...], margins: tuple[tuple[int, int], ...]
-) -> Iterator[Correlation]:
+def _correlations(taken: Mapping[int, Box], axes: tuple[Axis, ...]) -> Iterator[Correlation]:
     """Put boxes together that have the same runs along the dimensions that are not whole."""
     alike: dict[tuple[Run | None, ...], list[int]] = {}
     for k, box in taken.items():
@@ -153,13 +147,19 @@ def _correlations(
             )
             for k in numbers
         ]
-        second = [
-            (margin + low + start, length + (size - 1) * axis.dilation)
-            for (margin, _), (low, length), start, size, axis in zip(
-                margins, spans, starts, kernel, axes, strict=True
-            )
+        along = [
+            _reach(span, (span[0] + start, span[1] + (size - 1) * axis.dilation), axis)
+            for span, start, size, axis in zip(spans, starts, kernel, axes, strict=True)
         ]
-        yield Correlation(tuple(numbers), tuple(places), tuple(spans), tuple(second), tuple(kernel))
+        reach, first, second = (tuple(spans[k] for spans in along) for k in range(3))
+        yield Correlation(tuple(numbers), tuple(places), reach, first, second, tuple(kernel))
+
+
+def _reach(first: Span, second: Span, axis: Axis) -> tuple[Span, Span, Span]:
+    """What two spans have of the image together, and both of them as parts of that."""
+    ends = [start + length for start, length in (first, second)]
+    low, high = max(0, min(first[0], second[0])), min(axis.size, max(ends))
+    return (low, high - low), (first[0] - low, first[1]), (second[0] - low, second[1])
 
 
 def _is_whole(run: Run, axis: Axis) -> bool:
@@ -194,48 +194,49 @@ def add_shifted(
     channels = image.shape[1] // group
     products = total.new_zeros(len(how.boxes), group, channels, channels)
     numel = max(chunk_numel(image.device), ROWS * channels * image.shape[1])
-    room: Tensor | None = None  # what lies around the image stays zero
-    for part in image.split(max(1, numel // image[0].numel())):
-        x = _channels_last(part.to(total.dtype))
-        if room is None or len(room) != len(x):
-            room = F.pad(x, [m for pair in reversed(how.margins) for m in pair])
-        else:
-            inside = ((m, n) for (m, _), n in zip(how.margins, x.shape[2:], strict=True))
-            _cut(room, tuple(inside)).copy_(x)
-        for c in how.correlations:
-            first, second = _cut(x, c.first), _cut(room, c.second)
+    for c in how.correlations:  # what lies at the border is little, and all data are taken at once
+        datum = image.shape[1] * prod(length for _, length in c.reach)
+        for part in image.split(max(1, numel // datum)):
+            both = _cut(part, c.reach).to(total.dtype)
+            first, second = _cut(both, c.first), _cut(both, c.second)
             found = correlation(first, second, c.kernel, [a.dilation for a in axes], group)
-            products[list(c.boxes)] += found[list(c.places)]
+            for box, place in zip(c.boxes, c.places, strict=True):
+                products[box].add_(found[place])
     for k, other in enumerate(how.turned):
         if other < k:
             products[k] = products[other].mT
-    _scatter(total, products, how.weights.to(total), gram.beta())
+    _scatter(gram, products, how.weights.to(total))
 
 
-def _channels_last(x: Tensor) -> Tensor:
-    """In the order in which convolutions of the CPU are fastest."""
-    if x.ndim == 4:
-        return x.contiguous(memory_format=torch.channels_last)
-    return x.contiguous()
+def _cut(x: Tensor, spans: tuple[Span, ...]) -> Tensor:
+    """A part of the last axes, with zeros where it leaves them.
 
-
-def _cut(x: Tensor, spans: tuple[tuple[int, int], ...]) -> Tensor:
-    """A part of the last axes, a start and a length for each."""
-    for k, (start, length) in enumerate(spans):
-        x = x.narrow(k - len(spans), start, length)
-    return x
+    In the order in which convolutions of the CPU are fastest.
+    """
+    order = torch.channels_last if x.ndim == 4 else torch.contiguous_format
+    inside: list[Any] = [...]
+    for axis, (start, length) in enumerate(spans, start=2):
+        low, high = max(start, 0), min(start + length, x.shape[axis])
+        x = x.narrow(axis, low, high - low)
+        inside.append(slice(low - start, high - start))
+    shape = (*x.shape[:2], *(length for _, length in spans))
+    if x.shape == shape:
+        return x.contiguous(memory_format=order)
+    room = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=order).zero_()
+    room[tuple(inside)] = x
+    return room
 
 
 def _scatter(
-    total: Float[Tensor, "group d d"],
+    gram: Gram,
     products: Float[Tensor, "boxes group c c"],
     weights: Float[Tensor, "pairs boxes"],
-    beta: float,
 ) -> None:
     """Add the products to the pairs of taps they are part of, a strip of channels at a time."""
-    group, channels = products.shape[1:3]
+    total, (group, channels) = gram.total, products.shape[1:3]
     kernel = total.shape[-1] // channels
     step = max(1, chunk_numel(total.device) // (kernel**2 * group * channels))
+    beta = gram.beta(min(step, channels) * kernel)
     for start in range(0, channels, step):
         stop = min(start + step, channels)
         part = products[:, :, start:stop, :stop]
