@@ -2,7 +2,7 @@
 
 A link to a file of code may have a title that names a line of it:
 
-    [R Σ x̃ x̃ᵀ](../fxkfac/curvature/accumulated.py "Accumulated.factors: .matrix().mul_(R)")
+    [R Σ x̃ x̃ᵀ](../fxkfac/curvature/accumulated.py "Accumulated.factors: .matrix(R)")
 
 It stands for the one line of that function that holds the text. So it stays right while lines
 move, and is an error once there is no such line.

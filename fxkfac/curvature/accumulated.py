@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxkfac.curvature.factors import Factors, Product, Settings, scale_of
+from fxkfac.curvature.factors import Factors, Product, Settings, divisor, scale_of
 from fxkfac.curvature.likelihoods import Likelihood
 from fxkfac.curvature.moments import InputSums, Moment
 from fxkfac.curvature.plan import TermPlan, require_same_terms
@@ -84,9 +84,9 @@ class Accumulated:
         R = scale_of(likelihood, self.count)
         a: list[Tensor] = []
         for k, first in enumerate(same_objects(self.inputs)):
-            a.append(a[first] if first < k else self.inputs[k].matrix().mul_(R))
+            a.append(a[first] if first < k else self.inputs[k].matrix(R))
         products = {
-            term: Product.of_sums(a[k], self._output(k, term, a[k]), self.inputs[k].rows)
+            term: Product(a[k], self._output(k, term, a[k]), self.inputs[k].rows)
             for k, term in enumerate(self.schedule.terms)
         }
         return Factors(
@@ -101,10 +101,12 @@ class Accumulated:
         )
 
     def _output(self, k: int, term: TermPlan, like: Tensor) -> Tensor:
-        """Σ g gᵀ; zeros where nothing comes back."""
-        gram = self.outputs[k].matrix()
-        if gram is not None:
-            return gram
+        """(1/#rows) Σ g gᵀ; zeros where nothing comes back."""
+        rows = divisor(self.inputs[k].rows)
+        scale = rows.to(like.dtype).reciprocal() if isinstance(rows, Tensor) else 1 / rows
+        B = self.outputs[k].matrix(scale)
+        if B is not None:
+            return B
         if term.is_bias:
             return like.new_zeros(1, len(term.touched()), len(term.touched()))
         groups, _, out = normal_weight(term.uses[0]).shape

@@ -38,22 +38,17 @@ class Product:
     @staticmethod
     def of_sums(a: Tensor, b: Tensor, rows: int | Tensor) -> Product:
         """From R Σ x̃ x̃ᵀ and Σ g gᵀ, which is used up."""
-        return Product(a, b.div_(_rows(rows)), rows)
-
-    @property
-    def divisor(self) -> int | Tensor:
-        """What Σ g gᵀ was divided by."""
-        return _rows(self.rows)
+        return Product(a, b.div_(divisor(rows)), rows)
 
     def plus(self, other: Product, weights: tuple[float, float]) -> Product:
         """The two together, their A by weights, their B by their numbers of rows."""
         rows = self.rows + other.rows
-        B = (self.B * _rows(self.rows) + other.B * _rows(other.rows)) / _rows(rows)
+        B = (self.B * divisor(self.rows) + other.B * divisor(other.rows)) / divisor(rows)
         return Product(weights[0] * self.A + weights[1] * other.A, B, rows)
 
 
-def _rows(rows: int | Tensor) -> int | Tensor:
-    """What B is divided by; a group that no row has chosen has B = 0, too."""
+def divisor(rows: int | Tensor) -> int | Tensor:
+    """What Σ g gᵀ is divided by; a group that no row has chosen has B = 0, too."""
     return rows.clamp_min(1).view(-1, 1, 1) if isinstance(rows, Tensor) else max(rows, 1)
 
 

@@ -21,7 +21,7 @@ from fxkfac.curvature.padding import Padding
 from fxkfac.curvature.plan import Scales
 from fxkfac.curvature.receive import Receiver
 from fxkfac.curvature.schedule import counts_only
-from fxkfac.linalg import strips
+from fxkfac.linalg import strip
 
 Key = TypeVar("Key")
 Rows = Mapping[int, int | Tensor]  # of every term
@@ -38,7 +38,7 @@ def pays(sink: Receiver, device: torch.device) -> TypeGuard[Collector]:
     schedule = sink.schedule
     if any(use.form.routes is not None for use in schedule.heard):
         return False
-    return device.type != "cpu" or strips(schedule.widest) == 1
+    return device.type != "cpu" or strip(schedule.widest) == schedule.widest
 
 
 def alike(sink: Collector) -> Collector:

@@ -82,19 +82,19 @@ class Moment:
         if sum(w.shape[1] for w in self.waiting) >= ENOUGH:
             self._flush()
 
-    def matrix(self) -> Float[Tensor, "group d d"] | None:
-        """Σ_rows x̃ x̃ᵀ; `None` where there were no rows."""
+    def matrix(self, scale: float | Tensor = 1.0) -> Float[Tensor, "group d d"] | None:
+        """Σ_rows x̃ x̃ᵀ, `None` where there were no rows; scaled, it is used up."""
         self._flush()
         if self.total is None or self.gram is None:
             return None
-        d = self.gram.matrix().shape[-1]
+        d = self.gram.matrix(scale).shape[-1]
         for k, c in enumerate(self.scales, start=d):
             assert self.sums is not None
-            border = self.sums if c == 1.0 else c * self.sums
+            border = self.sums * (c * scale)
             self.total[:, :d, k] = border
             self.total[:, k, :d] = border
             for m, e in enumerate(self.scales, start=d):
-                self.total[:, k, m] = c * e * self.count
+                self.total[:, k, m] = c * e * scale * self.count
         return self.total
 
     def cleared(self) -> Float[Tensor, "group d d"]:
@@ -105,8 +105,8 @@ class Moment:
         self.total[:, d:] = self.total[:, :, d:] = 0.0  # the border comes last
         if self.gram.is_empty:
             self.total.zero_()
-        elif not self.gram.is_whole:
-            self.gram.total.tril_()
+        else:
+            self.gram.matrix()
         return self.total
 
     def numbers(self) -> list[Tensor]:
@@ -176,13 +176,13 @@ class InputSums:
         self.counts = _plus(self.counts, other.counts)
         self.rows = self.rows + other.rows
 
-    def matrix(self) -> Float[Tensor, "group d d"]:
-        """Σ x̃ x̃ᵀ; its diagonal for one-hot rows."""
+    def matrix(self, scale: float = 1.0) -> Float[Tensor, "group d d"]:
+        """Σ x̃ x̃ᵀ, its diagonal for one-hot rows; scaled, it is used up."""
         if self.counts is not None:
-            return self.counts
+            return self.counts if scale == 1.0 else self.counts.mul_(scale)
         total: Tensor | None = None
         for moment in self.moments.values():
-            total = _plus(total, moment.matrix())
+            total = _plus(total, moment.matrix(scale))
         assert total is not None
         return total
 

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fxkfac.curvature.factors import Factors, scale_of
+from fxkfac.curvature.factors import Factors, divisor, scale_of
 from fxkfac.curvature.step import Step
 from fxkfac.distributed.agree import Has, agreed, common_inputs
 from fxkfac.distributed.flat import flat
@@ -120,7 +120,7 @@ def _fill(part: Part, sent: Sequence[int], room: Sequence[Tensor], weight: float
     found = pieces(part)
     rows = iter(products(factors_of(part)))
     weights = [
-        next(rows).divisor if piece.what == "B" else 1 if piece.what == "rows" else weight
+        divisor(next(rows).rows) if piece.what == "B" else 1 if piece.what == "rows" else weight
         for piece, _ in found
     ]
     for k, place in zip(sent, room, strict=True):

@@ -1,7 +1,7 @@
 """Matrices without graphs: vectorisation, operators, sums over rows."""
 
 from fxkfac.linalg.flatten import cvec, rvec
-from fxkfac.linalg.gram import Gram, add_gram, strips
+from fxkfac.linalg.gram import Gram, add_gram, strip
 from fxkfac.linalg.kronecker import kronecker_dense
 from fxkfac.linalg.patches import add_patch_gram
 from fxkfac.linalg.windows import Windows, patch_sums
@@ -15,5 +15,5 @@ __all__ = [
     "kronecker_dense",
     "patch_sums",
     "rvec",
-    "strips",
+    "strip",
 ]

@@ -88,11 +88,10 @@ def add_by_channels(
         add_part(total, correlation(image, image, ones, ones, group)[0], beta)
         return
     channels = image.shape[1]
-    blocks = -(-channels // BLOCK)
-    width = -(-channels // (blocks * MULTIPLE)) * MULTIPLE
+    width = channel_block(channels)
     # No more than the total has, but enough that adding to it does not count.
     size = max(1, max(COPIED, 2 * channels**2) // image[0].numel())
-    for some in image.split(size if blocks > 1 else len(image)):
+    for some in image.split(size if width < channels else len(image)):
         parts = [_dense(part, like=some) for part in some.split(width, dim=1)]
         for i, part in enumerate(parts):
             for j, other in enumerate(parts[: i + 1]):
@@ -100,6 +99,12 @@ def add_by_channels(
                 found = correlation(part, other, ones, ones)[0, 0]
                 add_part(total[0, rows, columns], found, beta)
         beta = 1.0
+
+
+def channel_block(channels: int) -> int:
+    """How many channels `add_by_channels` takes at once; blocks on the diagonal come whole."""
+    blocks = -(-channels // BLOCK)
+    return min(channels, -(-channels // (blocks * MULTIPLE)) * MULTIPLE)
 
 
 def _dense(part: Tensor, like: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Rows x -> Σ_rows x xᵀ for every group, added in place to a total, one triangle at a time.
 
-Only the lower triangle of a total is kept up; what lies above it is anything until all rows are in.
+Only the lower triangle of a total is kept up, and blocks on its diagonal; what lies above these is
+anything until all rows are in.
 Rows come as the views that they are, with whatever strides, and are copied only where no product
 could read them, a chunk at a time.
 """
@@ -10,21 +11,30 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from math import gcd
 from typing import TYPE_CHECKING
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from fxkfac.linalg.correlation import IMAGE, add_by_channels, add_part, as_images, is_faster
+from fxkfac.linalg.correlation import (
+    IMAGE,
+    add_by_channels,
+    add_part,
+    as_images,
+    channel_block,
+    is_faster,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-# Narrower strips of a triangle take longer than what they spare: from two strips on, in float32 and
-# in float64, the lower triangle takes 0.5 to 0.9 of the time of the whole (few rows: as long).
-STRIP = 128
-MOST_STRIPS = 8  # spare 7/16 of the product; more of them spare little and read all columns anew
+# A triangle is taken in strips of columns, each from its diagonal block downwards; strips of rows
+# take up to a third longer, and so do other widths, powers of two in float64 above all. In float32
+# and in float64 it takes 0.5 to 0.9 of the time of the whole (few rows: as long).
+STRIP = 96  # columns
+WIDE = 512  # columns from which on strips are twice as wide
 CHUNK = 2**19  # numbers that are copied at once: from 2**18 to 2**20 they stay in the cache
 CHUNK_ELSEWHERE = 2**24  # on a device where every call costs more than a missed cache
 LARGE, FEW_STRIPS = 2**33, 4  # there: multiply-adds of a square that is worth more calls than one
@@ -32,7 +42,7 @@ LARGE, FEW_STRIPS = 2**33, 4  # there: multiply-adds of a square that is worth m
 READ = 8  # for every number that a product reads
 COPY = 16  # for every number that is copied out of its order first
 CALL = 2**18  # for every product, however small
-TILE, TILE_ELSEWHERE = 128, 4096  # columns that are transposed at once, likewise
+TILE = 64  # columns that are transposed at once, at least: fewer take longer
 FEW = 192  # rows whose whole square takes no longer than its triangle and the mirror do
 
 
@@ -43,34 +53,40 @@ class Gram:
     Attributes:
         total: The lower triangle of each; it may be a part of something larger.
         is_empty: Whether nothing was added: then the total holds anything, and is only written.
-        is_whole: Whether the upper triangle was kept up, too.
+        whole: Width of the blocks on the diagonal whose upper triangle was kept up, too; d if the
+            whole of it was.
     """
 
     total: Float[Tensor, "group d d"]
     is_empty: bool = True
-    is_whole: bool = True
+    whole: int = 0  # of nothing: all of it
+
+    def __post_init__(self) -> None:
+        self.whole = self.whole or self.total.shape[-1]
 
     def merge(self, other: Gram) -> None:
         """Add what another one has, which is used up."""
         if not other.is_empty:
-            add_part(self.total, other.total, self.beta(other.is_whole))
+            add_part(self.total, other.total, self.beta(other.whole))
 
-    def matrix(self) -> Float[Tensor, "group d d"]:
-        """The sum, symmetric to rounding."""
+    def matrix(self, scale: float | Tensor = 1.0) -> Float[Tensor, "group d d"]:
+        """The sum, symmetric to rounding; scaled in place by one number, or (group, 1, 1)."""
         if self.is_empty:
             self.total.zero_()
-        elif not self.is_whole:
-            _mirror(self.total)
-        self.is_empty, self.is_whole = False, True
+        else:
+            _mirror(self.total, self.whole, scale)
+        self.is_empty, self.whole = False, self.total.shape[-1]
         return self.total
 
-    def beta(self, whole: bool = False) -> float:
-        """What a product multiplies the total by that comes next, with its upper triangle or not.
+    def beta(self, whole: int) -> float:
+        """What a product multiplies the total by that comes next, which has such whole blocks.
 
         The total is no longer empty then.
         """
         beta = 0.0 if self.is_empty else 1.0
-        self.is_empty, self.is_whole = False, self.is_whole and whole
+        d = self.total.shape[-1]
+        self.is_empty = False
+        self.whole = min(self.whole, whole) if d in (self.whole, whole) else gcd(self.whole, whole)
         return beta
 
 
@@ -91,25 +107,28 @@ def add_gram(gram: Gram, x: Float[Tensor, "group *rows d"]) -> None:
         return
     d = x.shape[-1]
     # One product for every datum needs no copy, and is smaller than the datum.
-    by_datum = d < x.shape[2] and strips(d) == 1 and _readable(x, gram.total)
+    by_datum = d < x.shape[2] and strip(d) == d and _readable(x, gram.total)
     for part in _chunks(x, d * d):
         if by_datum:
             datum_first = part.movedim(1, 0)  # merges with the groups of a channel axis
-            add_part(gram.total, (datum_first.mT @ datum_first).sum(0), gram.beta(whole=True))
+            add_part(gram.total, (datum_first.mT @ datum_first).sum(0), gram.beta(d))
         else:
             add_rows(gram, _copied(part, gram.total.dtype))
 
 
-def _mirror(total: Float[Tensor, "group d d"]) -> None:
-    """Put the lower triangle in the place of the upper one, too."""
+def _mirror(total: Float[Tensor, "group d d"], whole: int, scale: float | Tensor) -> None:
+    """Scale the lower triangle and put it above, too, but for blocks on the diagonal."""
     d = total.shape[-1]
-    tile = TILE if total.device.type == "cpu" else TILE_ELSEWHERE
+    tile = max(whole, min(TILE, d))
     for start in range(0, d, tile):
         new = slice(start, min(start + tile, d))
+        if isinstance(scale, Tensor) or scale != 1.0:  # while it is in the cache
+            total[:, new, : new.stop].mul_(scale)
         if start:
             total[:, :start, new] = total[:, new, :start].mT
-        corner = total[:, new, new]
-        corner.copy_(torch.where(_lower(new.stop - start, total.device), corner, corner.mT))
+        if tile > whole:
+            corner = total[:, new, new]
+            corner.copy_(torch.where(_lower(new.stop - start, total.device), corner, corner.mT))
 
 
 @lru_cache(maxsize=256)  # the same for every factor
@@ -122,19 +141,19 @@ def add_rows(gram: Gram, rows: Float[Tensor, "group rows d"]) -> None:
     number, d = rows.shape[1:]
     fast = rows.stride(-1) == 1 and is_faster(rows, d)
     if images := number // IMAGE * IMAGE if fast else 0:
-        beta = gram.beta(whole=False)
+        beta = gram.beta(channel_block(d))
         for t, x in zip(gram.total, rows, strict=True):
             add_by_channels(t.unsqueeze(0), as_images(x[:images]), beta)
         rows = rows[:, images:]
     if rows.shape[1]:
-        pieces = _pieces(gram, number)
-        _add_products(gram.total, rows, gram.beta(whole=pieces == 1), pieces)
+        width = _width(gram, number)
+        _add_products(gram.total, rows, gram.beta(width), width)
 
 
-def _add_products(total: Tensor, rows: Tensor, beta: float, number: int) -> None:
-    """By matrix products: strips of rows, as long as the triangle has them."""
+def _add_products(total: Tensor, rows: Tensor, beta: float, width: int) -> None:
+    """By matrix products: strips of columns, as long as the triangle has them."""
     group, _, d = rows.shape
-    if number == 1:
+    if width == d:
         if group == 1:
             _multiply(total[0], rows[0].mT, rows[0], beta)
         elif beta:
@@ -142,11 +161,10 @@ def _add_products(total: Tensor, rows: Tensor, beta: float, number: int) -> None
         else:
             torch.bmm(rows.mT, rows, out=total)
         return
-    width = max(1, -(-d // number))
     for t, x in zip(total.unbind(), rows.unbind(), strict=True):
         for start in range(0, d, width):
-            strip, end = slice(start, start + width), min(start + width, d)
-            _multiply(t[strip, :end], x[:, strip].mT, x[:, :end], beta)
+            columns = slice(start, start + width)
+            _multiply(t[start:, columns], x[:, start:].mT, x[:, columns], beta)
 
 
 def _multiply(total: Tensor, left: Tensor, right: Tensor, beta: float) -> None:
@@ -156,22 +174,24 @@ def _multiply(total: Tensor, left: Tensor, right: Tensor, beta: float) -> None:
         torch.mm(left, right, out=total)
 
 
-def _pieces(gram: Gram, rows: int) -> int:
-    """The number of strips that pay for so many rows; one is the whole square."""
+def _width(gram: Gram, rows: int) -> int:
+    """How wide strips are that pay for so many rows; d is the whole square."""
     d = gram.total.shape[-1]
     if gram.total.device.type != "cpu":
-        return FEW_STRIPS if rows * d**2 >= LARGE else 1
-    return 1 if gram.is_empty and rows <= FEW else strips(d)
+        return -(-d // FEW_STRIPS) if rows * d**2 >= LARGE else d
+    return d if gram.is_empty and rows <= FEW else strip(d)
 
 
-def strips(d: int) -> int:
-    """The number of strips that a CPU takes a triangle in; one is the whole square."""
-    return max(1, min(MOST_STRIPS, d // STRIP))
+def strip(d: int) -> int:
+    """How wide the strips are that a CPU takes a triangle in; d is the whole square."""
+    if d < 2 * STRIP:
+        return d
+    return STRIP if d < WIDE else 2 * STRIP
 
 
 def triangle(d: int) -> float:
     """The part of a square's entries that the strips of its lower triangle have."""
-    return (1 + 1 / strips(d)) / 2
+    return (1 + strip(d) / max(d, 1)) / 2
 
 
 def chunk_numel(device: torch.device) -> int:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from einops import rearrange
 from torch import Tensor
 
-from fxkfac.linalg.correlation import add_by_channels, is_faster
+from fxkfac.linalg.correlation import add_by_channels, channel_block, is_faster
 from fxkfac.linalg.gram import CALL, COPY, READ, Gram, add_gram, add_rows, chunk_numel, triangle
 from fxkfac.linalg.shifts import add_shifted, shifted_cost
 from fxkfac.linalg.windows import Axis, Windows, patches, subsampled
@@ -35,7 +35,8 @@ def add_patch_gram(
     image, axes = subsampled(image, windows.along(image))
     if all(a.kernel == 1 for a in axes):
         if is_faster(image, channels // group) and image.numel():
-            add_by_channels(gram.total, image, gram.beta())
+            whole = channel_block(channels) if group == 1 else channels // group
+            add_by_channels(gram.total, image, gram.beta(whole))
         else:
             add_gram(gram, rearrange(image, "n (g c) ... -> g n (...) c", g=group))
     elif image.device.type == "cpu" and shifts_pay(axes, batch, group, channels // group):
