@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxkfac.curvature.closed_form import ClosedForm, room
+from fxkfac.curvature.closed_form import ClosedForm
 from fxkfac.curvature.likelihoods import (
     require_floating_like,
     require_tensors,
@@ -112,18 +112,24 @@ class Categorical(ClosedForm):
             q = -u * (r.gather(axis, c) / (1 + r.gather(axis, m)))
             yield (scaled * q.scatter_add_(axis, c, torch.ones_like(r))).to(f.dtype)
 
+    def room(self, f: Tensor) -> Tensor:
+        """One number for every position, however many classes there are."""
+        return super().room(f.select(_class_axis(f), 0))
+
     def noise(self, f: Tensor, generator: torch.Generator) -> Tensor:
-        """From the exponential distribution, for every class."""
-        return room(f).exponential_(generator=generator_on(f.device, generator))
+        """Uniform in (0, 1]."""
+        uniform = self.room(f).uniform_(generator=generator_on(f.device, generator))
+        return uniform.neg_().add_(1)
 
     def label(self, f: Tensor, noise: Tensor) -> Tensor:
-        """ỹ ~ Categorical(σ) at every position, as class indices: the first of exponential clocks.
+        """ỹ ~ Categorical(σ) at every position, as class indices. Example 4.
 
-        Clocks with rates σ_k ring at noise_k / σ_k, and k is the first with probability σ_k.
-        Example 4.
+        That is the first class up to which the probabilities add up to the noise: never one with
+        none, as the noise is not zero.
         """
-        axis = _class_axis(f)
-        return (widen(f).softmax(axis) / noise).argmax(axis)
+        σ = widen(f).softmax(_class_axis(f)).movedim(_class_axis(f), -1)
+        sums = σ.contiguous().cumsum(-1)
+        return torch.searchsorted(sums, noise.unsqueeze(-1) * sums[..., -1:]).squeeze(-1)
 
     def sampled_gradient(self, f: Tensor, y: Tensor, sampled: Tensor) -> Tensor:
         """√w (σ - onehot(ỹ)), so that its expected square is the Hessian, weights included."""

@@ -26,6 +26,10 @@ class ClosedForm(Likelihood):
     def label(self, f: Tensor, noise: Tensor) -> Tensor:
         """The label that noise draws from r(· | f)."""
 
+    def room(self, f: Tensor) -> Tensor:
+        """Memory for the noise: a number for every one of f, in no half precision."""
+        return torch.empty(f.shape, dtype=widen(f.new_empty(0)).dtype, device=f.device)
+
     def sample(self, f: Tensor, generator: torch.Generator) -> Tensor:
         """ỹ ~ r(· | f). Section 2.3."""
         return self.label(f.detach(), self.noise(f, generator))
@@ -35,8 +39,3 @@ class ClosedForm(Likelihood):
         same = copy.copy(self)
         same.noise = lambda f, generator: noise  # type: ignore[method-assign]
         return same
-
-
-def room(f: Tensor) -> Tensor:
-    """Memory for noise of the prediction's shape, whatever its layout; no half precision."""
-    return torch.empty(f.shape, dtype=widen(f.new_empty(0)).dtype, device=f.device)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxkfac.curvature.categorical import Categorical
-from fxkfac.curvature.closed_form import ClosedForm, room
+from fxkfac.curvature.closed_form import ClosedForm
 from fxkfac.curvature.likelihoods import (
     Likelihood,
     require_floating_like,
@@ -109,7 +109,7 @@ class Gaussian(ClosedForm):
 
     def noise(self, f: Tensor, generator: torch.Generator) -> Tensor:
         """From N(0, I)."""
-        return room(f).normal_(generator=generator_on(f.device, generator))
+        return self.room(f).normal_(generator=generator_on(f.device, generator))
 
     def label(self, f: Tensor, noise: Tensor) -> Tensor:
         """ỹ ~ N(f, I), Example 3; not rounded to half precision, or else f - ỹ would be."""
@@ -170,7 +170,7 @@ class Bernoulli(ClosedForm):
 
     def noise(self, f: Tensor, generator: torch.Generator) -> Tensor:
         """Uniform in [0, 1)."""
-        return room(f).uniform_(generator=generator_on(f.device, generator))
+        return self.room(f).uniform_(generator=generator_on(f.device, generator))
 
     def label(self, f: Tensor, noise: Tensor) -> Tensor:
         """ỹ ~ Bernoulli(p), as 0 and 1."""

@@ -18,7 +18,7 @@ from torch.fx import Node
 from torch.fx.node import map_aggregate
 
 from fxkfac.curvature.backpropagation import backpropagated_vectors, has_several
-from fxkfac.curvature.closed_form import ClosedForm, room
+from fxkfac.curvature.closed_form import ClosedForm
 from fxkfac.curvature.collect import Collector
 from fxkfac.curvature.factors import Settings
 from fxkfac.curvature.inside import Rows, Summed, alike
@@ -159,7 +159,7 @@ def _whole(
         }
 
     prediction = prediction_kind(tapped, kinds)
-    noise = [Kind.of(room(prediction.shape_only()))] if draws else []
+    noise = [Kind.of(likelihood.room(prediction.shape_only()))] if draws else []
     graph = traced(batch, [*noise, Kind.of(targets), *kinds])
     results: Any = graph.graph.output_node().args[0]
     placeholders = [n.name for n in graph.graph.nodes if n.op == "placeholder"]

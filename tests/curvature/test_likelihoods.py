@@ -291,6 +291,31 @@ class TestSampling:
         assert torch.equal(likelihood.sample(f, generator), first)
         assert not torch.equal(likelihood.sample(f, generator), first)
 
+    @pytest.mark.parametrize("dtype", [torch.float32, F64])
+    @pytest.mark.parametrize("shape", [(7,), (3, 7), (3, 7, 2, 2)])
+    def test_every_class_has_its_share_of_the_noise(self, dtype, shape):
+        """A fine grid of noise, of which each class takes its probability."""
+        axis, N = min(1, len(shape) - 1), 20_000
+        f = rand(*shape).to(dtype)
+        for k in (0, 3, 6):  # the first, one in the middle, the last
+            f.select(axis, k).fill_(-torch.inf)
+        sites = f.select(axis, 0)
+        grid = torch.cat([torch.arange(1, N + 1) / N, torch.tensor([2**-24, 1.0])]).to(dtype)
+        drawn = torch.stack([Categorical().label(f, u.expand(sites.shape)) for u in grid])
+        shares = torch.nn.functional.one_hot(drawn, 7).double().mean(0)
+        expected = f.double().softmax(axis).movedim(axis, -1)
+        torch.testing.assert_close(shares, expected, rtol=0, atol=2 / N)
+        assert not shares[..., [0, 3, 6]].any()
+
+    def test_noise_is_never_zero(self):
+        class Least:  # what a generator may give
+            def uniform_(self, generator):
+                return torch.zeros(3)
+
+        likelihood = Categorical()
+        likelihood.room = lambda f: Least()
+        assert torch.equal(likelihood.noise(rand(3, 4), torch.Generator()), torch.ones(3))
+
     def test_samples_are_targets(self):
         generator = torch.Generator()
         for case in ("mse-tensor", "ce-image", "ce-one-datum", "bce-all"):
