@@ -39,7 +39,8 @@ def check(
 
     Raises:
         TapMismatch: A gradient differs by more than half of the digits of its dtype, or of
-            float32 where the model computes in less than float64 inside.
+            float32 where the model computes in less than float64 inside; where it computes in
+            half precision or in TensorFloat-32, by more than the rounding of one op in that.
     """
     ((inputs, targets),) = batches([data])
     likelihood = likelihood_of(loss)
