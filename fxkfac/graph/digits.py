@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ def lowest(graph: Graph, inputs: Sequence[Node]) -> torch.dtype:
     tensors = [v for v in values if isinstance(v, Tensor) and v.dtype.is_floating_point]
     dtypes = {t.dtype for t in tensors}
     dtypes |= {_inside(t.device.type) for t in tensors if t.dtype == torch.float32}
-    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float64)
+    return _fewest({torch.float64, *dtypes})
 
 
 def _inside(device: str) -> torch.dtype:
@@ -37,8 +37,12 @@ def _inside(device: str) -> torch.dtype:
         "cuda": (cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul),
         "cpu": (mkldnn.conv, mkldnn.rnn, mkldnn.matmul),
     }
-    dtypes = [INSIDE.get(a.fp32_precision, torch.float32) for a in allowed.get(device, ())]
-    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
+    inside = {INSIDE.get(a.fp32_precision, torch.float32) for a in allowed.get(device, ())}
+    return _fewest({torch.float32, *inside})
+
+
+def _fewest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def rounding(t: Tensor, lowest: torch.dtype = torch.float64) -> float:

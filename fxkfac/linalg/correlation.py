@@ -88,7 +88,7 @@ def add_by_channels(
         add_part(total, correlation(image, image, ones, ones, group)[0], beta)
         return
     channels = image.shape[1]
-    width = channel_block(channels)
+    width = channel_block(channels, group)
     # No more than the total has, but enough that adding to it does not count.
     size = max(1, max(COPIED, 2 * channels**2) // image[0].numel())
     for some in image.split(size if width < channels else len(image)):
@@ -101,8 +101,10 @@ def add_by_channels(
         beta = 1.0
 
 
-def channel_block(channels: int) -> int:
+def channel_block(channels: int, group: int = 1) -> int:
     """How many channels `add_by_channels` takes at once; blocks on the diagonal come whole."""
+    if group > 1:
+        return channels // group
     blocks = -(-channels // BLOCK)
     return min(channels, -(-channels // (blocks * MULTIPLE)) * MULTIPLE)
 

@@ -35,8 +35,7 @@ def add_patch_gram(
     image, axes = subsampled(image, windows.along(image))
     if all(a.kernel == 1 for a in axes):
         if is_faster(image, channels // group) and image.numel():
-            whole = channel_block(channels) if group == 1 else channels // group
-            add_by_channels(gram.total, image, gram.beta(whole))
+            add_by_channels(gram.total, image, gram.beta(channel_block(channels, group)))
         else:
             add_gram(gram, rearrange(image, "n (g c) ... -> g n (...) c", g=group))
     elif image.device.type == "cpu" and shifts_pay(axes, batch, group, channels // group):

@@ -18,6 +18,7 @@ from zoo import ZOO
 import fxkfac
 from fxkfac.curvature.accumulated import Accumulated
 from fxkfac.errors import DataError, FileError, FxkfacError, MergeError, NonFiniteError, OptionError
+from fxkfac.linalg import strip
 
 CE, MSE = nn.CrossEntropyLoss, nn.MSELoss
 
@@ -103,7 +104,8 @@ def test_exact_blocks_norms_and_dropout(tmp_path):
 
 @pytest.mark.parametrize("rows", [(300, 100, 600, 700, 20), (600, 600, 600), (5, 5, 5)])
 def test_triangles_and_rows_that_wait(tmp_path, rows):
-    """From 256 inputs on, one triangle of a sum is kept up; few rows wait for others."""
+    """Of so many inputs one triangle of a sum is kept up; few rows wait for others."""
+    assert strip(270) < 270
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(270, 3), nn.Tanh(), nn.Linear(3, 300))
     program = fxkfac.trace(model, torch.randn(4, 270))
@@ -116,7 +118,7 @@ def test_triangles_and_rows_that_wait(tmp_path, rows):
     accumulation = fxkfac.resume(tmp_path / "x", program, MSE())
     moments = [m for i in accumulation.over.total.inputs for m in i.moments.values()]
     if sum(rows) > 600:
-        assert any(m.gram is not None and m.total.shape[-1] >= 256 for m in moments)
+        assert any(m.gram is not None and not m.gram.is_empty for m in moments)
     else:
         assert all(m.waiting and m.gram is None for m in moments)
 
