@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 from fxkfac.curvature.closed_form import ClosedForm
 from fxkfac.curvature.collect import Collector
 from fxkfac.curvature.compiled import Compiled, compiled
-from fxkfac.curvature.inside import pays, take_gradients, take_inputs
+from fxkfac.curvature.inside import is_fixed, is_open
 from fxkfac.curvature.likelihoods import Likelihood
 from fxkfac.curvature.parts import Values
 from fxkfac.curvature.receive import Receiver
@@ -140,7 +140,7 @@ class _Compiled:
                 if self.sink is None:
                     self.batch.receiver.gradients(found)
                 else:
-                    take_gradients(self.sink, found)
+                    found.give(self.sink)
         self.batch.receiver.finish()
 
     def slope(self) -> Slope:
@@ -160,7 +160,7 @@ class _Whole:
 
     def send_back(self, vectors: Iterable[Tensor]) -> None:
         """What was sent back has come."""
-        take_gradients(self.sink, self.outcome.gradients, self.copy)
+        self.outcome.gradients.give(self.sink, self.copy)
         self.sink.finish()
 
     def slope(self) -> Slope:
@@ -172,18 +172,20 @@ def _inductor(batch: Forward) -> Differentiable:
     arguments = [*captured.arguments(batch.state), *batch.tensors]
     kinds = tuple(map(Kind.of, arguments))
     places = tuple(captured.names.index(n) for n in batch.wanted)
-    sink = batch.receiver if pays(batch.receiver, arguments[0].device) else None
+    sink = batch.receiver if is_fixed(batch.receiver) else None
     n = batch.program.signature.batch_size(batch.tensors)
     if sink is not None and (objective := _objective(batch, sink)) is not None:
         every = whole(batch.tapped, kinds, places, sink, objective)
         outcome = every.run(objective, arguments)
         copy = every.part.replays
-        take_inputs(sink, outcome.inputs, every.rows, copy)
+        outcome.inputs.give(sink, copy)
         return _Whole(Run(batch.tapped, outcome.prediction, n), sink, outcome, copy)
+    if sink is not None and not is_open(sink.schedule, arguments[0].device):
+        sink = None  # of several vectors, wide sums are faster outside: added in place
     code = compiled(batch.tapped, kinds, places, sink)
     values = code.run(arguments)
     if sink is not None:
-        take_inputs(sink, code.sums(values), code.rows)
+        code.pieces(values).give(sink)
     for use, output in enumerate(code.outputs):
         batch.receiver.input(use, code.input(values, use), output)
     run = Run(batch.tapped, values[code.prediction], n)

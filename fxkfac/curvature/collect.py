@@ -40,11 +40,13 @@ class Collector(Receiver):
     """The sums of one batch; with `hold`, A waits for the gradients.
 
     Attributes:
+        moment: In what sums are taken.
         inputs: For every term, what its A is made of; one object for terms with the same.
         outputs: For every term, Σ g gᵀ.
         exact: Exact blocks from the taps.
     """
 
+    moment: type[Moment] = Moment
     inputs: list[InputSums] = field(init=False)
     outputs: list[Moment] = field(init=False)
     exact: dict[str, Tensor] = field(default_factory=dict)
@@ -52,10 +54,10 @@ class Collector(Receiver):
     _waiting: list[tuple[Use, Input, Tensor]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.inputs = [InputSums() for _ in self.schedule.terms]
+        self.inputs = [InputSums(kind=self.moment) for _ in self.schedule.terms]
         if not self.hold:
             self.inputs = [self.inputs[k] for k in self.schedule.same_input]
-        self.outputs = [Moment() for _ in self.schedule.terms]
+        self.outputs = [self.moment() for _ in self.schedule.terms]
         self._means: Awaited[int, tuple[Tensor, Tensor, bool]] = Awaited()
         self._sums: Awaited[int, Tensor] = Awaited()
         self._gradients: Awaited[str, tuple[Use, Tensor]] = Awaited()

@@ -12,18 +12,17 @@ up in place, one triangle of each; or, where that is faster, they are in the gra
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
-from torch.fx.node import map_aggregate
 
 from fxkfac.curvature.collect import Collector
-from fxkfac.curvature.inside import Rows, Summed, alike
-from fxkfac.curvature.parts import Part, Values, nodes_in, part_of
+from fxkfac.curvature.inside import GradientPieces, InputPieces, recording
+from fxkfac.curvature.parts import Part, Values, names_of, nodes_in, part_of, read
 from fxkfac.curvature.traced import Kind, gradients_of, prediction_kind, traceable, traced
 from fxkfac.graph.normal import Input, detached
 from fxkfac.graph.program import Tapped
@@ -40,13 +39,12 @@ class Compiled:
         backward: From a vector to the gradients at the taps; or sums in the place of either.
         gradient: From a cotangent to the gradients of parameters.
         prediction: The prediction.
-        inputs: The input of every use, by its position; or the sums of every term.
-        taps: The gradients at the taps at which one arrives; or the sums of every term and block.
+        inputs: The input of every use, by its position; or what A is made of.
+        taps: The gradients at the taps at which one arrives; or what B is made of.
         wanted: Gradients of parameters; `None` where the prediction does not depend on one.
         later: What is read when something is sent back.
         outputs: For every use, what has the shape of its op's output.
         layout: How vectors are in memory.
-        rows: Of the sums of inputs, where these are in the graph.
     """
 
     arguments: tuple[str, ...]
@@ -54,13 +52,12 @@ class Compiled:
     backward: Part
     gradient: Part
     prediction: str
-    inputs: Mapping[int, Any]
-    taps: Mapping[Any, str]
+    inputs: Any
+    taps: Any
     wanted: tuple[str | None, ...]
     later: tuple[str, ...]
     outputs: tuple[Tensor, ...]
     layout: Kind
-    rows: Rows
 
     def run(self, tensors: Iterable[Tensor]) -> Values:
         """Run forwards on parameters, buffers and data."""
@@ -68,20 +65,22 @@ class Compiled:
 
     def input(self, values: Values, use: int) -> Input:
         """The input of a use."""
-        return map_aggregate(self.inputs[use], lambda n: values[n] if isinstance(n, str) else n)
+        found: Input = read(self.inputs[use], values)
+        return found
 
     def read_later(self, values: Values) -> Values:
         """Those of the values that are needed to send something back."""
         return {name: values[name] for name in self.later}
 
-    def sums(self, values: Values) -> dict[int, Tensor]:
-        """Those of inputs, where they are in the graph."""
-        return {k: values[name] for k, name in self.inputs.items()}
+    def pieces(self, values: Values) -> InputPieces:
+        """What A is made of, where sums are in the graph."""
+        found: InputPieces = read(self.inputs, values)
+        return found
 
-    def send_back(self, values: Values, vector: Tensor) -> dict[Any, Tensor]:
-        """The gradients that arrive at the taps; or their sums, where these are in the graph."""
-        found = self.backward({**values, self.arguments[0]: self._laid_out(vector)})
-        return {place: found[name] for place, name in self.taps.items()}
+    def send_back(self, values: Values, vector: Tensor) -> Any:
+        """The gradients that arrive at the taps; or what B is made of."""
+        given = {**values, self.arguments[0]: self._laid_out(vector)}
+        return read(self.taps, self.backward(given))
 
     def gradients(self, values: Values, cotangent: Tensor) -> list[Tensor | None]:
         """The gradients of parameters."""
@@ -125,8 +124,7 @@ def _compiled(
 ) -> Compiled:
     recorder = _Recorder(tapped, sink)
     with traceable():
-        joint, layout = _joint(recorder, kinds, wanted)
-    results: Any = joint.graph.output_node().args[0]
+        joint, results, layout = _joint(recorder, kinds, wanted)
     vector, cotangent, *_ = arguments = [n for n in joint.graph.nodes if n.op == "placeholder"]
     backward = part_of(joint, results["taps"], _reached(vector))
     gradient = part_of(joint, results["wanted"], _reached(cotangent))
@@ -135,7 +133,6 @@ def _compiled(
     reads = {*backward.reads, *gradient.reads, *sent_back}
     later = [n for n in joint.graph.nodes if n in first and n.name in reads]
     outcome = [results["prediction"], results["inputs"], later]
-    names: Any = map_aggregate(results, lambda n: n.name if isinstance(n, Node) else n)
     return Compiled(
         arguments=tuple(n.name for n in arguments),
         forward=part_of(joint, outcome, first),
@@ -144,8 +141,7 @@ def _compiled(
         later=tuple(n.name for n in later),
         outputs=tuple(recorder.outputs[u.tap].shape_only() for u in tapped.uses if sink is None),
         layout=layout,
-        rows=recorder.rows,
-        **names,
+        **names_of(results),
     )
 
 
@@ -156,13 +152,11 @@ class _Recorder:
     Attributes:
         sink: Whose sums are in the graph; without one, it gives what these are made of.
         outputs: Of what kind are the outputs at the taps.
-        rows: Of how many rows are the sums of inputs.
     """
 
     tapped: Tapped
     sink: Collector | None
     outputs: dict[int, Kind] = field(default_factory=dict)
-    rows: dict[int, int | Tensor] = field(default_factory=dict)
 
     def record(self, asked: list[Tensor], vector: Tensor) -> tuple[Tensor, Any, Any]:
         """The prediction, and what is there with it and when the vector was sent back."""
@@ -178,19 +172,17 @@ class _Recorder:
 
     def _sums(self, asked: list[Tensor], vector: Tensor) -> tuple[Tensor, Any, Any]:
         assert self.sink is not None
-        collector = alike(self.sink)
+        collector = recording(self.sink, vector.device)
         f = self.tapped.module(collector, *asked)
         collector.send_back(f, [vector])
         with torch.no_grad():
-            summed = Summed.of(collector)
-        self.rows.update(summed.rows)
-        return f, summed.inputs, summed.gradients
+            return f, InputPieces.of(collector), GradientPieces.of(collector)
 
 
 def _joint(
     recorder: _Recorder, kinds: tuple[Kind, ...], wanted: tuple[int, ...]
-) -> tuple[GraphModule, Kind]:
-    """Forward and backward pass as one graph; and of what kind the prediction is."""
+) -> tuple[GraphModule, dict[str, Any], Kind]:
+    """Forward and backward pass as one graph, its results, and of what kind the prediction is."""
     f = prediction_kind(recorder.tapped, kinds)
 
     def joint(vector: Tensor, cotangent: Tensor, *arguments: Tensor) -> dict[str, Any]:
@@ -199,7 +191,7 @@ def _joint(
         gradients = gradients_of(f, [asked[k] for k in wanted], cotangent)
         return {"prediction": f.detach(), "inputs": inputs, "taps": taps, "wanted": gradients}
 
-    return traced(joint, [f, f, *kinds]), f
+    return *traced(joint, [f, f, *kinds]), f
 
 
 def _reached(start: Node) -> set[Node]:

@@ -1,104 +1,200 @@
-"""Sums of A and B inside of compiled code, so that a batch is two calls and nothing between them.
+"""Sums of A and B inside of compiled code, so that nothing is between it and the next batch.
 
-A collector is recorded with the graph that it listens to; the compiled code then returns, for every
-term, Σ x̃ x̃ᵀ with the prediction, and Σ g gᵀ with each vector that is sent back. On a GPU, where
-calls are what takes time, and for narrow layers; wide ones are faster on a CPU with the products
-outside, one triangle of each, added in place.
+A collector is recorded with the graph that it listens to; the compiled code then returns what its
+sums are made of. On a GPU, where calls are what takes time, and for narrow layers, these are whole
+matrices, and made of operations that are compiled. For wide layers on a CPU each product is one
+opaque operation, which takes one triangle, and little that is compiled would be faster.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TypeGuard, TypeVar
+from typing import NamedTuple, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from fxkfac.curvature.collect import Collector
+from fxkfac.curvature.images import Image
 from fxkfac.curvature.moments import InputSums, Moment
 from fxkfac.curvature.padding import Padding
 from fxkfac.curvature.plan import Scales
 from fxkfac.curvature.receive import Receiver
-from fxkfac.curvature.schedule import counts_only
-from fxkfac.linalg import strip
+from fxkfac.curvature.schedule import Schedule
+from fxkfac.linalg import Gram, opaque_gram, opaque_patch_gram, strip
 
-Key = TypeVar("Key")
-Rows = Mapping[int, int | Tensor]  # of every term
+Nested = TypeVar("Nested")
 
 
-def pays(sink: Receiver, device: torch.device) -> TypeGuard[Collector]:
-    """Whether compiled code can and should have the sums inside.
+def is_fixed(sink: Receiver) -> TypeGuard[Collector]:
+    """Whether compiled code can have the sums inside.
 
     It cannot where only values say which rows count: under a mask, where targets are ignored, and
     where every row chooses a group.
     """
     if not isinstance(sink, Collector) or sink.hold or sink.padding.mask is not None:
         return False
-    schedule = sink.schedule
-    if any(use.form.routes is not None for use in schedule.heard):
-        return False
+    return not any(use.form.routes is not None for use in sink.schedule.heard)
+
+
+def is_open(schedule: Schedule, device: torch.device) -> bool:
+    """Whether products are best compiled like all else."""
     return device.type != "cpu" or strip(schedule.widest) == schedule.widest
 
 
-def alike(sink: Collector) -> Collector:
-    """An empty sink with the same schedule, for one vector at a time."""
+class Piece(NamedTuple):
+    """What a moment is made of, where compiled code has summed it.
+
+    Attributes:
+        total, sums, waiting, scales: As of `Moment`.
+        number: Its `count`.
+        whole: The `Gram.whole` of the total; `None` where it is the whole matrix.
+    """
+
+    total: Tensor | None
+    whole: Tensor | None = None
+    sums: Tensor | None = None
+    waiting: tuple[Tensor, ...] = ()
+    scales: Scales = ()
+    number: int | Tensor = 0
+
+    def moment(self) -> Moment:
+        """The moment, which uses up the tensors."""
+        gram = None
+        if self.total is not None:
+            d = self.total.shape[-1] - len(self.scales)
+            whole = d if self.whole is None else int(self.whole)
+            gram = Gram(self.total[:, :d, :d], is_empty=False, whole=whole)
+        return Moment(self.scales, self.total, gram, self.sums, self.number, list(self.waiting))
+
+
+class Open(Moment):
+    """In a recorded graph: its products are operations like all others, and it is a matrix."""
+
+    def piece(self) -> Piece | None:
+        """The matrix, if there is one."""
+        total = self.matrix()
+        return None if total is None else Piece(total)
+
+
+@dataclass
+class Opaque(Moment):
+    """In a recorded graph: each of its products is one operation, which compiled code calls."""
+
+    whole: Tensor | None = None
+
+    def add_products(self, x: Tensor) -> None:
+        """Add Σ x xᵀ of rows in one axis or in two."""
+        self._take(*opaque_gram(x, len(self.scales)))
+
+    def add_patch_products(self, of: Image) -> None:
+        """Add that of an image's patches."""
+        self._take(*opaque_patch_gram(of.image, of.windows, len(self.scales)))
+
+    def _take(self, total: Tensor, whole: Tensor) -> None:
+        if self.total is not None and self.whole is not None:
+            # What is whole in the sum lies in whole blocks of both parts.
+            total, whole = self.total + total, torch.gcd(self.whole, whole)
+        self.total, self.whole = total, whole
+
+    def piece(self) -> Piece | None:
+        """The sum as it is and the rows that wait, if there are any."""
+        if self.total is None and not self.waiting:
+            return None
+        waiting = tuple(self.waiting)
+        return Piece(self.total, self.whole, self.sums, waiting, self.scales, self.count)
+
+
+def recording(sink: Collector, device: torch.device) -> Collector:
+    """An empty sink with the same schedule, for one vector, in a graph that is recorded."""
     return Collector(
-        schedule=sink.schedule, settings=sink.settings, padding=Padding(), memory=0, keep_graph=True
+        schedule=sink.schedule,
+        settings=sink.settings,
+        padding=Padding(),
+        memory=0,
+        keep_graph=True,
+        moment=Open if is_open(sink.schedule, device) else Opaque,
     )
 
 
-@dataclass(frozen=True)
-class Summed:
-    """The sums of a batch.
+class InputPieces(NamedTuple):
+    """What is summed with the prediction, for every term that has an A of its own.
 
     Attributes:
-        inputs: Σ x̃ x̃ᵀ of every term that has an A of its own; counts where rows are one-hot.
-        gradients: Σ g gᵀ of every term at which gradients arrive; and exact blocks, by name.
-        rows: The number of rows that A has.
+        moments: What A is made of.
+        counts: In the place of moments, how often each one-hot row occurs.
+        rows: Number of rows.
     """
 
-    inputs: Mapping[int, Tensor]
-    gradients: Mapping[int | str, Tensor]
-    rows: Rows
+    moments: dict[int, list[Piece]]
+    counts: dict[int, Tensor]
+    rows: dict[int, int | Tensor]
 
     @staticmethod
-    def of(sink: Collector) -> Summed:
-        """What a sink has when all vectors have been sent back; it is used up."""
-        own = [k for k, first in enumerate(sink.schedule.same_input) if k == first]
-        outputs = {k: moment.matrix() for k, moment in enumerate(sink.outputs)}
-        return Summed(
-            {k: sink.inputs[k].matrix() for k in own},
-            {k: B for k, B in outputs.items() if B is not None} | sink.exact,
-            {k: sink.inputs[k].rows for k in own},
+    def of(sink: Collector) -> InputPieces:
+        """Those of a recorded sink."""
+        own = {k: s for k, s in enumerate(sink.inputs) if sink.schedule.same_input[k] == k}
+        return InputPieces(
+            {k: _pieces(s.moments.values()) for k, s in own.items()},
+            {k: s.counts for k, s in own.items() if s.counts is not None},
+            {k: s.rows for k, s in own.items()},
         )
 
-
-def take_inputs(
-    sink: Collector, inputs: Mapping[int, Tensor], rows: Rows, copy: bool = False
-) -> None:
-    """Add what compiled code has summed with the prediction; with `copy`, it keeps its own."""
-    for k, A in _each_its_own(inputs, copy).items():
-        counts = counts_only(sink.schedule.terms[k])
-        moments: dict[Scales, Moment] = {} if counts else {(): Moment.of(A)}
-        sink.inputs[k].merge(InputSums(moments, A if counts else None, rows[k]))
-
-
-def take_gradients(
-    sink: Collector, gradients: Mapping[int | str, Tensor], copy: bool = False
-) -> None:
-    """Add what it has summed with a vector that was sent back."""
-    for key, total in _each_its_own(gradients, copy).items():
-        if isinstance(key, int):
-            sink.outputs[key].merge(Moment.of(total))
-        else:
-            sink.exact[key] = sink.exact[key] + total if key in sink.exact else total
+    def give(self, sink: Collector, copy: bool = False) -> None:
+        """Add them to a sink; with `copy`, the code keeps its own."""
+        moments, counts, rows = _each_its_own(self, copy)
+        for k, number in rows.items():
+            sums = sink.inputs[k]
+            for piece in moments[k]:
+                sums.of(piece.scales).merge(piece.moment())
+            sums.merge(InputSums(counts=counts.get(k), rows=number))
 
 
-def _each_its_own(sums: Mapping[Key, Tensor], copy: bool) -> dict[Key, Tensor]:
+class GradientPieces(NamedTuple):
+    """What is summed with a vector that is sent back.
+
+    Attributes:
+        moments: What Σ g gᵀ of every term is made of.
+        exact: Exact blocks.
+    """
+
+    moments: dict[int, list[Piece]]
+    exact: dict[str, Tensor]
+
+    @staticmethod
+    def of(sink: Collector) -> GradientPieces:
+        """Those of a recorded sink."""
+        return GradientPieces(
+            {k: _pieces([moment]) for k, moment in enumerate(sink.outputs)}, sink.exact
+        )
+
+    def give(self, sink: Collector, copy: bool = False) -> None:
+        """Add them to a sink; with `copy`, the code keeps its own."""
+        moments, exact = _each_its_own(self, copy)
+        for k, pieces in moments.items():
+            for piece in pieces:
+                sink.outputs[k].merge(piece.moment())
+        for name, block in exact.items():
+            sink.exact[name] = sink.exact[name] + block if name in sink.exact else block
+
+
+def _pieces(moments: Iterable[Moment]) -> list[Piece]:
+    """What the code returns of these."""
+    found = [m.piece() for m in moments if isinstance(m, Open | Opaque)]
+    return [piece for piece in found if piece is not None]
+
+
+def _each_its_own(nested: Nested, copy: bool) -> Nested:
     """Of equal sums a compiler may make one tensor; but each will be changed in place."""
-    first: dict[int, Key] = {}
-    return {
-        key: total.clone() if copy or first.setdefault(total.data_ptr(), key) != key else total
-        for key, total in sums.items()
-    }
+    seen: set[int] = set()
+
+    def own(t: Tensor) -> Tensor:
+        if not copy and t.data_ptr() not in seen:
+            seen.add(t.data_ptr())
+            return t
+        return t.clone()
+
+    found: Nested = pytree.tree_map_only(Tensor, own, nested)
+    return found

@@ -63,9 +63,7 @@ class Moment:
     def add_image(self, of: Image, count: int | Tensor = 0) -> None:
         """Add rows that are the patches of an image."""
         self.count = self.count + count
-        groups = of.windows.groups
-        size = of.image.shape[1] // groups * math.prod(of.windows.kernel)
-        add_patch_gram(self.room(groups, size, of.image), of.image, of.windows)
+        self.add_patch_products(of)
         if self.scales:
             total = of.image.sum(0, keepdim=True)
             self.sums = _plus(self.sums, patch_sums(total, of.windows)[0])
@@ -130,10 +128,19 @@ class Moment:
             self._multiply(rows[0] if len(rows) == 1 else torch.cat(rows, dim=1))
 
     def _multiply(self, x: Tensor) -> None:
-        gram = self.room(x.shape[0], x.shape[-1], x)
-        add_gram(gram, x.flatten(2, -2) if x.ndim > 4 else x)
+        self.add_products(x.flatten(2, -2) if x.ndim > 4 else x)
         if self.scales:
             self.sums = _plus(self.sums, x.sum(tuple(range(1, x.ndim - 1))))
+
+    def add_products(self, x: Float[Tensor, "group *rows d"]) -> None:
+        """Add Σ x xᵀ of rows in one axis or in two."""
+        add_gram(self.room(x.shape[0], x.shape[-1], x), x)
+
+    def add_patch_products(self, of: Image) -> None:
+        """Add that of an image's patches."""
+        groups = of.windows.groups
+        d = of.image.shape[1] // groups * math.prod(of.windows.kernel)
+        add_patch_gram(self.room(groups, d, of.image), of.image, of.windows)
 
     def room(self, groups: int, d: int, like: Tensor) -> Gram:
         """The sum, made where there was none: of no rows yet."""
@@ -159,15 +166,17 @@ class InputSums:
             rest of x̃, which is the same for all of these rows.
         counts: In the place of moments, how often each one-hot row occurs.
         rows: Number of rows; (group,) where groups have rows of their own.
+        kind: Of moments.
     """
 
     moments: dict[Scales, Moment] = field(default_factory=dict)
     counts: Tensor | None = None
     rows: int | Tensor = 0
+    kind: type[Moment] = Moment
 
     def of(self, scales: Scales) -> Moment:
         """The moment of rows with these scales."""
-        return self.moments.setdefault(scales, Moment(scales))
+        return self.moments.setdefault(scales, self.kind(scales))
 
     def merge(self, other: InputSums) -> None:
         """Add what another one has; the other one is used up."""

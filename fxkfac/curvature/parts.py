@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.node import map_aggregate
+from torch.utils import _pytree as pytree
 
 from fxkfac.errors import FxkfacError
 from fxkfac.graph.quiet import quietly
@@ -55,9 +55,17 @@ class Part:
 
 def nodes_in(nested: Any) -> list[Node]:
     """All nodes of something nested, each one once."""
-    found: dict[Node, None] = {}
-    map_aggregate(nested, lambda n: found.setdefault(n) if isinstance(n, Node) else None)
-    return list(found)
+    return list(dict.fromkeys(n for n in pytree.tree_leaves(nested) if isinstance(n, Node)))
+
+
+def names_of(nested: Any) -> Any:
+    """What is nested, with names in the place of nodes."""
+    return pytree.tree_map_only(Node, lambda node: node.name, nested)
+
+
+def read(names: Any, values: Values) -> Any:
+    """What is nested, with values in the place of names."""
+    return pytree.tree_map_only(str, values.__getitem__, names)
 
 
 def part_of(joint: GraphModule, results: Any, inside: set[Node], replays: bool = False) -> Part:

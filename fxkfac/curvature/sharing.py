@@ -9,13 +9,11 @@ gradient is Σ_s g, so that its block is exact.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from fxkfac.curvature.plan import Scales, TermPlan
 from fxkfac.errors import BatchAxisError, FxkfacError
@@ -30,6 +28,7 @@ from fxkfac.graph.normal import (
     normal_x,
     normal_y,
 )
+from fxkfac.linalg import kept
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -213,13 +212,12 @@ def _dense(rows: Rows, y: Tensor) -> Tensor:
     return rows.expand(-1, *y.shape[1:-1], -1)
 
 
-@lru_cache(maxsize=256)  # the same for every vector and every batch
+@kept  # the same for every vector and every batch
 def _bias_places(term: TermPlan, use: Use) -> tuple[Tensor | None, int]:
     """Where the entries of one use are among all that the term touches, and how many these are.
 
     The places are `None` where they are all of these in their order.
     """
-    with _disable_current_modes():  # while a graph is recorded, this is a constant
-        touched, own = term.touched(), normal_weight(use).flatten()
-        places = None if torch.equal(touched, own) else torch.searchsorted(touched, own)
-        return places, len(touched)
+    touched, own = term.touched(), normal_weight(use).flatten()
+    places = None if torch.equal(touched, own) else torch.searchsorted(touched, own)
+    return places, len(touched)

@@ -12,6 +12,7 @@ from torch._subclasses import FakeTensorMode
 from torch.func import functionalize
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
 
 from fxkfac.curvature.parts import EAGER, first_line
 from fxkfac.errors import OptionError
@@ -61,18 +62,30 @@ def prediction_kind(tapped: Tapped, kinds: Sequence[Kind]) -> Kind:
         return Kind.of(torch.empty_like(f))
 
 
-def traced(function: Callable[..., Any], kinds: Sequence[Kind]) -> GraphModule:
-    """The graph of a function of tensors of these kinds, in which nothing changes in place."""
+def traced(function: Callable[..., Any], kinds: Sequence[Kind]) -> tuple[GraphModule, Any]:
+    """The graph of a function of tensors of these kinds, in which nothing changes in place.
+
+    Returns:
+        The graph, and the function's result with nodes in the place of tensors.
+    """
+    specs: list[pytree.TreeSpec] = []
+
+    def flat(*arguments: Tensor) -> list[Any]:
+        leaves, spec = pytree.tree_flatten(function(*arguments))
+        specs.append(spec)
+        return leaves
+
     # Without values, nothing of the graph can depend on them unnoticed.
     with quietly(), FakeTensorMode(allow_non_fake_inputs=True):
         arguments = [kind.empty() for kind in kinds]
-        recorded = make_fx(function)(*arguments)
+        recorded = make_fx(flat)(*arguments)
         # A part may only run by itself if nothing writes into what another one reads.
         module = make_fx(functionalize(recorded, remove="mutations"))(*arguments)
     for node in module.graph.nodes:
         if node.target is torch.ops.aten.detach.default:
             node.replace_all_uses_with(node.args[0])
-    return module
+    leaves: Any = module.graph.output_node().args[0]
+    return module, pytree.tree_unflatten(leaves, specs[0])
 
 
 def gradients_of(f: Tensor, at: Sequence[Tensor], vector: Tensor) -> tuple[Tensor | None, ...]:

@@ -14,16 +14,14 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Generator, Tensor, no_grad
-from torch.fx import Node
-from torch.fx.node import map_aggregate
 
 from fxkfac.curvature.backpropagation import backpropagated_vectors, has_several
 from fxkfac.curvature.closed_form import ClosedForm
 from fxkfac.curvature.collect import Collector
 from fxkfac.curvature.factors import Settings
-from fxkfac.curvature.inside import Rows, Summed, alike
+from fxkfac.curvature.inside import GradientPieces, InputPieces, recording
 from fxkfac.curvature.losses import loss_text
-from fxkfac.curvature.parts import Part, part_of
+from fxkfac.curvature.parts import Part, names_of, part_of, read
 from fxkfac.curvature.traced import Kind, gradients_of, prediction_kind, traceable, traced
 from fxkfac.graph.program import Tapped
 
@@ -52,15 +50,15 @@ class Outcome:
         prediction: The prediction.
         criterion: Σ_n c(f_n, y_n).
         wanted: Its gradients in parameters; `None` where it does not depend on one.
-        inputs: Σ x̃ x̃ᵀ of every term that has an A of its own.
-        gradients: Σ g gᵀ of every term, and exact blocks.
+        inputs: What A is made of.
+        gradients: What B is made of, and exact blocks.
     """
 
     prediction: Tensor
     criterion: Tensor
     wanted: tuple[Tensor | None, ...]
-    inputs: Mapping[int, Tensor]
-    gradients: Mapping[int | str, Tensor]
+    inputs: InputPieces
+    gradients: GradientPieces
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,6 @@ class Whole:
         part: The code.
         arguments: Names of what it is given: noise, targets, parameters, buffers and data.
         results: As `Outcome`, with names in the place of tensors.
-        rows: Of the sums of inputs.
     """
 
     draws: bool
@@ -81,7 +78,6 @@ class Whole:
     part: Part
     arguments: tuple[str, ...]
     results: Mapping[str, Any]
-    rows: Rows
 
     def run(self, objective: Objective, tensors: list[Tensor]) -> Outcome:
         """Run it. Raises `DataError` if targets do not fit."""
@@ -91,8 +87,7 @@ class Whole:
         noise = [likelihood.noise(f, generator)] if self.draws else []
         given = [*noise, targets, *tensors]
         values = self.part(dict(zip(self.arguments, given, strict=True)))
-        read: Any = map_aggregate(self.results, lambda n: values[n] if isinstance(n, str) else n)
-        return Outcome(**read)
+        return Outcome(**read(self.results, values))
 
 
 def whole(
@@ -133,13 +128,13 @@ def _whole(
 ) -> Whole:
     likelihood, targets, generator = objective
     draws = sink.settings.fisher == "mc"
-    rows: dict[int, int | Tensor] = {}
+    prediction = prediction_kind(tapped, kinds)
 
     def batch(*given: Tensor) -> dict[str, Any]:
         own = likelihood.given(given[0]) if draws else likelihood
         y, *arguments = given[draws:]
         asked = [t.detach().requires_grad_(k in wanted) for k, t in enumerate(arguments)]
-        collector = alike(sink)
+        collector = recording(sink, prediction.device)
         f = tapped.module(collector, *asked)
         seen = f.detach()
         collector.send_back(
@@ -147,23 +142,19 @@ def _whole(
         )
         slope = gradients_of(f, [asked[k] for k in wanted], likelihood.gradient(seen, y))
         with no_grad():
-            summed = Summed.of(collector)
+            inputs, gradients = InputPieces.of(collector), GradientPieces.of(collector)
             criterion = likelihood.criterion(seen, y)
-        rows.update(summed.rows)
         return {
             "prediction": seen,
             "criterion": criterion,
             "wanted": slope,
-            "inputs": summed.inputs,
-            "gradients": summed.gradients,
+            "inputs": inputs,
+            "gradients": gradients,
         }
 
-    prediction = prediction_kind(tapped, kinds)
     noise = [Kind.of(likelihood.room(prediction.shape_only()))] if draws else []
-    graph = traced(batch, [*noise, Kind.of(targets), *kinds])
-    results: Any = graph.graph.output_node().args[0]
+    graph, results = traced(batch, [*noise, Kind.of(targets), *kinds])
     placeholders = [n.name for n in graph.graph.nodes if n.op == "placeholder"]
-    names: Any = map_aggregate(results, lambda n: n.name if isinstance(n, Node) else n)
     on_gpu = prediction.device.type == "cuda"
     part = part_of(graph, results, set(graph.graph.nodes), replays=on_gpu)
-    return Whole(draws, prediction, part, tuple(placeholders), names, rows)
+    return Whole(draws, prediction, part, tuple(placeholders), names_of(results))

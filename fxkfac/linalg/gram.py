@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from math import gcd
 from typing import TYPE_CHECKING
 
@@ -26,6 +25,7 @@ from fxkfac.linalg.correlation import (
     channel_block,
     is_faster,
 )
+from fxkfac.linalg.kept import kept
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -131,7 +131,7 @@ def _mirror(total: Float[Tensor, "group d d"], whole: int, scale: float | Tensor
             corner.copy_(torch.where(_lower(new.stop - start, total.device), corner, corner.mT))
 
 
-@lru_cache(maxsize=256)  # the same for every factor
+@kept  # the same for every factor
 def _lower(d: int, device: torch.device) -> Tensor:
     return torch.ones(d, d, dtype=torch.bool, device=device).tril_()
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, reduce
+from functools import lru_cache, reduce
 from itertools import product
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fxkfac.linalg.correlation import add_part, correlation, has_wide_vectors
 from fxkfac.linalg.gram import CALL, COPY, READ, Gram, chunk_numel
+from fxkfac.linalg.kept import kept
 from fxkfac.linalg.windows import Axis
 
 if TYPE_CHECKING:
@@ -90,40 +91,35 @@ class Plan:
     Attributes:
         boxes: One product of channels with channels for each.
         turned: For every box, the number of the one with its factors in the other order.
-        tables: For every dimension, what a pair of taps takes of every run: 1, −1 or 0.
         correlations: How the boxes are computed of which no other one is the transpose.
     """
 
     boxes: tuple[Box, ...]
     turned: tuple[int, ...]
-    tables: tuple[Float[Tensor, "kernel kernel runs"], ...]
     correlations: tuple[Correlation, ...]
-
-    @cached_property
-    def weights(self) -> Float[Tensor, "pairs boxes"]:
-        """What a pair of taps takes of every box."""
-        joined = torch.ones(1, 1, 1, device="cpu")
-        for table in self.tables:
-            joined = torch.einsum("kmr,lns->klmnrs", joined, table)
-            joined = rearrange(joined, "k l m n r s -> (k l) (m n) (r s)")
-        return joined.flatten(0, 1)
 
 
 @lru_cache(maxsize=256)  # the same for every vector and every batch
 def plan(axes: tuple[Axis, ...]) -> Plan:
     """The products for windows with stride one."""
-    terms = [_terms_of_pairs(axis) for axis in axes]
-    # A shift forwards comes before the one backwards, so that what is taken lies behind.
-    runs = [sorted({r for t in along for r in t}, key=lambda r: (-r.shift, r)) for along in terms]
-    boxes = tuple(product(*runs))
+    boxes = tuple(product(*(_runs(_terms_of_pairs(axis)) for axis in axes)))
     number = {box: k for k, box in enumerate(boxes)}
     turned = tuple(number[tuple(r.turned() for r in box)] for box in boxes)
-    tables = tuple(
-        torch.tensor([[float(t.get(r, 0)) for r in rs] for t in along]).view(a.kernel, a.kernel, -1)
-        for along, rs, a in zip(terms, runs, axes, strict=True)
-    )
     taken = {k: boxes[k] for k, other in enumerate(turned) if k <= other}
-    return Plan(boxes, turned, tables, tuple(_correlations(taken, axes)))
+    return Plan(boxes, turned, tuple(_correlations(taken, axes)))
+
+
+@kept
+def weights(axes: tuple[Axis, ...]) -> Float[Tensor, "pairs boxes"]:
+    """What a pair of taps takes of every box: 1, −1 or 0."""
+    joined = torch.ones(1, 1, 1, device="cpu")
+    for axis in axes:
+        terms = _terms_of_pairs(axis)
+        table = [[float(pair.get(run, 0)) for run in _runs(terms)] for pair in terms]
+        along = torch.tensor(table, device="cpu").view(axis.kernel, axis.kernel, -1)
+        joined = torch.einsum("kmr,lns->klmnrs", joined, along)
+        joined = rearrange(joined, "k l m n r s -> (k l) (m n) (r s)")
+    return joined.flatten(0, 1)
 
 
 def _correlations(taken: Mapping[int, Box], axes: tuple[Axis, ...]) -> Iterator[Correlation]:
@@ -171,6 +167,11 @@ def _terms_of_pairs(axis: Axis) -> list[dict[Run, int]]:
     return [_terms(axis, k, m) for k in range(axis.kernel) for m in range(axis.kernel)]
 
 
+def _runs(terms: list[dict[Run, int]]) -> list[Run]:
+    """All of them; a shift forwards comes before the one backwards: what is taken lies behind."""
+    return sorted({run for pair in terms for run in pair}, key=lambda r: (-r.shift, r))
+
+
 def _terms(axis: Axis, k: int, m: int) -> dict[Run, int]:
     """The run of two taps as the whole one without its ends, or, if that is shorter, itself."""
     shift, first = (m - k) * axis.dilation, k * axis.dilation - axis.before
@@ -205,7 +206,7 @@ def add_shifted(
     for k, other in enumerate(how.turned):
         if other < k:
             products[k] = products[other].mT
-    _scatter(gram, products, how.weights.to(total))
+    _scatter(gram, products, weights(axes).to(total))
 
 
 def _cut(x: Tensor, spans: tuple[Span, ...]) -> Tensor:
@@ -230,7 +231,7 @@ def _cut(x: Tensor, spans: tuple[Span, ...]) -> Tensor:
 def _scatter(
     gram: Gram,
     products: Float[Tensor, "boxes group c c"],
-    weights: Float[Tensor, "pairs boxes"],
+    taken: Float[Tensor, "pairs boxes"],
 ) -> None:
     """Add the products to the pairs of taps they are part of, a strip of channels at a time."""
     total, (group, channels) = gram.total, products.shape[1:3]
@@ -240,7 +241,7 @@ def _scatter(
     for start in range(0, channels, step):
         stop = min(start + step, channels)
         part = products[:, :, start:stop, :stop]
-        blocks = (weights @ part.flatten(1)).view(kernel, kernel, *part.shape[1:])
+        blocks = (taken @ part.flatten(1)).view(kernel, kernel, *part.shape[1:])
         strip = total[:, start * kernel : stop * kernel, : stop * kernel]
         add_part(strip, rearrange(blocks, "k m g c e -> g (c k) (e m)"), beta)
 

@@ -6,6 +6,7 @@ before; outside of the image there are zeros.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -63,6 +64,20 @@ class Windows:
     dilation: tuple[int, ...]
     groups: int = 1
     places: tuple[int, ...] | None = None
+
+    @staticmethod
+    def of(numbers: Sequence[int], dimensions: int, groups: int) -> Windows:
+        """What `numbers` has made of."""
+        parts = [tuple(numbers[k : k + dimensions]) for k in range(0, len(numbers), dimensions)]
+        kernel, stride, before, after, dilation, *places = parts
+        padding = tuple(zip(before, after, strict=True))
+        return Windows(kernel, stride, padding, dilation, groups, places[0] if places else None)
+
+    def numbers(self) -> list[int]:
+        """All but the groups, one dimension after the other for each."""
+        before, after = zip(*self.padding, strict=True)
+        parts = (self.kernel, self.stride, before, after, self.dilation, self.places or ())
+        return [number for part in parts for number in part]
 
     def along(self, image: Float[Tensor, "batch channels *space"]) -> tuple[Axis, ...]:
         """The windows along every dimension of an image."""

@@ -14,8 +14,8 @@ from torch import nn
 from zoo import ZOO
 
 import fxkfac
-from fxkfac.curvature import backends, parts
-from fxkfac.curvature.inside import pays
+from fxkfac.curvature import backends, inside, moments, parts
+from fxkfac.curvature.inside import is_fixed, is_open
 from fxkfac.curvature.padding import Padding
 from fxkfac.errors import DataError, FxkfacError, OptionError
 
@@ -81,15 +81,37 @@ def test_a_graph_that_is_cut_at_the_prediction(name, monkeypatch):
     compare(program, entry.loss, [entry.data(4), entry.data(3)], 1e-10, flavours)
 
 
-@pytest.mark.parametrize("name", sorted(SOME)[::2])
-def test_sums_may_stay_outside(name, monkeypatch):
-    """As they do for wide layers on a CPU; the models of the zoo are narrow."""
+@pytest.mark.parametrize("enough", [1, moments.ENOUGH])
+@pytest.mark.parametrize("name", quick(RIGHT, sorted(SOME)[::2].__contains__))
+def test_products_may_be_opaque_or_outside(name, enough, monkeypatch):
+    """As they are for wide layers on a CPU, of one vector and of several; the zoo is narrow.
+
+    Few rows leave the code as they are.
+    """
     monkeypatch.setattr(parts, "_code", lambda module, given, options: module)
-    monkeypatch.setattr(backends, "pays", lambda sink, device: False)
+    monkeypatch.setattr(moments, "ENOUGH", enough)
+    for module in (inside, backends):
+        monkeypatch.setattr(module, "is_open", lambda schedule, device: False)
     entry = ZOO[name]
     program = entry.trace(*entry.build(), 4)
     flavours = [o for o in FLAVOURS if entry.reduce or "sharing" not in o]
     compare(program, entry.loss, [entry.data(4), entry.data(3)], 1e-10, flavours)
+
+
+def test_what_is_kept_has_values_for_others(monkeypatch):
+    """Tables for images of one size, which nothing else here has, are made while one records."""
+    monkeypatch.setattr(parts, "_code", lambda module, given, options: module)
+
+    def make():
+        return nn.Sequential(nn.Conv2d(20, 2, 3, padding=1), nn.Tanh(), nn.Flatten())
+
+    x, y = rand(4, 20, 11, 13), rand(4, 286)
+    program = fxkfac.trace(seeded(make), x)
+    rows = nn.functional.unfold(x, 3, padding=1).mT.flatten(0, 1)
+    for backend in ("inductor", "eager"):
+        found = fxkfac.kfac(program, nn.MSELoss(reduction="sum"), (x, y), backend=backend)
+        A = found["0.weight"].A[:-1, :-1]
+        assert_close(A, 2 * rows.mT @ rows, 1e-10)
 
 
 class Branches(nn.Module):
@@ -205,11 +227,12 @@ def test_where_sums_are_inside():
         found.hold = hold
         return found
 
-    assert pays(sink(190), cpu)
-    assert not pays(sink(191), cpu)  # with the column of the bias, two strips of a triangle
-    assert pays(sink(191), gpu)
-    assert not pays(sink(4, hold=True), gpu)
-    assert not pays(sink(4, mask=torch.ones(4, 1)), gpu)
+    assert is_open(sink(190).schedule, cpu)
+    assert not is_open(sink(191).schedule, cpu)  # with the bias, two strips of a triangle
+    assert is_open(sink(191).schedule, gpu)
+    assert is_fixed(sink(191))
+    assert not is_fixed(sink(4, hold=True))
+    assert not is_fixed(sink(4, mask=torch.ones(4, 1)))
 
 
 @needs_compiler
@@ -224,6 +247,7 @@ def test_linear_layers_dropout_and_batches_of_two_sizes():
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_convolutions():
     def make():
         first, second = nn.Conv2d(4, 6, 3, padding=1), nn.Conv2d(6, 4, 3, stride=2, groups=2)
@@ -231,6 +255,26 @@ def test_convolutions():
 
     x = rand(4, 4, 6, 6)
     compare(fxkfac.trace(seeded(make), x), CE, (x, classes(4)), 1e-10)
+
+
+class Wide(nn.Module):
+    """Patches and rows that are wider than a strip, and few rows that wait."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.rows = nn.Conv2d(24, 4, 3, padding=1), nn.Linear(36, 200)
+        self.head = nn.Linear(200, 3)
+
+    def forward(self, x):
+        return self.head(self.rows(self.conv(x).tanh().flatten(2)).relu().mean(1))
+
+
+@needs_compiler
+def test_wide_layers():
+    x = rand(128, 24, 6, 6)
+    program, y = fxkfac.trace(seeded(Wide), x), classes(128)
+    assert not is_open(fxkfac.Accumulation(program, CE).over.schedule, x.device)
+    compare(program, CE, [(x, y), (x.flip(0), y)], 1e-10, FLAVOURS[:1])
 
 
 @needs_compiler
