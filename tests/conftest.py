@@ -9,7 +9,7 @@ settings.load_profile("fxkfac")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--random-models", type=int, default=40, help="how many random models to draw")
+    parser.addoption("--random-models", type=int, default=25, help="how many random models to draw")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -15,6 +15,7 @@ from devices import (
     on_the_cpu,
     traced,
 )
+from quick import one_in, quick
 from zoo import ZOO
 
 import fxkfac
@@ -27,7 +28,7 @@ def meta() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("name", CAPABILITIES)
+@pytest.mark.parametrize("name", quick(CAPABILITIES, one_in(2)))
 def test_the_default_device_is_left_alone(name: str, meta: None) -> None:
     with torch.device("cpu"):
         model, data, expected = network(), digits_like(), on_the_cpu(name)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from quick import quick
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -21,6 +22,7 @@ import fxkfac
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.slow  # and `make demo`
 def test_quickstart(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "examples" / "quickstart.py"), "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -103,7 +105,7 @@ class Flops(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("key", ["digits", "text"])
+@pytest.mark.parametrize("key", quick(["digits", "text"], "digits".__eq__))
 def test_a_step_of_training_costs_less_than_the_steps_that_it_saves(
     training: dict[str, Any], key: str
 ) -> None:
@@ -120,6 +122,7 @@ def test_a_step_of_training_costs_less_than_the_steps_that_it_saves(
     assert 1 < flops["KFAC"] / flops["Adam"] < 2
 
 
+@pytest.mark.slow
 def test_tuning(training: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     task = replace(training["TASKS"]["text"], steps=6)
     for name in ("KFAC", "Adam"):

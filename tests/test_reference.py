@@ -74,7 +74,7 @@ def test_forty_models_of_the_zoo_have_a_reference():
 
 
 # Models that no other test has, and some of the zoo.
-NAMES = quick(CASES, lambda name: not name.startswith("zoo.") or one_in(8)(name))
+NAMES = quick(CASES, lambda name: not name.startswith("zoo.") or one_in(16)(name))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -85,6 +85,7 @@ def test_nothing_of_the_users_changes(name):
     assert not any(p.grad is not None for p in at.case.model.parameters())
 
 
+@pytest.mark.slow
 def test_a_matrix_of_comparisons_is_coupled():
     """No part of CLIP's prediction is one datum's own: exact blocks are refused, factors go."""
     at = traced("clip")

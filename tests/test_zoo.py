@@ -26,7 +26,7 @@ PLAIN = {name: e for name, e in RIGHT.items() if not e.coupled and not e.random}
 
 
 def entries(chosen: Mapping[str, Entry]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("name", quick(chosen, one_in(6)))
+    return pytest.mark.parametrize("name", quick(chosen, one_in(9)))
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
-"""Sums of A and B inside of compiled code, so that nothing is between it and the next batch.
+"""Sums of A and B inside of compiled code, which then lets inputs go as soon as it has summed them.
 
-A collector is recorded with the graph that it listens to; the compiled code then returns what its
-sums are made of. On a GPU, where calls are what takes time, and for narrow layers, these are whole
-matrices, and made of operations that are compiled. For wide layers on a CPU each product is one
-opaque operation, which takes one triangle, and little that is compiled would be faster.
+A collector is recorded with the graph that it listens to, and the code returns what its sums are
+made of. On a GPU, where calls are what takes time, and for narrow layers, these are matrices, and
+their products are compiled like all else. For wide layers on a CPU each product is one opaque
+operation, which takes one triangle, as it is taken without compilation.
 """
 
 from __future__ import annotations

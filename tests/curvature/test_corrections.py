@@ -573,7 +573,7 @@ PLAIN = {
 REFUSED = {"overlapping"}  # a weight is used in parts that have some entries in common
 
 
-@pytest.mark.parametrize("name", quick(PLAIN, one_in(8)))
+@pytest.mark.parametrize("name", quick(PLAIN, one_in(16)))
 def test_never_farther_than_kfac_in_the_zoo(name):
     entry = PLAIN[name]
     model, params = entry.build()

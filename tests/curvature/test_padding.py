@@ -3,6 +3,7 @@
 import pytest
 import torch
 from drawn import classes, rand, seeded
+from quick import quick
 from torch import nn
 
 import fxkfac
@@ -113,7 +114,7 @@ LENGTHS = (3, 5, 2, 4)
 
 
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
-@pytest.mark.parametrize("fisher", ["type-2", "empirical"])
+@pytest.mark.parametrize("fisher", quick(["type-2", "empirical"], "type-2".__eq__))
 def test_rows_that_no_loss_term_can_see_follow_from_ignore_index(fisher, sharing):
     """Padded behind, with a first token that has no target: as if each datum had its own length."""
     tokens, labels = classes(N, T, C=7), classes(N, T, C=7, seed=2)

@@ -112,9 +112,11 @@ def lengths_of_the_data(m: Any, x: Tensor, lengths: Tensor) -> Tensor:
     return last(m, x, is_real.sum(1).long().cpu())
 
 
+STYLES = (two_in_a_row, shorter, written_in_place, a_learned_state, lengths_of_the_data)
+
+
 @pytest.mark.parametrize(
-    "forward",
-    [two_in_a_row, shorter, written_in_place, a_learned_state, lengths_of_the_data],
+    "forward", quick(STYLES, lambda style: style in (two_in_a_row, lengths_of_the_data))
 )
 def test_styles(forward):
     model = made(forward, second=nn.GRU(3, 3), state=(2, 1, 1, 3))
