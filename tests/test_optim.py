@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fxkfac
+from fxkfac import Program
 from fxkfac.errors import DataError, FxkfacError, OptionError, ParameterError, UnknownParameter
 from fxkfac.optim import KFAC, Preconditioner
 from fxkfac.optim.policies import next_damping
@@ -842,6 +843,11 @@ def test_a_group_that_is_added_later_is_refused() -> None:
         optimizer.add_param_group({"params": [("more", nn.Parameter(torch.ones(2)))]})
 
 
+@pytest.fixture(scope="module")
+def traced_mlp() -> Program:
+    return fxkfac.trace(mlp(), batch()[0])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -871,10 +877,11 @@ def test_a_group_that_is_added_later_is_refused() -> None:
         ),
     ],
 )
-def test_options_out_of_their_range_are_named(options: dict[str, Any], message: str) -> None:
-    program = fxkfac.trace(mlp(), batch()[0])
+def test_options_out_of_their_range_are_named(
+    traced_mlp: Program, options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(OptionError, match=message):
-        KFAC(program, CE, **{"lr": 0.1, **options})
+        KFAC(traced_mlp, CE, **{"lr": 0.1, **options})
 
 
 def test_a_group_of_unknown_parameters_is_refused() -> None:

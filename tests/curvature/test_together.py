@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from drawn import classes, rand
 from torch import nn
 
 import fxkfac
@@ -13,10 +14,6 @@ from fxkfac.errors import OptionError
 F64 = torch.float64
 CE = nn.CrossEntropyLoss()
 SIZES = [0, 1, 7, 2**10, 2**40]
-
-
-def rand(*shape, seed=0):
-    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
 
 
 def seeded(make):
@@ -173,12 +170,12 @@ def test_labels_do_not_depend_on_it(problem):
     )
 
 
-@pytest.mark.parametrize("memory", [-1, 1.5, True, "1GB"])
-def test_what_is_no_number_of_bytes(problem, memory):
-    model, data = problem
-    program = fxkfac.trace(model, data[0])
-    with pytest.raises(OptionError, match="number of bytes"):
-        fxkfac.kfac(program, CE, data, memory=memory)
+def test_what_is_no_number_of_bytes():
+    x = rand(4, 3)
+    program = fxkfac.trace(nn.Linear(3, 2).double(), x)
+    for memory in (-1, 1.5, True, "1GB"):
+        with pytest.raises(OptionError, match="number of bytes"):
+            fxkfac.kfac(program, CE, (x, classes(4, C=2)), memory=memory)
 
 
 def test_chunks():
