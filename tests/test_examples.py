@@ -151,6 +151,7 @@ def test_influence(tmp_path: Path) -> None:
     assert (tmp_path / "influence.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_influence_of_tokens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -214,6 +215,7 @@ def test_laplace_beside_posteriors(capsys: pytest.CaptureFixture[str]) -> None:
         assert abs(spread.mean().item() - 1) < 0.1
 
 
+@pytest.mark.slow
 def test_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     example = runpy.run_path(str(ROOT / "examples" / "figures.py"))
     example["rosenbrock"](tmp_path / "rosenbrock.svg", points=20)
