@@ -134,7 +134,7 @@ class _Compiled:
         self.batch.require_fit(self.run.prediction)
 
     def send_back(self, vectors: Iterable[Tensor]) -> None:
-        if self.code.backward.gives:
+        if self.code.hears:
             for vector in vectors:
                 found = self.code.send_back(self.values, vector)
                 if self.sink is None:

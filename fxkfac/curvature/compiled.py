@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
 
 from fxkfac.curvature.collect import Collector
 from fxkfac.curvature.inside import GradientPieces, InputPieces, recording
@@ -58,6 +59,11 @@ class Compiled:
     later: tuple[str, ...]
     outputs: tuple[Tensor, ...]
     layout: Kind
+
+    @property
+    def hears(self) -> bool:
+        """Whether anything of a vector arrives, which may be the vector itself."""
+        return any(isinstance(name, str) for name in pytree.tree_leaves(self.taps))
 
     def run(self, tensors: Iterable[Tensor]) -> Values:
         """Run forwards on parameters, buffers and data."""
