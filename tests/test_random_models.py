@@ -1,6 +1,6 @@
 """Random models: the gradients from the taps are autograd's, or the model is refused by name.
 
-40 models, the same in every run; `pytest tests/test_random_models.py --random-models=3000` for
+25 models, the same in every run; `pytest tests/test_random_models.py --random-models=3000` for
 more, and `--hypothesis-show-statistics` for what became of them.
 """
 

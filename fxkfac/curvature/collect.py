@@ -54,7 +54,7 @@ class Collector(Receiver):
     _waiting: list[tuple[Use, Input, Tensor]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.inputs = [InputSums(kind=self.moment) for _ in self.schedule.terms]
+        self.inputs = [InputSums(moment=self.moment) for _ in self.schedule.terms]
         if not self.hold:
             self.inputs = [self.inputs[k] for k in self.schedule.same_input]
         self.outputs = [self.moment() for _ in self.schedule.terms]

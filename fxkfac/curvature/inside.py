@@ -23,7 +23,7 @@ from fxkfac.curvature.padding import Padding
 from fxkfac.curvature.plan import Scales
 from fxkfac.curvature.receive import Receiver
 from fxkfac.curvature.schedule import Schedule
-from fxkfac.linalg import Gram, opaque_gram, opaque_patch_gram, strip
+from fxkfac.linalg import Gram, in_front, opaque_gram, opaque_patch_gram, strip
 
 Nested = TypeVar("Nested")
 
@@ -64,9 +64,8 @@ class Piece(NamedTuple):
         """The moment, which uses up the tensors."""
         gram = None
         if self.total is not None:
-            d = self.total.shape[-1] - len(self.scales)
-            whole = d if self.whole is None else int(self.whole)
-            gram = Gram(self.total[:, :d, :d], is_empty=False, whole=whole)
+            whole = 0 if self.whole is None else int(self.whole)
+            gram = Gram(in_front(self.total, len(self.scales)), is_empty=False, whole=whole)
         return Moment(self.scales, self.total, gram, self.sums, self.number, list(self.waiting))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from fxkfac.curvature.images import Image
 from fxkfac.curvature.plan import Scales
 from fxkfac.curvature.sharing import accurate_dtype
-from fxkfac.linalg import Gram, add_gram, add_patch_gram, patch_sums
+from fxkfac.linalg import Gram, add_gram, add_patch_gram, in_front, patch_sums
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -147,7 +147,7 @@ class Moment:
         if self.gram is None:
             size = d + len(self.scales)
             self.total = like.new_empty(groups, size, size, dtype=accurate_dtype(like))
-            self.gram = Gram(self.total[:, :d, :d])
+            self.gram = Gram(in_front(self.total, len(self.scales)))
         return self.gram
 
 
@@ -166,17 +166,17 @@ class InputSums:
             rest of x̃, which is the same for all of these rows.
         counts: In the place of moments, how often each one-hot row occurs.
         rows: Number of rows; (group,) where groups have rows of their own.
-        kind: Of moments.
+        moment: In what rows are summed.
     """
 
     moments: dict[Scales, Moment] = field(default_factory=dict)
     counts: Tensor | None = None
     rows: int | Tensor = 0
-    kind: type[Moment] = Moment
+    moment: type[Moment] = Moment
 
     def of(self, scales: Scales) -> Moment:
         """The moment of rows with these scales."""
-        return self.moments.setdefault(scales, self.kind(scales))
+        return self.moments.setdefault(scales, self.moment(scales))
 
     def merge(self, other: InputSums) -> None:
         """Add what another one has; the other one is used up."""

@@ -90,6 +90,12 @@ class Gram:
         return beta
 
 
+def in_front(total: Float[Tensor, "group wider wider"], border: int) -> Float[Tensor, "group d d"]:
+    """What is in front of so many last rows and columns."""
+    d = total.shape[-1] - border
+    return total[:, :d, :d]
+
+
 def add_gram(gram: Gram, x: Float[Tensor, "group *rows d"]) -> None:
     """Add Σ_rows x xᵀ, in place.
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from fxkfac.linalg.gram import Gram, add_gram
+from fxkfac.linalg.gram import Gram, add_gram, in_front
 from fxkfac.linalg.patches import add_patch_gram
 from fxkfac.linalg.windows import Windows
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 
-class Opaque(NamedTuple):
+class OpaqueSum(NamedTuple):
     """A sum that one operation of a graph has taken.
 
     Attributes:
@@ -33,16 +33,17 @@ class Opaque(NamedTuple):
     whole: Int[Tensor, ""]
 
 
-def opaque_gram(x: Float[Tensor, "group *rows d"], border: int) -> Opaque:
+def opaque_gram(x: Float[Tensor, "group *rows d"], border: int) -> OpaqueSum:
     """Σ_rows x xᵀ for every group, with room for so many further rows and columns."""
-    return Opaque(*torch.ops.fxkfac.gram(x, border))
+    return OpaqueSum(*torch.ops.fxkfac.gram(x, border))
 
 
 def opaque_patch_gram(
     image: Float[Tensor, "batch channels *space"], windows: Windows, border: int
-) -> Opaque:
+) -> OpaqueSum:
     """The same for the patches of an image."""
-    return Opaque(*torch.ops.fxkfac.patch_gram(image, windows.numbers(), windows.groups, border))
+    found = torch.ops.fxkfac.patch_gram(image, windows.numbers(), windows.groups, border)
+    return OpaqueSum(*found)
 
 
 torch.library.define("fxkfac::gram", "(Tensor x, int border) -> (Tensor, Tensor)")
@@ -60,7 +61,7 @@ def _gram_shape(x: Tensor, border: int) -> tuple[Tensor, Tensor]:
 @torch.library.impl("fxkfac::gram", "cpu")
 def _gram(x: Tensor, border: int) -> tuple[Tensor, Tensor]:
     total, _ = _gram_shape(x, border)
-    gram = _in_front(total, border)
+    gram = Gram(in_front(total, border))
     add_gram(gram, x)
     return _summed(total, gram)
 
@@ -79,18 +80,13 @@ def _patch_gram(
     image: Tensor, windows: list[int], groups: int, border: int
 ) -> tuple[Tensor, Tensor]:
     total, _ = _patch_gram_shape(image, windows, groups, border)
-    gram = _in_front(total, border)
+    gram = Gram(in_front(total, border))
     add_patch_gram(gram, image, Windows.of(windows, image.ndim - 2, groups))
     return _summed(total, gram)
 
 
 def _room(x: Tensor, groups: int, d: int) -> Tensor:
     return x.new_empty(groups, d, d)
-
-
-def _in_front(total: Tensor, border: int) -> Gram:
-    d = total.shape[-1] - border
-    return Gram(total[:, :d, :d])
 
 
 def _summed(total: Tensor, gram: Gram) -> tuple[Tensor, Tensor]:

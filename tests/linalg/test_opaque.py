@@ -8,7 +8,7 @@ from drawn import rand
 from linalg.grams import patch_gram_of
 from torch import Tensor
 
-from fxkfac.linalg import Gram, Windows, opaque_gram, opaque_patch_gram
+from fxkfac.linalg import Gram, Windows, in_front, opaque_gram, opaque_patch_gram
 
 ASKED = ("test_schema", "test_faketensor")
 
@@ -35,8 +35,7 @@ IMAGES = {
 
 
 def matrix(total: Tensor, whole: Tensor, border: int) -> Tensor:
-    d = total.shape[-1] - border
-    return Gram(total[:, :d, :d], is_empty=False, whole=int(whole)).matrix()
+    return Gram(in_front(total, border), is_empty=False, whole=int(whole)).matrix()
 
 
 @pytest.mark.parametrize(("x", "border"), ROWS.values(), ids=ROWS)
