@@ -32,6 +32,7 @@ from fxkfac.graph.custom import whole_functions
 from fxkfac.graph.dependence import reach_output
 from fxkfac.graph.digits import lowest
 from fxkfac.graph.packed import packing
+from fxkfac.graph.pure import is_functional
 from fxkfac.graph.recurrence import FUSED
 from fxkfac.graph.signature import Signature
 from fxkfac.graph.source import is_foreign
@@ -109,7 +110,8 @@ def by_export(bound: FunctionalModel, signature: Signature, tensors: list[Tensor
     callee = _Callee(bound, signature)
     with in_place_of({}, callee):  # export, too, leaves its own objects in a shared module
         program = export(callee, (params, tensors), dynamic_shapes=dynamic)
-    program = program.run_decompositions({})
+    if not is_functional(program.graph_module.graph):
+        program = program.run_decompositions({})
     for node in program.graph_module.graph.nodes:
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             raise Refusal(f"the graph keeps a sub-graph, {node.target}")

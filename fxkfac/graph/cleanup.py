@@ -18,6 +18,7 @@ from fxkfac.graph.custom import Whole
 from fxkfac.graph.decompositions import decompose
 from fxkfac.graph.dependence import length
 from fxkfac.graph.merge import drop_zeros, merge_common
+from fxkfac.graph.pure import is_idle
 from fxkfac.graph.real import CheckedLengths, RealRows, checked_lengths, real_rows
 
 aten = torch.ops.aten
@@ -78,7 +79,7 @@ def rebuild(
             copies[node] = _constant(graph, root, _attribute(module, str(node.target)))
         elif node.target in ASSERTIONS or node.op == "output":
             continue
-        elif node.target is aten.alias.default or (saved_detach and _is_saved(node)):
+        elif _is_what_it_is_given(node) or (saved_detach and _is_saved(node)):
             copies[node] = copies[node.all_input_nodes[0]]
         else:
             copies[node] = _copy(graph, node, copies, stop=saved_detach and _stops(node))
@@ -89,6 +90,10 @@ def rebuild(
     merge_common(graph)
     graph.eliminate_dead_code()
     return GraphModule(root, graph)
+
+
+def _is_what_it_is_given(node: Node) -> bool:
+    return node.target is aten.alias.default or is_idle(node)
 
 
 def _placeholder(

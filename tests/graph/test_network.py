@@ -85,7 +85,7 @@ def test_tied_weight_is_one_parameter_with_two_uses():
 def test_views_are_on_the_edge_and_are_no_nodes():
     network = functional().to_networkx()
     ((_, _, edge),) = [use for use in uses(network) if use[0] == "second.w"]
-    assert edge["view"] == "permute"
+    assert edge["view"] == "T"
     assert all(q["op"] != "permute" for q in of_kind(network, "quiet").values())
 
 
@@ -178,7 +178,7 @@ def test_network_is_written_as_graphml_and_read_back(build, tmp_path):
 
 def test_chain_of_quiet_ops_is_folded_into_one():
     network = folded(cnn().to_networkx())
-    assert [q["ops"] for q in of_kind(network, "quiet").values()] == ["relu · max_pool2d · reshape"]
+    assert [q["ops"] for q in of_kind(network, "quiet").values()] == ["relu · max_pool2d · flatten"]
 
 
 def test_folding_keeps_every_way_between_the_other_nodes():

@@ -13,7 +13,10 @@ from typing import Any
 import networkx as nx
 
 # What only moves entries about.
-LAYOUT = {"reshape", "view", "transpose", "permute", "t", "slice", "expand", "squeeze", "unsqueeze"}
+MOVES = ["transpose", "permute", "movedim", "t", "mT", "numpy_T", "contiguous"]
+SHAPES = ["reshape", "view", "flatten", "unflatten", "squeeze", "unsqueeze"]
+PARTS = ["slice", "narrow", "expand"]
+LAYOUT = {*MOVES, *SHAPES, *PARTS}
 
 
 def relevant(network: nx.MultiDiGraph) -> nx.MultiDiGraph:
