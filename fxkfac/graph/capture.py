@@ -184,7 +184,9 @@ def by_make_fx(mode: str) -> Callable[[FunctionalModel, Signature, list[Tensor]]
         with (
             fx_traceback.preserve_node_meta(),
             whole_functions(_marked_here),
-            torch.backends.cudnn.flags(enabled=False),  # which has whole recurrent nets as one op
+            # Both have whole recurrent nets as one op.
+            torch.backends.cudnn.flags(enabled=False),
+            torch.backends.mkldnn.flags(enabled=False),
         ):
             module = make_fx(flat, FUSED, tracing_mode=mode)(*example)  # type: ignore[arg-type]
             if _mutates(module):

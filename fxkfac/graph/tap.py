@@ -139,6 +139,8 @@ def without_dropout(module: GraphModule) -> GraphModule:
             graph.erase_node(node)
         elif node.target is aten.native_dropout.default:
             node.args = (*node.args[:2], False)
+        elif node.target is aten.bernoulli.p:  # in a stack of recurrent layers; its mean is 1 − p
+            node.target = aten.full_like.default
         elif node.target is aten.scaled_dot_product_attention.default and len(node.args) > 4:
             node.args = (*node.args[:4], 0.0, *node.args[5:])
     return GraphModule(module, graph)
