@@ -68,7 +68,7 @@ class Reader:
 
     def _forward(self, inputs: Any, targets: Any, where: str) -> _Ran:
         try:
-            tapped, tensors = self.program.at(inputs)
+            tapped, tensors = self.program.at(inputs, self.state)
         except DataError as error:
             raise DataError(f"{where}: {error}") from None
         schedule = schedule_of(

@@ -164,7 +164,7 @@ class Pass(ABC, Generic[Sink, Total]):
     def _sums(self, inputs: Any, targets: Any, number: int) -> Total:
         likelihood = self.likelihood
         with _named(number):
-            tapped, tensors = self.program.at(inputs)
+            tapped, tensors = self.program.at(inputs, self.state)
         schedule = self._schedule(tapped)
         n = self.program.signature.batch_size(tensors)
         given = None if self.mask is None else read_mask(self.mask, inputs, targets, n)
@@ -173,9 +173,9 @@ class Pass(ABC, Generic[Sink, Total]):
         sink = self.sink(schedule, padding, memory, targets)
         with _named(number):
             ran = self._forward(self._batch(tapped, tensors, targets, sink))
-        run, prediction = ran.run, ran.run.prediction.detach()
-        require_finite_prediction(prediction, number)
-        ran.require_fit()
+            run, prediction = ran.run, ran.run.prediction.detach()
+            require_finite_prediction(prediction, number)
+            ran.require_fit()
         if sink.hold:
             padding.ignored = ignored_positions(likelihood, run, targets)
         vectors = partial(self._vectors, run, targets)

@@ -5,7 +5,8 @@ G_{n,c} = ∂ ⟨▲_{n,c}, f_n⟩ / ∂θ,   diag C = R Σ_n Σ_c G²,   C = R 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -13,12 +14,28 @@ from torch.func import grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fxkfac.curvature.perdatum import zero_moment
-from fxkfac.errors import BatchAxisError, FxkfacError
+from fxkfac.errors import BatchAxisError, FxkfacError, UnsupportedUse, first_line
 from fxkfac.functional import Inputs
 from fxkfac.graph.capture import Captured
 from fxkfac.graph.digits import tolerance
 from fxkfac.graph.program import Program, Run
 from fxkfac.graph.verify import relative_error
+
+
+@contextmanager
+def _all_at_once(names: Iterable[str]) -> Iterator[None]:
+    """Name what cannot be had where an op knows no data beside each other."""
+    try:
+        yield
+    except RuntimeError as error:
+        said = first_line(error)
+        if "vmap" not in said and "atching rule" not in said:
+            raise
+        raise UnsupportedUse(
+            f"the exact blocks of {sorted(names)[:4]} take each datum's own gradient, of all data "
+            f"at once, and an op of the model has no rule for that: {said} Expected ops that have "
+            "one. Leave these parameters out: trace with structure='skip' for them."
+        ) from error
 
 
 @sdpa_kernel(SDPBackend.MATH)  # vmap would run the fused attention datum by datum, and say so
@@ -43,6 +60,7 @@ def gradient_moments(
     Raises:
         BatchAxisError: The data are coupled, as by batch norm in train mode, so that no gradient
             is one datum's own.
+        UnsupportedUse: An op has no rule for the gradients of all data at once.
     """
     signature = program.signature.with_constants(inputs)
     data, axes = [t.detach() for t in signature.tensors(inputs)], signature.axes
@@ -56,25 +74,25 @@ def gradient_moments(
         return prediction.flatten()
 
     chosen = {name: state[name] for name in structures}
-    in_dims = (None, *axes)
-    alone = vmap(of_one, in_dims, randomness="same")(chosen, *data)
+    total = {
+        name: zero_moment(state[name].shape, kind, state[name]) for name, kind in structures.items()
+    }
     own = by_datum(run, run.prediction.detach())
-    if relative_error(alone, own) > tolerance(own, run.tapped.captured.lowest):
-        raise BatchAxisError(f"a datum by itself gives another prediction {COUPLED}")
     per_datum = vmap(
         grad(lambda p, v, *datum: (of_one(p, *datum) * v).sum()),
         (None, 0, *axes),
         randomness="same",
     )
-    total = {
-        name: zero_moment(state[name].shape, kind, state[name]) for name, kind in structures.items()
-    }
-    for vector in vectors:
-        gradients = per_datum(chosen, by_datum(run, vector), *data)
-        for name, kind in structures.items():
-            G = gradients[name].reshape(len(gradients[name]), -1).to(total[name].dtype)
-            moment = G.mT @ G if kind == "dense" else G.square().sum(0).view(state[name].shape)
-            total[name] = total[name] + moment
+    with _all_at_once(structures):
+        alone = vmap(of_one, (None, *axes), randomness="same")(chosen, *data)
+        if relative_error(alone, own) > tolerance(own, run.tapped.captured.lowest):
+            raise BatchAxisError(f"a datum by itself gives another prediction {COUPLED}")
+        for vector in vectors:
+            gradients = per_datum(chosen, by_datum(run, vector), *data)
+            for name, kind in structures.items():
+                G = gradients[name].reshape(len(gradients[name]), -1).to(total[name].dtype)
+                moment = G.mT @ G if kind == "dense" else G.square().sum(0).view_as(total[name])
+                total[name] = total[name] + moment
     return total
 
 

@@ -13,7 +13,7 @@ from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from fxkfac.errors import FxkfacError
+from fxkfac.errors import FxkfacError, first_line
 from fxkfac.graph.quiet import quietly
 
 EAGER = "Use backend='eager'."
@@ -74,11 +74,23 @@ def part_of(joint: GraphModule, results: Any, inside: set[Node], replays: bool =
     Args:
         joint: The graph.
         results: Nodes, nested in whatever way.
-        inside: What the part may compute; beside these only views of what it is given.
+        inside: What the part may compute; beside these only views of what it is given. What draws
+            random numbers is computed in any case: those that come after are drawn after it.
         replays: As of `Part`.
     """
     given = [n for n in nodes_in(results) if n in inside and n.op != "placeholder"]
-    needed, reads, open_ = set(), set(), list(given)
+    needed, reads = _needed(given, inside)
+    if draws := [n for n in joint.graph.nodes if n in inside - needed and _draws(n)]:
+        given += [_first(joint.graph, n) for n in draws]
+        needed, reads = _needed(given, inside | set(given))
+    order = [n for n in joint.graph.nodes if n in reads]
+    module = _extract(joint, order, needed, given)
+    return Part(tuple(n.name for n in order), tuple(n.name for n in given), module, replays)
+
+
+def _needed(given: list[Node], inside: set[Node]) -> tuple[set[Node], set[Node]]:
+    """What is computed for some results, and what is read for it."""
+    needed, reads, open_ = set[Node](), set[Node](), list(given)
     while open_:
         node = open_.pop()
         if node in needed or node in reads:
@@ -88,9 +100,20 @@ def part_of(joint: GraphModule, results: Any, inside: set[Node], replays: bool =
             open_ += node.all_input_nodes
         else:
             reads.add(node)
-    order = [n for n in joint.graph.nodes if n in reads]
-    module = _extract(joint, order, needed, given)
-    return Part(tuple(n.name for n in order), tuple(n.name for n in given), module, replays)
+    return needed, reads
+
+
+def _draws(node: Node) -> bool:
+    is_op = isinstance(node.target, OpOverload)
+    return is_op and torch.Tag.nondeterministic_seeded in node.target.tags  # type: ignore[union-attr]
+
+
+def _first(graph: Graph, node: Node) -> Node:
+    """A tensor of what a node gives."""
+    if isinstance(node.meta["val"], Tensor):
+        return node
+    with graph.inserting_after(node):
+        return graph.call_function(operator.getitem, (node, 0))
 
 
 def _extract(
@@ -140,8 +163,3 @@ def _not_compiled(error: Exception) -> FxkfacError:
             "backend='eager'."
         )
     return FxkfacError(f"backend='inductor' cannot compile: {first_line(error)} {EAGER}")
-
-
-def first_line(error: Exception) -> str:
-    """What an error of torch's says before it goes into details."""
-    return f"{type(error).__name__} {error}".split("\n")[0].rstrip(".") + "."

@@ -14,8 +14,8 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from fxkfac.curvature.parts import EAGER, first_line
-from fxkfac.errors import OptionError
+from fxkfac.curvature.parts import EAGER
+from fxkfac.errors import FxkfacError, OptionError, first_line
 from fxkfac.graph.program import Tapped
 from fxkfac.graph.quiet import quietly
 from fxkfac.graph.tap import Taps
@@ -48,6 +48,8 @@ def traceable() -> Iterator[None]:
     """Raise `OptionError` for whatever ops say when they meet tensors without values."""
     try:
         yield
+    except FxkfacError:
+        raise
     except Exception as error:
         raise OptionError(
             "backend='inductor' cannot trace this graph without the values of its tensors, on "

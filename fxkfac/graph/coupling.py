@@ -92,14 +92,16 @@ def coupling(
     if n < 2:
         return Coupling(coupled=False)
     as_it_is, changed = (_Changed(layouts, n, generator) for layouts in ({}, _layouts(uses)))
-    before = _Split.of(run(data, as_it_is), at, n)
-    by_other = _Split.of(run(replaced, as_it_is), at, n)
-    if before.couples(by_other, lowest):
+    f, other_f = run(data, as_it_is), run(replaced, as_it_is)
+    before = _Split.of(f, at, n)
+    # Where values say how many rows a datum has, another one may have more.
+    by_other = _Split.of(other_f, at, n) if other_f.shape == f.shape else None
+    if by_other is not None and before.couples(by_other, lowest):
         return Coupling(coupled=True)
     by_taps = _Split.of(run(data, changed), at, n)
     if before.couples(by_taps, lowest):
         return Coupling(coupled=True)
-    if before.differs(by_other):
+    if by_other is not None and before.differs(by_other):
         return Coupling(coupled=False)
     seen = before.differs(by_taps) and not _is_around(graph, changed.places, len(data))
     return Coupling(coupled=False, known=seen)

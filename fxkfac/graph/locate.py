@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Generator, Tensor
@@ -21,6 +22,7 @@ from fxkfac.graph.normal import Input, OneHotRows, normal_x, normal_y
 from fxkfac.graph.tap import Taps
 
 Layout = tuple[int, int, int]  # axis, outer, inner
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -58,11 +60,12 @@ def locate(
     run: Callable[[list[Tensor], Taps], Tensor],
     permute: Callable[[list[Tensor], Tensor], list[Tensor]],
     data: list[Tensor],
-    n: int,
+    order: Tensor,
     uses: Sequence[Use],
     generator: Generator,
     lowest: torch.dtype,
-    longer: Callable[[], Sequence[int] | None],
+    longer: Callable[[], Sequence[int] | None] | None,
+    known: Layout | None = None,
 ) -> Located:
     """Find the batch axis of the prediction and of every use.
 
@@ -70,20 +73,23 @@ def locate(
         run: The graph.
         permute: Puts data into another order.
         data: The data.
-        n: How many they are.
-        uses: The uses, tapped.
+        order: The other one.
+        uses: The uses, tapped; a batch axis that one has is kept if it explains the experiment.
         generator: For the cotangent.
         lowest: The dtype with the fewest digits of what the graph computes.
-        longer: The shape of the prediction for a datum more, if that can be told.
+        longer: The shape of the prediction for a datum more, if that can be told; without, a layout
+            that is not the only one is none.
+        known: A layout of the prediction that is kept if it explains the experiment.
 
     Raises:
         BatchAxisError: The prediction is the same in any order of the data, and more than one
             layout explains that.
     """
-    other = Reordered(n, torch.arange(n, device="cpu").roll(1), lowest)
+    n = len(order)
+    other = Reordered(n, order, lowest)
     first, second = Taps(), Taps()
     f, permuted_f = run(data, first), run(permute(data, other.order), second)
-    at = _of_prediction(f.detach(), permuted_f.detach(), other, longer)
+    at = _of_prediction(f.detach(), permuted_f.detach(), other, longer, known)
     if at is None:  # a cotangent that goes wherever the entries of the prediction go
         cotangent, turned = f.detach().cos(), permuted_f.detach().cos()
     else:
@@ -108,14 +114,22 @@ def locate(
 
 
 def _of_prediction(
-    f: Tensor, permuted_f: Tensor, other: Reordered, longer: Callable[[], Sequence[int] | None]
+    f: Tensor,
+    permuted_f: Tensor,
+    other: Reordered,
+    longer: Callable[[], Sequence[int] | None] | None,
+    known: Layout | None,
 ) -> Layout | None:
     """The layout of the prediction.
 
     Where the data are alike, their order tells nothing. Then it is an axis that is longer for a
     datum more, and all of it.
     """
+    if f.shape != permuted_f.shape:
+        return None
     fits = _fits([(f, permuted_f)], other)
+    if longer is None:
+        return _one_of(list(fits), known, other.n)
     first = next(fits, None)
     if first is None or other.n < 2 or not close(f, permuted_f, other.lowest):
         return first
@@ -165,11 +179,15 @@ def _batch_axis(
         pairs.append((_by_rows(x[0].detach()), _by_rows(x[1].detach())))
     elif isinstance(x[0], OneHotRows) and isinstance(x[1], OneHotRows):
         pairs.append((x[0].indices.unsqueeze(-1), x[1].indices.unsqueeze(-1)))
-    found = list(_fits(pairs, other, axes=len(rows)))
-    if not found or (len(found) > 1 and other.n > 1):
-        return None
-    axis, outer, inner = found[0]
-    return BatchAxis(rows[axis], outer, inner)
+    found = [BatchAxis(rows[a], o, i) for a, o, i in _fits(pairs, other, axes=len(rows))]
+    return _one_of(found, use.batch, other.n)
+
+
+def _one_of(found: list[T], known: T | None, n: int) -> T | None:
+    """What was known, if it was found again; else the only one. A single datum has all rows."""
+    if known in found:
+        return known
+    return found[0] if len(found) == 1 or (found and n == 1) else None
 
 
 def _by_rows(t: Tensor) -> Tensor:

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from fxkfac.errors import CaptureError
 from fxkfac.functional import FunctionalModel, Inputs, Params
+from fxkfac.graph.by_values import located_again
 from fxkfac.graph.capture import Captured
-from fxkfac.graph.constructs import require_own_gradients
+from fxkfac.graph.constructs import require_gradients_on, require_own_gradients
 from fxkfac.graph.coverage import Coverage, coverage
 from fxkfac.graph.ir import Use
 from fxkfac.graph.locate import Layout
 from fxkfac.graph.match import Unsupported
+from fxkfac.graph.quiet import quietly
 from fxkfac.graph.signature import Signature, require_finite
 from fxkfac.graph.structure import Choice, Structures
 from fxkfac.graph.table import program_table
@@ -46,6 +47,7 @@ class Tapped:
         refusals: Front ends that were tried before, and why they did not do.
         coupled: Whether one datum's prediction depends on the others'.
         alike: Whether that is not known, since the data of the example are alike.
+        by_values: Whether values of the data say where each datum is; see `located_again`.
         derived: For every weight that is computed from parameters, its node and shape.
         memo: What others have made of this graph, which lives as long as it does.
     """
@@ -60,6 +62,7 @@ class Tapped:
     refusals: Mapping[str, str] = field(default_factory=dict)
     coupled: bool = False
     alike: bool = False
+    by_values: bool = False
     derived: Mapping[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
     memo: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
@@ -176,18 +179,29 @@ class Program:
         return {name: torch.Size(shape).numel() for name, shape in self.shapes.items()}
 
     @full_precision()
-    def at(self, inputs: Inputs) -> tuple[Tapped, list[Tensor]]:
+    def at(
+        self, inputs: Inputs, state: Mapping[str, Tensor] | None = None
+    ) -> tuple[Tapped, list[Tensor]]:
         """The tapped graph for these inputs, and their tensors; compiled where it is new.
 
         Args:
             inputs: One batch, nested as the example was.
+            state: Parameters and buffers in the place of the model's own.
 
         Raises:
             DataError: Inputs of another structure, or that hold no batch, NaN or Inf.
             ParameterError: The model has other parameters than when it was traced.
             CaptureError, UnsupportedUse: As `fxkfac.trace`, for inputs of a new shape.
         """
-        _require_gradients_on()
+        tapped, tensors = self._at(inputs)
+        if tapped.by_values:
+            with quietly():
+                tapped = located_again(tapped, self.signature, state or self.state(), tensors)
+        return tapped, tensors
+
+    def _at(self, inputs: Inputs) -> tuple[Tapped, list[Tensor]]:
+        """The same with the layouts that were found on the example."""
+        require_gradients_on()
         leaves = self.signature.leaves(inputs)
         tensors = [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
         require_finite(tensors)
@@ -234,8 +248,9 @@ class Program:
             DataError, CaptureError, UnsupportedUse: As `at`.
             UnknownParameter, ParameterError: `params` do not fit the model's.
         """
-        tapped, tensors = self.at(inputs)
-        return self.run_graph(tapped, tensors, self.state(params), sink or Taps())
+        state = self.state(params)
+        tapped, tensors = self.at(inputs, state)
+        return self.run_graph(tapped, tensors, state, sink or Taps())
 
     def run_graph(
         self, tapped: Tapped, tensors: list[Tensor], state: Mapping[str, Tensor], sink: Sink
@@ -281,11 +296,3 @@ class Program:
 
     def __str__(self) -> str:
         return program_table(self)
-
-
-def _require_gradients_on() -> None:
-    if torch.is_inference_mode_enabled():
-        raise CaptureError(
-            "torch.inference_mode() is on, and gradients are needed; expected that they can be "
-            "taken. Leave inference mode around this call; torch.no_grad() does no harm."
-        )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fxkfac.errors import CaptureError, FxkfacError, UnsupportedUse
 from fxkfac.functional import FunctionalModel, Inputs, Params, bind
+from fxkfac.graph.by_values import is_by_values
 from fxkfac.graph.capture import FRONT_ENDS, Captured, Refusal
 from fxkfac.graph.constructs import Construct, constructs_of
 from fxkfac.graph.ir import Use
@@ -173,6 +174,7 @@ def _compile(
         set(),
         coupled=found.coupled,
         alike=not found.known,
+        by_values=is_by_values(captured.module.graph, captured.inputs()),
         derived={name: (n.name, tuple(example.shapes[n])) for n, name in trial.derived.items()},
     )
     alone = trial.dynamic and model.signature.batch_size(tensors) == 1

@@ -155,7 +155,7 @@ def _locate(trial: Trial, uses: Sequence[Use]) -> tuple[tuple[Use, ...], Located
         lambda data, taps: run_graph(trial.captured, quiet, trial.state, data, taps),
         signature.permute,
         trial.data,
-        signature.batch_size(trial.data),
+        torch.arange(signature.batch_size(trial.data), device="cpu").roll(1),
         uses,
         trial.generator,
         trial.captured.lowest,

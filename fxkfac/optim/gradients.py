@@ -53,7 +53,7 @@ def loss_and_gradients(
     sums = {name: torch.zeros_like(state[name]) for name in wanted}
     count = 0.0
     for number, (inputs, targets) in enumerate(data):
-        tapped, tensors = program.at(inputs)
+        tapped, tensors = program.at(inputs, state)
         leaves = {name: state[name].detach().requires_grad_() for name in wanted}
         with own_randomness(seed_from(generator)):
             run = program.run_graph(tapped, tensors, {**state, **leaves}, _Deaf())
