@@ -14,21 +14,26 @@ exact where predictions are linear in the parameters, c is square, and C is exac
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import final
 
 import torch
 from torch import Generator, Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fxkfac.curvature.corrected import Corrected, uncorrected
 from fxkfac.curvature.factors import Factors
 from fxkfac.curvature.point import require_here
-from fxkfac.errors import OptionError, ParameterError
+from fxkfac.errors import OptionError, ParameterError, UnknownParameter
+from fxkfac.exact.functions import jvp
 from fxkfac.functional import FunctionalModel, Inputs, Params, prediction_of
 from fxkfac.isolation import full_precision
 from fxkfac.linalg import operators
 from fxkfac.linalg.operators import Damping, Named
+
+Draws = Mapping[str, Tensor]  # of the parameters, (number, *shape)
+Run = Callable[[dict[str, Tensor]], Tensor]  # one draw -> a prediction
 
 HALVINGS = 60  # of an interval of log τ: to the last digit
 
@@ -143,17 +148,22 @@ def sample(posterior: Posterior, number: int, generator: Generator) -> dict[str,
     return {name: mean + shifts[name].to(mean) for name, mean in posterior.mean.items()}
 
 
-def linearised(posterior: Posterior, draws: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
+@sdpa_kernel(SDPBackend.MATH)  # the fused attention has no rule for slopes
+def linearised(posterior: Posterior, draws: Draws, inputs: Inputs) -> Tensor:
     """f(θ*) + J (θ − θ*) for every draw of the parameters, of shape (number, *prediction).
 
     It is the model that a GGN is the curvature of, so that this is what such a posterior is about.
-    All draws run together; pass some at a time where memory is short. A module that draws numbers
-    itself, as dropout does, must be in eval mode.
+    All draws run together; pass some at a time where memory is short. Where an op of the model
+    knows no draws beside each other, they run one after the other.
 
     Args:
         posterior: The posterior that the draws are from.
         draws: What `fxkfac.laplace.sample` returned, or tensors of such shapes.
         inputs: One batch.
+
+    Raises:
+        UnknownParameter: The draws are not of the posterior's parameters.
+        OptionError: The model draws random numbers itself, as dropout does in training.
     """
     mean = posterior.mean
 
@@ -162,17 +172,50 @@ def linearised(posterior: Posterior, draws: Mapping[str, Tensor], inputs: Inputs
         found = torch.func.jvp(lambda p: _prediction(posterior, p, inputs), (mean,), (shift,))
         return found[0] + found[1]  # f(θ*) and J (θ − θ*)
 
-    return torch.func.vmap(linear)(dict(draws)).detach()
+    def alone(draw: dict[str, Tensor]) -> Tensor:
+        at = {name: t.detach().requires_grad_() for name, t in mean.items()}
+        with torch.enable_grad():
+            f = _prediction(posterior, at, inputs)
+            return f + jvp(f, list(at.values()), [draw[name] - mean[name] for name in mean])
+
+    return _of_each(posterior, draws, linear, alone)
 
 
-def predictions(posterior: Posterior, draws: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
+def predictions(posterior: Posterior, draws: Draws, inputs: Inputs) -> Tensor:
     """f(θ) for every draw of the parameters, of shape (number, *prediction).
 
     Args:
         posterior, draws, inputs: As of `fxkfac.laplace.linearised`.
+
+    Raises:
+        UnknownParameter, OptionError: As `fxkfac.laplace.linearised` does.
     """
-    run = torch.func.vmap(lambda draw: _prediction(posterior, draw, inputs))
-    return run(dict(draws)).detach()
+
+    def predicted(draw: dict[str, Tensor]) -> Tensor:
+        return _prediction(posterior, draw, inputs)
+
+    return _of_each(posterior, draws, predicted, predicted)
+
+
+def _of_each(posterior: Posterior, draws: Draws, together: Run, alone: Run) -> Tensor:
+    """Of all draws together, or of one after the other, by what does the same."""
+    names = list(posterior.mean)
+    if set(draws) != set(names):
+        raise UnknownParameter(f"draws of {list(draws)}; expected one of each of {names}.")
+    held = {name: draws[name] for name in names}
+    before = torch.get_rng_state()
+    try:
+        return torch.func.vmap(together)(held).detach()
+    except RuntimeError:  # what torch says of an op that has no rule for it
+        each = zip(*(t.unbind() for t in held.values()), strict=True)
+        found = [alone(dict(zip(names, draw, strict=True))).detach() for draw in each]
+    if not torch.equal(before, torch.get_rng_state()):
+        torch.set_rng_state(before)
+        raise OptionError(
+            "the model draws random numbers while it runs, as dropout does in training; expected "
+            "one prediction for each draw of the parameters. Call model.eval() first."
+        )
+    return torch.stack(found)
 
 
 def _prediction(posterior: Posterior, chosen: Mapping[str, Tensor], inputs: Inputs) -> Tensor:

@@ -28,7 +28,7 @@ ALLOWED = {
     "attribution": {"errors", "isolation", "functional", "graph", "linalg", "curvature"},
     "comparison": {"errors", "functional", "graph", "curvature", "exact"},
     "plots": {"errors", "linalg", "curvature", "comparison"},
-    "laplace": {"errors", "isolation", "functional", "linalg", "curvature"},
+    "laplace": {"errors", "isolation", "functional", "linalg", "curvature", "exact"},
 }
 LEAVES = {"cli", "__main__", "distributed", "examples", "plots"}  # nobody imports these
 

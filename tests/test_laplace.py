@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, Normal
+from torch.nn.utils.rnn import pack_padded_sequence
 
 import fxkfac
 from fxkfac import laplace, operators
@@ -292,3 +294,92 @@ def test_an_average_is_of_no_number_of_data() -> None:
     average.update(fxkfac.kfac(network_program(), nn.CrossEntropyLoss(), (x, y)))
     with pytest.raises(OptionError, match=r"is a RunningAverage; expected what fxkfac\.kfac"):
         laplace.posterior(average)
+
+
+class Attention(nn.Module):
+    """Fused attention, which knows neither slopes nor draws beside each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.head = nn.Linear(4, 12), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 1, 4)).permute(2, 0, 3, 1, 4)
+        return self.head(F.scaled_dot_product_attention(q, k, v)[:, 0].mean(1))
+
+
+class Recurrent(nn.Module):
+    """A recurrent module over packed sequences, whose length is in their first entry."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.head = nn.GRU(4, 3, batch_first=True), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        lengths = x[:, 0, 0].long()
+        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        return self.head(self.rnn(packed)[1][0])
+
+
+class Encoder(nn.Module):
+    """PyTorch's own layer, which takes a faster way in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(4, 2, 5, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).mean(1)
+
+
+MODELS = {
+    "attention": Attention,
+    "packed": Recurrent,
+    "encoder": Encoder,
+}
+
+
+def posterior_of(model: nn.Module) -> tuple[laplace.Posterior, Tensor]:
+    x, y = torch.randn(4, 5, 4).double(), torch.tensor([0, 2, 1, 0])
+    x[:, 0, 0] = torch.tensor([3, 5, 2, 4])
+    factors = fxkfac.kfac(fxkfac.trace(model, x), nn.CrossEntropyLoss(), (x, y))
+    return laplace.posterior(factors, PRECISION), x
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_with_ops_that_have_no_rule(name: str) -> None:
+    torch.manual_seed(0)
+    model = MODELS[name]().double().eval()
+    found, x = posterior_of(model)
+    draws = laplace.sample(found, 3, torch.Generator().manual_seed(0))
+    f = laplace.predictions(found, draws, x)
+    for k in range(3):
+        expected = torch.func.functional_call(model, {n: t[k] for n, t in draws.items()}, (x,))
+        close(f[k], expected.detach())
+    step = 1e-5  # by differences, where the model is smooth
+    near = {n: m + step * (draws[n] - m) for n, m in found.mean.items()}
+    far = {n: m - step * (draws[n] - m) for n, m in found.mean.items()}
+    plus, minus = (laplace.predictions(found, d, x) for d in (near, far))
+    slope = (plus - minus) / (2 * step)
+    linear = laplace.linearised(found, draws, x)
+    torch.testing.assert_close(linear - model(x).detach(), slope, rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_that_draws_numbers_is_refused() -> None:
+    torch.manual_seed(0)
+    found, x = posterior_of(nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(20, 3)).double())
+    draws = laplace.sample(found, 2, torch.Generator().manual_seed(0))
+    state = torch.get_rng_state()
+    for run in (laplace.predictions, laplace.linearised):
+        with pytest.raises(OptionError, match=r"model\.eval\(\)"):
+            run(found, draws, x)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_draws_of_other_parameters() -> None:
+    found, x = posterior_of(nn.Sequential(nn.Flatten(), nn.Linear(20, 3)).double())
+    draws = laplace.sample(found, 2, torch.Generator())
+    for wrong in ({**draws, "bias": draws["1.bias"]}, {"1.bias": draws["1.bias"]}):
+        for run in (laplace.predictions, laplace.linearised):
+            with pytest.raises(UnknownParameter, match="expected one of each of"):
+                run(found, wrong, x)
