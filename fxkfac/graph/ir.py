@@ -80,6 +80,10 @@ class Use:
     y_shape: tuple[int, ...]
     batch: BatchAxis | None = None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Use:
+        """The same: nothing in it changes, and its nodes are a graph's."""
+        return self
+
     @property
     def parameter(self) -> str:
         """The first parameter's name."""

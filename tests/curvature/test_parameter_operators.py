@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from drawn import F64, rand
+from drawn import F64, rand, seeded
 from factor_cases import (
     EVERY,
     embedding,
@@ -15,6 +15,7 @@ from factor_cases import (
     tied,
     whole,
 )
+from torch import nn
 
 import fxkfac
 from fxkfac import operators as ops
@@ -273,3 +274,27 @@ def test_nothing_of_the_factors_is_changed():
         factors.solve(draw(factors, factors.shapes), damping=0.1, damp=damp)
     assert torch.equal(block.A, before[0])
     assert torch.equal(block.B, before[1])
+
+
+class Scaled(nn.Module):
+    """A scale without axes, as of a residual branch or a temperature."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.scale = nn.Linear(4, 3, dtype=F64), nn.Parameter(rand(()))
+
+    def forward(self, x):
+        return self.layer(x) * self.scale
+
+
+def test_a_parameter_without_axes():
+    model, x = seeded(Scaled), rand(5, 4)
+    factors = fxkfac.kfac(fxkfac.trace(model, x), nn.MSELoss(), (x, rand(5, 3)))
+    tensors = {name: rand(2, *p.shape) for name, p in model.named_parameters()}
+    operator = factors.operator(*tensors)
+    found = ops.product(operator, tensors)
+    assert {n: t.shape for n, t in found.items()} == {n: t.shape for n, t in tensors.items()}
+    close(found["scale"], tensors["scale"] * factors["scale"].diagonal)
+    damped = ops.damped(operator, Damping(0.1))
+    close(ops.solve(damped, ops.product(damped, tensors)), tensors)
+    assert ops.diagonal(operator)["scale"].shape == ()

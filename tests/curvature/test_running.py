@@ -1,5 +1,7 @@
 """Running averages against the sums that define them."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -111,6 +113,17 @@ def test_in_place_and_one_factor_for_equal_inputs(program):
     assert len(set(places)) == 1
     average.update(factors_of(program, BATCHES[1]))
     assert average["k.weight"].A.data_ptr() == places[0]
+
+
+def test_a_copy_stays(program):
+    average = fxkfac.RunningAverage(0.9)
+    average.update(factors_of(program, BATCHES[0]))
+    one, all_of_them = copy.deepcopy(average["q.weight"]), copy.deepcopy(average)
+    before = average["q.weight"].A.clone()
+    average.update(factors_of(program, BATCHES[1]))
+    assert not torch.equal(average["q.weight"].A, before)
+    assert torch.equal(one.A, before)
+    assert torch.equal(all_of_them["q.weight"].A, before)
 
 
 def test_equal_inputs_that_part_where_targets_are_ignored(program):

@@ -96,7 +96,7 @@ class Named(Operator):
         """Vectors (*batch, numel) as tensors by name, (*batch, *shape): views."""
         parts = vectors.split(self.sizes, dim=-1)
         pairs = zip(self.shapes.items(), parts, strict=True)
-        return {name: part.reshape(*part.shape[:-1], *shape) for (name, shape), part in pairs}
+        return {name: part.reshape((*part.shape[:-1], *shape)) for (name, shape), part in pairs}
 
 
 def public(function: F) -> F:
