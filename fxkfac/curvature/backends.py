@@ -90,7 +90,8 @@ class Forward:
         """By what gives ⟨cotangent, f⟩'s gradients."""
         f = prediction.detach()
         cotangent = self.likelihood.gradient(f, self.targets)
-        return Slope(self.likelihood.criterion(f, self.targets), gradients(cotangent))
+        criterion = self.likelihood.criterion(f, self.targets)
+        return Slope(criterion.detach(), gradients(cotangent.detach()))  # of targets with a graph
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,8 @@ class _Whole:
 
 def _inductor(batch: Forward) -> Differentiable:
     captured = batch.tapped.captured
-    arguments = [*captured.arguments(batch.state), *batch.tensors]
+    # Compiled code reads memory as it is, and not the bit that says that it is to be negated.
+    arguments = [t.resolve_neg() for t in (*captured.arguments(batch.state), *batch.tensors)]
     kinds = tuple(map(Kind.of, arguments))
     places = tuple(captured.names.index(n) for n in batch.wanted)
     sink = batch.receiver if is_fixed(batch.receiver) else None
@@ -199,7 +201,9 @@ def _objective(batch: Forward, sink: Collector) -> Objective | None:
         return None
     if not isinstance(likelihood, ClosedForm) or not isinstance(y, Tensor):
         return None
-    return Objective(likelihood, y, batch.generator)
+    if type(likelihood).sample is not ClosedForm.sample:  # labels of another kind
+        return None
+    return Objective(likelihood, y.resolve_neg(), batch.generator)
 
 
 Backend = Callable[[Forward], Differentiable]

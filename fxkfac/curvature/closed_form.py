@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -33,6 +34,14 @@ class ClosedForm(Likelihood):
     def sample(self, f: Tensor, generator: torch.Generator) -> Tensor:
         """ỹ ~ r(· | f). Section 2.3."""
         return self.label(f.detach(), self.noise(f, generator))
+
+    def copied(self) -> Self:
+        """The same likelihood, with tensors of its own."""
+        same = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(same, name, value.detach().clone())
+        return same
 
     def given(self, noise: Tensor) -> Likelihood:
         """The same likelihood, whose labels are drawn by this noise."""

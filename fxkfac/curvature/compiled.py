@@ -95,6 +95,7 @@ class Compiled:
 
     def _laid_out(self, vector: Tensor) -> Tensor:
         """A vector in the layout for which the graph was compiled."""
+        vector = vector.resolve_neg()
         if Kind.of(vector) == self.layout:
             return vector
         return self.layout.empty().copy_(vector)

@@ -109,9 +109,10 @@ def whole(
     Raises:
         OptionError: The graph cannot be traced.
     """
-    likelihood, y = loss_text(objective.likelihood), Kind.of(objective.targets)
+    likelihood, y = objective.likelihood, Kind.of(objective.targets)
     settings = sink.settings.fisher, sink.settings.sharing
-    key = ("whole", kinds, wanted, sink.schedule, settings, likelihood, y)
+    loss = type(likelihood), loss_text(likelihood)
+    key = ("whole", kinds, wanted, sink.schedule, settings, loss, y)
     if key not in tapped.memo:
         with traceable():
             tapped.memo[key] = _whole(tapped, kinds, wanted, sink, objective)
@@ -126,9 +127,11 @@ def _whole(
     sink: Collector,
     objective: Objective,
 ) -> Whole:
-    likelihood, targets, generator = objective
+    targets, generator = objective.targets, objective.generator
+    likelihood = objective.likelihood.copied()  # the code keeps its weights
     draws = sink.settings.fisher == "mc"
     prediction = prediction_kind(tapped, kinds)
+    likelihood.validate(prediction.shape_only(), targets)  # before there is code for such targets
 
     def batch(*given: Tensor) -> dict[str, Any]:
         own = likelihood.given(given[0]) if draws else likelihood
