@@ -72,8 +72,3 @@ class RankError(FxkfacError):
 
 class TargetError(FxkfacError, ValueError):
     """What a command line names is not there, or does not return a model and what goes with it."""
-
-
-def first_line(error: Exception) -> str:
-    """What an error of torch's says before it goes into details."""
-    return f"{type(error).__name__} {error}".split("\n")[0].rstrip(".") + "."

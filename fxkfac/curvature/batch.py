@@ -20,7 +20,7 @@ from fxkfac.curvature.padding import Mask, Padding, ignored_positions, read_mask
 from fxkfac.curvature.receive import Receiver
 from fxkfac.curvature.schedule import Schedule, schedule_of
 from fxkfac.curvature.together import MEMORY, require_memory
-from fxkfac.errors import DataError, FxkfacError, NonFiniteError
+from fxkfac.errors import DataError, FxkfacError, NonFiniteError, OptionError
 from fxkfac.functional import Params
 from fxkfac.graph.program import Program, Run, Tapped
 from fxkfac.isolation import is_finite, own_randomness, seed_from
@@ -98,6 +98,11 @@ class Pass(ABC, Generic[Sink, Total]):
     def __post_init__(self) -> None:
         self._forward = backend_of(self.backend)
         require_memory(self.memory)
+        if not isinstance(self.generator, Generator):
+            raise OptionError(
+                f"generator={self.generator!r}; expected a torch.Generator, such as "
+                "torch.Generator().manual_seed(0)."
+            )
         self.state = self.program.state(self.params)
 
     @abstractmethod

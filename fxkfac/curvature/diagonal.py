@@ -14,7 +14,7 @@ from torch.func import grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fxkfac.curvature.perdatum import zero_moment
-from fxkfac.errors import BatchAxisError, FxkfacError, UnsupportedUse, first_line
+from fxkfac.errors import BatchAxisError, FxkfacError, UnsupportedUse
 from fxkfac.functional import Inputs
 from fxkfac.graph.capture import Captured
 from fxkfac.graph.digits import tolerance
@@ -28,7 +28,7 @@ def _all_at_once(names: Iterable[str]) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        said = first_line(error)
+        said = str(error).split("\n")[0]
         if "vmap" not in said and "atching rule" not in said:
             raise
         raise UnsupportedUse(
@@ -119,7 +119,8 @@ def by_datum(run: Run, t: Tensor) -> Tensor:
     if run.tapped.prediction is None:
         raise BatchAxisError(
             f"no one axis of the prediction {tuple(t.shape)} holds the data in their order; "
-            "return a prediction with one part for each datum."
+            "return a prediction with one part for each datum, or take fisher='mc' or 'empirical', "
+            "which need none."
         )
     axis, outer, inner = run.tapped.prediction
     return t.unflatten(axis, (outer, run.n, inner)).movedim(axis + 1, 0).flatten(1)

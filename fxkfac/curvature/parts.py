@@ -13,7 +13,7 @@ from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from fxkfac.errors import FxkfacError, first_line
+from fxkfac.errors import FxkfacError
 from fxkfac.graph.quiet import quietly
 
 EAGER = "Use backend='eager'."
@@ -163,3 +163,8 @@ def _not_compiled(error: Exception) -> FxkfacError:
             "backend='eager'."
         )
     return FxkfacError(f"backend='inductor' cannot compile: {first_line(error)} {EAGER}")
+
+
+def first_line(error: Exception) -> str:
+    """What an error of torch's says before it goes into details."""
+    return f"{type(error).__name__} {error}".split("\n")[0].rstrip(".") + "."

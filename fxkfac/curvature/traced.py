@@ -14,8 +14,8 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from fxkfac.curvature.parts import EAGER
-from fxkfac.errors import FxkfacError, OptionError, first_line
+from fxkfac.curvature.parts import EAGER, first_line
+from fxkfac.errors import FxkfacError, OptionError
 from fxkfac.graph.program import Tapped
 from fxkfac.graph.quiet import quietly
 from fxkfac.graph.tap import Taps

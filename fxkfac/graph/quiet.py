@@ -1,4 +1,4 @@
-"""Tracing and trial runs leave nothing behind, and print nothing of their own."""
+"""Tracing and trial runs draw no numbers of the caller's, and print nothing of their own."""
 
 from __future__ import annotations
 
