@@ -251,7 +251,7 @@ def _same_length(tensors: list[Tensor], axis: int) -> tuple[int | None, ...]:
     lengths = [t.shape[axis] if t.ndim > axis else None for t in tensors]
     first = next((n for n in lengths if n is not None), None)
     if not tensors:
-        raise DataError("there is no tensor among the inputs; expected a batch of examples.")
+        raise DataError("no tensor among the inputs; expected a batch of examples. Pass one.")
     if not first:
         raise DataError(
             f"no input has data along axis {axis}: found {[tuple(t.shape) for t in tensors]}. "
