@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from itertools import chain
 
 import torch
 from torch import Generator, Tensor
+from torch.linalg import vector_norm
 
 from fxkfac.errors import BatchAxisError
 from fxkfac.graph.digits import tolerance
@@ -22,7 +23,6 @@ from fxkfac.graph.normal import Input, OneHotRows, normal_x, normal_y
 from fxkfac.graph.tap import Taps
 
 Layout = tuple[int, int, int]  # axis, outer, inner
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -127,9 +127,9 @@ def _of_prediction(
     """
     if f.shape != permuted_f.shape:
         return None
-    fits = _fits([(f, permuted_f)], other)
+    fits = _fits([(f, permuted_f)], other, known=known)
     if longer is None:
-        return _one_of(list(fits), known, other.n)
+        return _one_of(fits, known, other.n)
     first = next(fits, None)
     if first is None or other.n < 2 or not close(f, permuted_f, other.lowest):
         return first
@@ -179,15 +179,16 @@ def _batch_axis(
         pairs.append((_by_rows(x[0].detach()), _by_rows(x[1].detach())))
     elif isinstance(x[0], OneHotRows) and isinstance(x[1], OneHotRows):
         pairs.append((x[0].indices.unsqueeze(-1), x[1].indices.unsqueeze(-1)))
-    found = [BatchAxis(rows[a], o, i) for a, o, i in _fits(pairs, other, axes=len(rows))]
-    return _one_of(found, use.batch, other.n)
+    at = use.batch
+    known = None if at is None else (rows.index(at.axis), at.outer, at.inner)
+    found = _one_of(_fits(pairs, other, len(rows), known), known, other.n)
+    return None if found is None else BatchAxis(rows[found[0]], *found[1:])
 
 
-def _one_of(found: list[T], known: T | None, n: int) -> T | None:
-    """What was known, if it was found again; else the only one. A single datum has all rows."""
-    if known in found:
-        return known
-    return found[0] if len(found) == 1 or (found and n == 1) else None
+def _one_of(fits: Iterator[Layout], known: Layout | None, n: int) -> Layout | None:
+    """What was known, if it is the first one; else the only one. A single datum has all rows."""
+    first = next(fits, None)
+    return first if first == known or n == 1 or next(fits, None) is None else None
 
 
 def _by_rows(t: Tensor) -> Tensor:
@@ -196,15 +197,26 @@ def _by_rows(t: Tensor) -> Tensor:
 
 
 def _fits(
-    pairs: list[tuple[Tensor, Tensor]], other: Reordered, axes: int | None = None
+    pairs: list[tuple[Tensor, Tensor]],
+    other: Reordered,
+    axes: int | None = None,
+    known: Layout | None = None,
 ) -> Iterator[Layout]:
-    """All layouts under which every second tensor is the first one, permuted."""
-    shape, n = pairs[0][0].shape, other.n
-    for axis in range(len(shape) if axes is None else axes):
-        for outer in _divisors(shape[axis] // n) if shape[axis] % n == 0 else ():
-            layout = (axis, outer, shape[axis] // n // outer)
-            if all(_explains(a, b, layout, other) for a, b in pairs):
-                yield layout
+    """All layouts under which every second tensor is the first one, permuted; a known one first."""
+    shape = pairs[0][0].shape
+    layouts = _layouts(shape[:axes], other.n)
+    if known is not None:
+        layouts = chain([known], (layout for layout in layouts if layout != known))
+    for layout in layouts:
+        if all(_explains(a, b, layout, other) for a, b in pairs):
+            yield layout
+
+
+def _layouts(shape: Sequence[int], n: int) -> Iterator[Layout]:
+    """All ways in which one of these axes can hold n data."""
+    for axis, length in enumerate(shape):
+        for outer in _divisors(length // n) if length % n == 0 else ():
+            yield axis, outer, length // n // outer
 
 
 def _divisors(number: int) -> list[int]:
@@ -230,6 +242,5 @@ def close(a: Tensor, b: Tensor, lowest: torch.dtype) -> bool:
     """Equal up to the rounding of sums in another order: half of the digits."""
     if not a.is_floating_point():
         return torch.equal(a, b)
-    limit = tolerance(a, lowest)
-    a, b = a.double(), b.double()
-    return bool((a - b).norm() <= limit * (a.norm() + b.norm()))
+    off, *sizes = (vector_norm(t, dtype=torch.float64) for t in (a - b, a, b))
+    return bool(off <= tolerance(a, lowest) * sum(sizes))
