@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 SORTS = {aten.sort.default, aten.sort.stable, aten.topk.default, aten.kthvalue.default}
+MOVED = ("self", "source", "src", "values", "weight")  # operands that hold what is chosen
 
 
 def is_by_values(graph: Graph, inputs: Sequence[Node]) -> bool:
@@ -71,16 +72,18 @@ def _grows(node: Node, axis: int) -> bool:
 def _chosen_along(node: Node, dependent: set[Node]) -> Iterator[tuple[Node, int]]:
     """The tensors of data out of which an op takes, or into which it puts, what values say."""
     named = arguments(node)
-    axis = named.get("dim", -1)
+    axis = named.get("dim", 0)
     if node.target in SORTS:
         yield named["self"], axis
         return
     index = named.get("index", named.get("indices"))
-    moved = [named[n] for n in ("self", "source", "src", "values") if named.get(n) in dependent]
+    if node.target is aten.masked_scatter.default:
+        index = named["mask"]
     if isinstance(index, list | tuple):
         axes = [k for k, i in enumerate(index) if i in dependent]
     else:
         axes = [axis] if index in dependent else []
+    moved = (named[name] for name in MOVED if named.get(name) in dependent)
     yield from ((t, k) for t in moved for k in axes)
 
 

@@ -207,6 +207,38 @@ class TestSorted:
         assert found.shape == (4, 4)
 
 
+# What k, of shape (4,), says of x: whether that moves data about.
+OPS = {
+    "rows": (lambda x, k: x[k], True),
+    "columns": (lambda x, k: x.gather(1, k.unsqueeze(1) % 3), False),
+    "each": (lambda x, k: x[torch.arange(x.shape[0]), k % 3].unsqueeze(1), False),
+    "look_up": (lambda x, k: nn.functional.embedding(k, x), True),
+    "table": (lambda x, k: x + torch.eye(4, 3, dtype=F64)[k], False),
+    "added": (lambda x, k: torch.zeros_like(x).index_add(0, k, x), True),
+    "put": (lambda x, k: torch.zeros_like(x).index_put((k,), x), True),
+    "scattered": (lambda x, k: x.masked_scatter(k.unsqueeze(1) > 1, 2 * x), True),
+    "filled": (lambda x, k: x.masked_fill(k.unsqueeze(1) > 1, 0.0), False),
+    "sorted": (lambda x, k: x.sort(0).values, True),
+    "sorted_columns": (lambda x, k: x.sort(1).values, False),
+}
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_what_moves_data_about(name):
+    op, moves = OPS[name]
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(5, 3, dtype=F64)
+
+        def forward(self, x, k):
+            return op(self.layer(x), k)
+
+    program = fxkfac.trace(Model(), (torch.randn(4, 5, dtype=F64), torch.tensor([3, 0, 2, 1])))
+    assert program.tapped.by_values == moves
+
+
 def test_which_models_are_looked_at_again():
     x = torch.randn(4, 5, 4, dtype=F64)
     last = fxkfac.trace(LastToken(), (x, torch.tensor([5, 2, 3, 1])))
