@@ -761,3 +761,11 @@ class TestInterrupted:
         with pytest.raises(KeyboardInterrupt) as info:
             fxkfac.kfac(program, CE(), self.stops((), KeyboardInterrupt()))
         assert not hasattr(info.value, "factors")
+
+
+def test_a_model_that_gives_nan():
+    model = seeded(mlp)
+    with torch.no_grad():
+        next(model.parameters()).fill_(float("nan"))
+    with refuses(NonFiniteError, "the model's own prediction", "expected finite"):
+        fxkfac.trace(model, X)

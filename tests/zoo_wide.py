@@ -623,3 +623,34 @@ def two_indices():
         return torch.tanh(m.table[row, row.flip(-1)].sum(-1) + m.scale * x)
 
     return Made(forward, table=(4, 4, 3), scale=(4,))
+
+
+@entry("look-ups", x=(2, 3, 4), y=(3,))
+def relative_positions_of_blocks():
+    """A table of relative positions, the same for every block of a sequence."""
+
+    def forward(m, x):
+        q, k, v = m.qkv(x).unflatten(-1, (3, 2, 2)).movedim(-3, 0).transpose(-3, -2)
+        bias = m.table(m.index).movedim(-1, 0)[None, None]
+        scores = (q @ k.mT + bias).softmax(-1)
+        return m.head((scores @ v).flatten(2).mean(1))
+
+    index = _relative(3)
+    return Made(
+        forward, table=nn.Embedding(5, 2), index=index, qkv=nn.Linear(4, 12), head=nn.Linear(12, 3)
+    )
+
+
+@entry("recurrent", x=(3, 4), y=(3,), options={"structure": {"decay": "diagonal"}})
+def decay_by_hand():
+    """A state that decays by a learned rate, written step by step into a tensor of zeros."""
+
+    def forward(m, x):
+        x = m.layer(x)
+        out, state = torch.zeros_like(x), torch.zeros_like(x[:, 0])
+        for step in range(x.shape[1]):
+            state = state * torch.exp(-torch.exp(m.decay)) + x[:, step]
+            out[:, step] = state
+        return m.head(out.tanh().mean(1))
+
+    return Made(forward, layer=nn.Linear(4, 4), decay=(4,), head=nn.Linear(4, 3))

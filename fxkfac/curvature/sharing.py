@@ -181,7 +181,8 @@ def known(use: Use) -> BatchAxis:
         raise BatchAxisError(
             f"{', '.join(use.parameters)} enters {use.op}{at}, and no one axis of its output "
             f"{use.y_shape} holds the data in their order; expected (outer · N · inner) on one "
-            "axis. Use fxkfac.kfac with sharing='expand', which needs none, or select other "
+            "axis. Use fxkfac.kfac with sharing='expand' and separate_weight_and_bias=False, which "
+            "need none, or select other "
             "parameters."
         )
     return use.batch

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.func import functionalize
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
@@ -19,6 +19,17 @@ from fxkfac.errors import FxkfacError, OptionError
 from fxkfac.graph.program import Tapped
 from fxkfac.graph.quiet import quietly
 from fxkfac.graph.tap import Taps
+
+aten = torch.ops.aten
+
+# Of a tensor whose entries share memory, inductor makes the copy in that memory, and is wrong.
+INTO_A_COPY = {
+    aten.index_put.default,
+    aten.index_add.default,
+    aten.index_copy.default,
+    aten.index_fill.int_Scalar,
+    aten.index_fill.int_Tensor,
+}
 
 
 class Kind(NamedTuple):
@@ -83,11 +94,28 @@ def traced(function: Callable[..., Any], kinds: Sequence[Kind]) -> tuple[GraphMo
         recorded = make_fx(flat)(*arguments)
         # A part may only run by itself if nothing writes into what another one reads.
         module = make_fx(functionalize(recorded, remove="mutations"))(*arguments)
-    for node in module.graph.nodes:
-        if node.target is torch.ops.aten.detach.default:
+    for node in list(module.graph.nodes):
+        if node.target is aten.detach.default:
             node.replace_all_uses_with(node.args[0])
+        elif node.target in INTO_A_COPY and _repeats(node.args[0].meta["val"]):
+            _write_out(node)
     leaves: Any = module.graph.output_node().args[0]
     return module, pytree.tree_unflatten(leaves, specs[0])
+
+
+def _repeats(t: Tensor) -> bool:
+    """Whether entries of a tensor share memory."""
+    return any(step == 0 and size > 1 for size, step in zip(t.shape, t.stride(), strict=True))
+
+
+def _write_out(node: Node) -> None:
+    """Give an op its first argument without shared memory."""
+    first, *rest = node.args
+    with node.graph.inserting_before(node):
+        own = node.graph.call_function(
+            aten.clone.default, (first,), {"memory_format": torch.contiguous_format}
+        )
+    node.args = (own, *rest)
 
 
 def gradients_of(f: Tensor, at: Sequence[Tensor], vector: Tensor) -> tuple[Tensor | None, ...]:

@@ -7,6 +7,7 @@ Requires: a graph of ATen ops. Result: placeholders in a fixed order, one output
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from fxkfac.graph.custom import Whole
 from fxkfac.graph.decompositions import decompose
 from fxkfac.graph.dependence import length
 from fxkfac.graph.merge import drop_zeros, merge_common
+from fxkfac.graph.overloads import arguments
 from fxkfac.graph.pure import is_idle
 from fxkfac.graph.real import CheckedLengths, RealRows, checked_lengths, real_rows
 
@@ -121,9 +123,20 @@ def _copy(graph: Graph, node: Node, copies: Mapping[Node, Node], stop: bool) -> 
         return graph.call_function(written, (copies[node.args[0]], copies[node.args[1]]))  # type: ignore[index]
     copy = graph.node_copy(node, copies.__getitem__)
     copy.target = RENAMED.get(node.target, node.target)
+    if node.target is aten.slice_scatter.default:
+        _end_at_the_end(copy)
     if stop and node.target is not aten.detach.default and _is_tensor(node):
         return graph.call_function(aten.detach.default, (copy,))
     return copy
+
+
+def _end_at_the_end(node: Node) -> None:
+    """Write out where an axis ends: `vmap` adds to the number that stands for it, and overflows."""
+    named = arguments(node)
+    if isinstance(named["end"], int) and named["end"] >= sys.maxsize:
+        with node.graph.inserting_before(node):
+            named["end"] = node.graph.call_function(length, (named["self"], named["dim"]))
+        node.args, node.kwargs = tuple(named.values()), {}
 
 
 def _constant(graph: Graph, root: nn.Module, value: Any) -> Node:

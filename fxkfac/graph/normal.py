@@ -89,15 +89,18 @@ def normal_x(use: Use, x: Input, batch: BatchAxis | None) -> Tensor | OneHotRows
         return rows * group_of_rows(use, x, batch).unsqueeze(-1)
     if x is None:
         return None
-    if isinstance(form.prepare, OneHot):
+    prepare = form.prepare
+    if isinstance(prepare, OneHot):
+        x, axes = _spread(use, x, form.x.removesuffix(" v"), batch)
+        form = replace(form, x=f"{axes} v")
         left, right = form.normal_x(batch).split(" -> ")
         pattern = f"{left.removesuffix(' v')} -> {right.removeprefix('() ').removesuffix(' (v)')}"
         # An axis that the output does not have is a unit axis, as in arange(T)[None].
         indices = reduce(x, pattern, _only, **form.row_sizes(form.x, batch))
-        indices = indices.remainder(form.prepare.size)  # W[-1] is the last one
-        return OneHotRows(indices, form.prepare.size, form.prepare.ignored, form.scale)
-    if isinstance(form.prepare, Patches):
-        x = unfold(x, form.prepare)
+        indices = indices.remainder(prepare.size)  # W[-1] is the last one
+        return OneHotRows(indices, prepare.size, prepare.ignored, form.scale)
+    if isinstance(prepare, Patches):
+        x = unfold(x, prepare)
     x, axes = _spread(use, x, form.x, batch)
     form = form if axes == form.x else replace(form, x=axes)
     x = rearranged(x, form.normal_x(batch), **form.row_sizes(axes, batch))

@@ -18,6 +18,7 @@ from torch.nn.modules import module
 
 from fxkfac.errors import CaptureError
 from fxkfac.graph.constants import Same, constant_key
+from fxkfac.graph.memos import Held, require_no_memos
 from fxkfac.graph.quiet import others_states
 from fxkfac.graph.verify import FlatModel
 
@@ -53,13 +54,14 @@ def reads_of(
     """Run the model once, and watch.
 
     Raises:
-        CaptureError: The model draws random numbers that are not torch's.
+        CaptureError: The model draws random numbers that are not torch's, or keeps what it has
+            computed of its parameters.
     """
     everything = Reads((None,) * len(modules))
     if any(_is_compiled(m) for m in modules):
         return everything
     before, drawn = [_attributes(m) for m in modules], others_states()
-    held = [*map(attribute_key, values)]
+    held, as_they_were = [*map(attribute_key, values)], Held(modules)
     try:
         with _recording(modules) as reads:
             model.predict(model.state(), tensors)
@@ -68,6 +70,9 @@ def reads_of(
     _require_drawn_by_torch(drawn)
     after = [_attributes(m) for m in modules]
     moving = (k for k, v in enumerate(values) if attribute_key(v) != held[k])
+    if as_they_were.tensors_are_new():
+        as_they_were.put_back()
+        require_no_memos(model, tensors, modules)
     return Reads(tuple(map(_kept, before, after, reads)), frozenset(moving))
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
+from fxkfac.errors import NonFiniteError
 from fxkfac.graph.capture import Captured, Refusal
 from fxkfac.graph.coupling import Coupling, coupling
 from fxkfac.graph.dependence import depend_on
@@ -25,6 +26,7 @@ from fxkfac.graph.signature import near
 from fxkfac.graph.structure import Structures
 from fxkfac.graph.tap import tap_uses, without_dropout
 from fxkfac.graph.verify import FlatModel, State, is_model, run_graph
+from fxkfac.isolation import is_finite
 
 TRIAL_SIZE = 3  # data in the experiments: few, and no divisor of most other sizes
 
@@ -57,10 +59,16 @@ def attempt(
 
     Raises:
         Refusal: The graph does not give the model's prediction.
+        NonFiniteError: That holds NaN or Inf itself.
     """
     generator, state = torch.Generator().manual_seed(0), model.state()
     n = model.signature.batch_size(tensors)
     if wrong := is_model(model, captured, state, tensors):
+        if not is_finite(model.predict(state, tensors)):
+            raise NonFiniteError(
+                "the model's own prediction for these inputs holds NaN or Inf; expected finite "
+                "numbers. Look at the parameters, or at the inputs and their masks."
+            )
         raise Refusal(wrong)
     state = _without_zeros(model, state, generator)
     data = model.signature.vary(tensors, TRIAL_SIZE + (n == TRIAL_SIZE), generator)

@@ -342,13 +342,12 @@ def small():
     return fxkfac.trace(seeded(lambda: nn.Sequential(nn.Linear(5, 3), nn.Tanh())), x), x
 
 
-def test_no_compiler(monkeypatch):
+def test_no_compiler():
     """Inductor looks for one before anything that it compiled before is used."""
     inductor = pytest.importorskip("torch._inductor.config")
-    monkeypatch.setattr(inductor.cpp, "cxx", ("no-such-compiler",))
-    monkeypatch.setattr(inductor, "force_disable_caches", True)
+    without = {"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}
     program, x = small()
-    with pytest.raises(FxkfacError, match="C\\+\\+ compiler"):
+    with inductor.patch(without), pytest.raises(FxkfacError, match="C\\+\\+ compiler"):
         fxkfac.kfac(program, CE, (x, classes(4)), backend="inductor")
 
 

@@ -87,6 +87,42 @@ def test_numbers_that_are_drawn_for_nothing(fisher):
     assert_same(found, expected, 1e-10)
 
 
+class Emptied(nn.Module):
+    """Padding is written over before a mean, whose gradient is the same at every place."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x, real):
+        h = self.layer(x)
+        h[~real.unsqueeze(-1).repeat(1, 1, 6)] = 0.0
+        return self.head(h.sum(1) / real.sum(1, keepdim=True))
+
+
+@needs_compiler
+@pytest.mark.parametrize("fisher", ["mc", "type-2"])
+def test_an_index_into_a_gradient_that_is_the_same_everywhere(fisher):
+    """Inductor alone writes such a copy into the memory that all places share."""
+    model, x, y = seeded(Emptied), rand(4, 6, 4), classes(4)
+    real = torch.arange(6) < torch.tensor([6, 3, 4, 5]).unsqueeze(1)
+    program = fxkfac.trace(model, (x, real))
+    found, expected = (
+        fxkfac.step(
+            program,
+            nn.CrossEntropyLoss(),
+            ((x, real), y),
+            fisher=fisher,
+            generator=generator(),
+            backend=b,
+        )
+        for b in BACKENDS
+    )
+    assert_same(found.factors, expected.factors, 1e-10)
+    for name, g in expected.gradients.items():
+        assert_close(found.gradients[name], g, 1e-10)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("targets", [Y[:8], Y.to(torch.uint8)], ids=["fewer", "uint8"])
 def test_targets_that_do_not_fit(program, backend, targets, uncompiled):
