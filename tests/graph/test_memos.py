@@ -22,12 +22,13 @@ class Base(nn.Module):
         torch.manual_seed(0)
         self.layer, self.head = nn.Linear(4, 4, dtype=F64), nn.Linear(4, 3, dtype=F64)
         self.table, self.kept = nn.Parameter(torch.randn(2, 3, dtype=F64)), {}
+        self.norm = nn.BatchNorm1d(4, dtype=F64).eval()
 
     def added(self):
         return self.table[:, [0, 1, 2, 1]]
 
     def forward(self, x):
-        return self.head(torch.tanh(self.layer(x).unsqueeze(1) + self.added()).mean(1))
+        return self.head(torch.tanh(self.norm(self.layer(x)).unsqueeze(1) + self.added()).mean(1))
 
 
 class InADict(Base):
@@ -75,6 +76,7 @@ def test_a_memo_is_refused(kind):
 
 def test_the_mode_without_it():
     model = InADict()
+    model.norm.eval()
     program = fxkfac.trace(model, X)
     step = fxkfac.step(program, CE, (X, Y))
     (expected,) = torch.autograd.grad(CE(model(X), Y), [model.table])
