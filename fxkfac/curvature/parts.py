@@ -14,6 +14,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from fxkfac.errors import FxkfacError
+from fxkfac.graph.overloads import draws
 from fxkfac.graph.quiet import quietly
 
 EAGER = "Use backend='eager'."
@@ -80,8 +81,8 @@ def part_of(joint: GraphModule, results: Any, inside: set[Node], replays: bool =
     """
     given = [n for n in nodes_in(results) if n in inside and n.op != "placeholder"]
     needed, reads = _needed(given, inside)
-    if draws := [n for n in joint.graph.nodes if n in inside - needed and _draws(n)]:
-        given += [_first(joint.graph, n) for n in draws]
+    if unread := [n for n in joint.graph.nodes if n in inside - needed and draws(n.target)]:
+        given += [_first(joint.graph, n) for n in unread]
         needed, reads = _needed(given, inside | set(given))
     order = [n for n in joint.graph.nodes if n in reads]
     module = _extract(joint, order, needed, given)
@@ -101,11 +102,6 @@ def _needed(given: list[Node], inside: set[Node]) -> tuple[set[Node], set[Node]]
         else:
             reads.add(node)
     return needed, reads
-
-
-def _draws(node: Node) -> bool:
-    is_op = isinstance(node.target, OpOverload)
-    return is_op and torch.Tag.nondeterministic_seeded in node.target.tags  # type: ignore[union-attr]
 
 
 def _first(graph: Graph, node: Node) -> Node:

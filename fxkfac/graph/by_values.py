@@ -44,7 +44,7 @@ def is_by_values(graph: Graph, inputs: Sequence[Node]) -> bool:
     for node in graph.nodes:
         if node not in dependent or not isinstance(node.target, OpOverload):
             continue
-        if _has_size_of_values(node):
+        if has_size_of_values(node):
             return True
         for moved, axis in _chosen_along(node, dependent):
             if not sizes_are_known or _grows(moved, axis):
@@ -57,7 +57,8 @@ def _symbols(node: Node) -> set[Any]:
     return set(free_symbols(value)) if isinstance(value, Tensor) else set()
 
 
-def _has_size_of_values(node: Node) -> bool:
+def has_size_of_values(node: Node) -> bool:
+    """Whether the number of rows depends on values: a single one looks the same in any order."""
     value = node.meta.get("val")
     return isinstance(value, Tensor) and bool(free_unbacked_symbols(value))
 

@@ -15,7 +15,8 @@ from torch.utils import _pytree as pytree
 from fxkfac.errors import CaptureError
 from fxkfac.graph.verify import FlatModel
 
-TORCHS = frozenset([*nn.Module().__dict__, "_flat_weights"]) - {"training"}
+# Torch's attributes; the last is how recurrent modules hold parameters twice.
+OWN = frozenset([*nn.Module().__dict__, "_flat_weights"])
 
 Place = tuple[nn.Module, str]
 
@@ -78,7 +79,7 @@ def require_no_memos(model: FlatModel, tensors: list[Tensor], modules: Sequence[
 
 
 def _own(m: nn.Module) -> dict[str, Any]:
-    return {name: value for name, value in vars(m).items() if name not in TORCHS}
+    return {name: value for name, value in vars(m).items() if name not in OWN}
 
 
 def _copied(value: Any) -> Any:

@@ -18,6 +18,7 @@ from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
 from fxkfac.graph.custom import Whole
+from fxkfac.graph.overloads import draws
 
 aten = torch.ops.aten
 
@@ -77,7 +78,7 @@ def _is_random(node: Node) -> bool:
         return isinstance(node.target, Whole)  # nobody knows
     schema = node.target._schema
     drops = any("dropout" in name for name in (schema.name, *(a.name for a in schema.arguments)))
-    return torch.Tag.nondeterministic_seeded in node.target.tags or schema.is_mutable or drops
+    return draws(node.target) or schema.is_mutable or drops
 
 
 def _ordered(node: Node, order: dict[Node, int]) -> tuple[Any, ...]:

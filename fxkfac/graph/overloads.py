@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 from torch._ops import OpOverload
 from torch.fx import Node
 
@@ -22,6 +23,11 @@ def register(table: dict[OpOverload, F], *overloads: OpOverload) -> Callable[[F]
         return function
 
     return put
+
+
+def draws(target: Any) -> bool:
+    """Whether an op draws random numbers."""
+    return isinstance(target, OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
 
 
 def arguments(node: Node) -> dict[str, Any]:

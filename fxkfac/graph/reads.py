@@ -18,12 +18,10 @@ from torch.nn.modules import module
 
 from fxkfac.errors import CaptureError
 from fxkfac.graph.constants import Same, constant_key
-from fxkfac.graph.memos import Held, require_no_memos
+from fxkfac.graph.memos import OWN, Held, require_no_memos
 from fxkfac.graph.quiet import others_states
 from fxkfac.graph.verify import FlatModel
 
-# Torch's, which are looked at by themselves; the last is how recurrent ones hold parameters twice.
-OWN = frozenset([*nn.Module().__dict__, "_flat_weights"])
 LONG, LARGE = 1000, 2**16  # entries of a list, bytes of an array
 
 Names = frozenset[str] | None  # of the attributes of one module; `None` for all

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from fxkfac.errors import NonFiniteError
+from fxkfac.graph.by_values import has_size_of_values
 from fxkfac.graph.capture import Captured, Refusal
 from fxkfac.graph.coupling import Coupling, coupling
 from fxkfac.graph.dependence import depend_on
@@ -169,7 +169,7 @@ def _locate(trial: Trial, uses: Sequence[Use]) -> tuple[tuple[Use, ...], Located
         trial.captured.lowest,
         lambda: _shape_for_more(trial),
     )
-    routed = {n.name for n in trial.captured.module.graph.nodes if _is_routed(n)}
+    routed = {n.name for n in trial.captured.module.graph.nodes if has_size_of_values(n)}
     constant = (c and u.node not in routed for c, u in zip(located.constant, uses, strict=True))
     return uses, replace(located, constant=tuple(constant))
 
@@ -206,9 +206,3 @@ def find_coupling(trial: Trial, located: Located, uses: Sequence[Use]) -> Coupli
             trial.generator,
             trial.captured.lowest,
         )
-
-
-def _is_routed(node: Node) -> bool:
-    """Whether the number of rows depends on values: a single one looks the same in any order."""
-    value = node.meta.get("val")
-    return isinstance(value, Tensor) and bool(free_unbacked_symbols(value))

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from fxkfac.errors import ParameterError
 from fxkfac.functional import FunctionalModel
 from fxkfac.graph.constants import Same
+from fxkfac.graph.memos import OWN
 from fxkfac.graph.quiet import quietly
 from fxkfac.graph.reached import Reached, named_by, reached_from
-from fxkfac.graph.reads import OWN, Reads, attribute_key, reads_of
+from fxkfac.graph.reads import Reads, attribute_key, reads_of
 from fxkfac.graph.verify import FlatModel
 from fxkfac.parameters import canonical
 
