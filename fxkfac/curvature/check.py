@@ -15,7 +15,7 @@ from fxkfac.curvature.data import batches
 from fxkfac.curvature.losses import likelihood_of, loss_value
 from fxkfac.errors import TapMismatch
 from fxkfac.functional import Params
-from fxkfac.graph.digits import tolerance
+from fxkfac.graph.digits import tolerance_of_parts
 from fxkfac.graph.program import Program
 from fxkfac.graph.tap import Taps
 from fxkfac.graph.verify import FlatModel, gradient_errors, tap_gradients
@@ -57,7 +57,7 @@ def check(
         expected = model.gradients(state, tensors, cotangent, names)
     lowest = run.tapped.captured.lowest
     errors = gradient_errors(found, expected, lowest)
-    wrong = {n: e for n, e in errors.items() if not e <= tolerance(expected[n], lowest)}
+    wrong = {n: e for n, e in errors.items() if not e <= tolerance_of_parts(expected[n], lowest)}
     if wrong:
         listed = ", ".join(f"{name} ({error:.1e})" for name, error in wrong.items())
         raise TapMismatch(

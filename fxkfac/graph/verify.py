@@ -18,7 +18,7 @@ from fxkfac.errors import DataError
 from fxkfac.functional import FunctionalModel, Inputs, prediction_of
 from fxkfac.graph.capture import Captured, Refusal
 from fxkfac.graph.derived import computation
-from fxkfac.graph.digits import rounding, tolerance
+from fxkfac.graph.digits import rounding, tolerance_of_parts
 from fxkfac.graph.normal import Input, parameter_gradient
 from fxkfac.graph.quiet import quietly
 from fxkfac.graph.signature import Signature
@@ -126,7 +126,7 @@ def is_model(model: FlatModel, captured: Captured, state: State, data: Sequence[
     if found.shape != expected.shape:
         return f"its graph predicts {tuple(found.shape)}, the model {tuple(expected.shape)}"
     off = relative_error(found, expected)
-    if off <= tolerance(expected, captured.lowest):
+    if off <= tolerance_of_parts(expected, captured.lowest):
         return ""
     return f"its prediction is not the model's ({off:.1e})"
 
@@ -209,7 +209,7 @@ def _require_equal(
 ) -> None:
     lowest = captured.lowest
     errors = gradient_errors(found, expected, lowest)
-    limits = {n: tolerance(t, lowest) for n, t in expected.items()}
+    limits = {n: tolerance_of_parts(t, lowest) for n, t in expected.items()}
     wrong = [f"{n} ({e:.1e})" for n, e in errors.items() if not e <= limits[n]]
     if wrong:
         raise Refusal(

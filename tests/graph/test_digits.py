@@ -62,6 +62,39 @@ def test_autocast() -> None:
         assert not are_found(10 * BF16)
 
 
+class Normed(nn.Module):
+    """A norm between layers, which the graph takes by its parts, and autocast in half precision."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.inside, self.norm, self.out = nn.Conv1d(2, 4, 3, bias=False), norm, nn.Linear(24, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.norm(self.inside(x)).tanh().flatten(1))
+
+
+NORMS = {
+    "layer": lambda: nn.LayerNorm([4, 6]),
+    "group": lambda: nn.GroupNorm(2, 4),
+    "instance": lambda: nn.InstanceNorm1d(4, affine=True),
+    "batch": lambda: nn.BatchNorm1d(4).eval(),
+}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_norms_under_autocast(norm: str) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Normed(NORMS[norm]())
+    data = rand(5, 2, 8).float(), torch.arange(5) % 3
+    expected = fxkfac.kfac(fxkfac.trace(model, data[0]), CE, data)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = fxkfac.kfac(fxkfac.trace(model, data[0]), CE, data)
+    for name, block in expected.items():
+        off = (found[name].dense() - block.dense()).norm() / block.dense().norm()
+        assert 0 < off < 0.05
+
+
 def test_check_says_the_same(products: None) -> None:
     program = fxkfac.trace(nn.Linear(4, 3), rand(5, 4).float())
     data = rand(5, 4).float(), torch.arange(5) % 3
