@@ -5,6 +5,7 @@ And the other way round: the user's autocast is for the model, not for the arith
 
 from __future__ import annotations
 
+import cmath
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
@@ -40,7 +41,7 @@ def generator_on(device: torch.device, generator: Generator) -> Generator:
 
 def is_finite(t: Tensor) -> bool:
     """Whether a tensor holds neither NaN nor Inf: its sum tells, unless that alone overflows."""
-    return bool(t.sum().isfinite()) or bool(t.isfinite().all())
+    return cmath.isfinite(t.sum().item()) or bool(t.isfinite().all())
 
 
 @contextmanager

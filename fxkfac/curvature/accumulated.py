@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -66,7 +67,7 @@ class Accumulated:
         sums: list[InputSums | Moment] = [*self.inputs, *self.outputs]
         numbers = [*self.exact.values(), *(t for s in sums for t in s.numbers())]
         # One number tells, and is waited for, in the place of one for each tensor.
-        if not numbers or torch.nn.utils.get_total_norm(numbers).isfinite():
+        if not numbers or math.isfinite(torch.nn.utils.get_total_norm(numbers).item()):
             return None
         for name, block in self.exact.items():
             if not block.isfinite().all():

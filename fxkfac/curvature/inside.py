@@ -8,13 +8,12 @@ operation, which takes one triangle, as it is taken without compilation.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import NamedTuple, TypeGuard, TypeVar
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from fxkfac.curvature.collect import Collector
 from fxkfac.curvature.images import Image
@@ -25,7 +24,7 @@ from fxkfac.curvature.receive import Receiver
 from fxkfac.curvature.schedule import Schedule
 from fxkfac.linalg import Gram, in_front, opaque_gram, opaque_patch_gram, strip
 
-Nested = TypeVar("Nested")
+Own = Callable[[Tensor], Tensor]  # a tensor that may be changed, with the same numbers
 
 
 def is_fixed(sink: Receiver) -> TypeGuard[Collector]:
@@ -60,13 +59,14 @@ class Piece(NamedTuple):
     scales: Scales = ()
     number: int | Tensor = 0
 
-    def moment(self) -> Moment:
-        """The moment, which uses up the tensors."""
-        gram = None
+    def moment(self, own: Own) -> Moment:
+        """The moment, which uses up the tensors that it owns."""
+        total, gram = None, None
         if self.total is not None:
-            whole = 0 if self.whole is None else int(self.whole)
-            gram = Gram(in_front(self.total, len(self.scales)), is_empty=False, whole=whole)
-        return Moment(self.scales, self.total, gram, self.sums, self.number, list(self.waiting))
+            total, whole = own(self.total), 0 if self.whole is None else int(self.whole)
+            gram = Gram(in_front(total, len(self.scales)), is_empty=False, whole=whole)
+        sums = None if self.sums is None else own(self.sums)
+        return Moment(self.scales, total, gram, sums, self.number, list(map(own, self.waiting)))
 
 
 class Open(Moment):
@@ -143,12 +143,15 @@ class InputPieces(NamedTuple):
 
     def give(self, sink: Collector, copy: bool = False) -> None:
         """Add them to a sink; with `copy`, the code keeps its own."""
-        moments, counts, rows = _each_its_own(self, copy)
-        for k, number in rows.items():
+        own = _each_its_own(copy)
+        for k, rows in self.rows.items():
             sums = sink.inputs[k]
-            for piece in moments[k]:
-                sums.of(piece.scales).merge(piece.moment())
-            sums.merge(InputSums(counts=counts.get(k), rows=number))
+            for piece in self.moments[k]:
+                sums.of(piece.scales).merge(piece.moment(own))
+            counts = own(self.counts[k]) if k in self.counts else None
+            sums.merge(
+                InputSums(counts=counts, rows=own(rows) if isinstance(rows, Tensor) else rows)
+            )
 
 
 class GradientPieces(NamedTuple):
@@ -171,12 +174,12 @@ class GradientPieces(NamedTuple):
 
     def give(self, sink: Collector, copy: bool = False) -> None:
         """Add them to a sink; with `copy`, the code keeps its own."""
-        moments, exact = _each_its_own(self, copy)
-        for k, pieces in moments.items():
+        own = _each_its_own(copy)
+        for k, pieces in self.moments.items():
             for piece in pieces:
-                sink.outputs[k].merge(piece.moment())
-        for name, block in exact.items():
-            sink.exact[name] = sink.exact[name] + block if name in sink.exact else block
+                sink.outputs[k].merge(piece.moment(own))
+        for name, block in self.exact.items():
+            sink.exact[name] = sink.exact[name] + block if name in sink.exact else own(block)
 
 
 def _pieces(moments: Iterable[Moment]) -> list[Piece]:
@@ -185,7 +188,7 @@ def _pieces(moments: Iterable[Moment]) -> list[Piece]:
     return [piece for piece in found if piece is not None]
 
 
-def _each_its_own(nested: Nested, copy: bool) -> Nested:
+def _each_its_own(copy: bool) -> Own:
     """Of equal sums a compiler may make one tensor; but each will be changed in place."""
     seen: set[int] = set()
 
@@ -195,5 +198,4 @@ def _each_its_own(nested: Nested, copy: bool) -> Nested:
             return t
         return t.clone()
 
-    found: Nested = pytree.tree_map_only(Tensor, own, nested)
-    return found
+    return own

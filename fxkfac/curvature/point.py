@@ -39,7 +39,8 @@ class Point:
         copies: dict[str, Tensor] = {}
         for group in alike.values():
             together = torch.cat([some[name] for name in group])
-            copies.update(zip(group, together.split([len(some[n]) for n in group]), strict=True))
+            sizes = [some[name].numel() for name in group]
+            copies.update(zip(group, together.split(sizes), strict=True))
         return Point(copies)
 
     def __eq__(self, other: object) -> bool:
@@ -77,7 +78,7 @@ def require_here(then: Point | None, state: Mapping[str, Tensor]) -> None:
 def _some(t: Tensor) -> Tensor:
     """Entries at equal distances."""
     flat = t.detach().reshape(-1)
-    return flat[:: max(1, -(-len(flat) // ENTRIES))]
+    return flat[:: max(1, -(-flat.numel() // ENTRIES))]
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
