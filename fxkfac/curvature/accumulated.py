@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fxkfac.curvature.factors import Factors, Product, Settings, divisor, scale_of
@@ -17,6 +15,7 @@ from fxkfac.curvature.plan import TermPlan, require_same_terms
 from fxkfac.curvature.schedule import Schedule
 from fxkfac.functional import FunctionalModel
 from fxkfac.graph.normal import normal_weight
+from fxkfac.isolation import are_finite
 
 
 @dataclass
@@ -66,8 +65,7 @@ class Accumulated:
         """What holds NaN or Inf, if anything does."""
         sums: list[InputSums | Moment] = [*self.inputs, *self.outputs]
         numbers = [*self.exact.values(), *(t for s in sums for t in s.numbers())]
-        # One number tells, and is waited for, in the place of one for each tensor.
-        if not numbers or math.isfinite(torch.nn.utils.get_total_norm(numbers).item()):
+        if are_finite(numbers):
             return None
         for name, block in self.exact.items():
             if not block.isfinite().all():

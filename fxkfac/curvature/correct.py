@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fxkfac.curvature import perdatum
@@ -24,6 +23,7 @@ from fxkfac.curvature.schedule import Schedule
 from fxkfac.curvature.sharing import known
 from fxkfac.graph.ir import Use
 from fxkfac.graph.normal import Input
+from fxkfac.isolation import are_finite
 from fxkfac.linalg.contraction import Rows, Statistic
 from fxkfac.linalg.orders import Order, Sizes, order_of_sums
 
@@ -153,7 +153,7 @@ class TermSums:
 
     def not_finite(self) -> str | None:
         """What holds NaN or Inf, if anything does."""
-        if not self.totals or torch.nn.utils.get_total_norm(self.totals.values()).isfinite():
+        if are_finite(self.totals.values()):
             return None
         wrong = [name for (name, _), t in self.totals.items() if not t.isfinite().all()]
         return f"the correction of {wrong[0]!r}" if wrong else None
