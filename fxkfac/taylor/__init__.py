@@ -66,7 +66,9 @@ def laplacian(
             f"the function makes {_described(out)} of points {tuple(x.shape)}; expected one tensor "
             f"with a row for each point, of shape ({N}, ...). Do not sum over the data inside."
         )
-    return Taylor(out.value, out.streams[1:-1], out.streams[-1])
+    # Joined, so that a gradient comes back, of zero, to what moves the value alone.
+    value, slopes, second = out.like(out.streams).parts
+    return Taylor(value.squeeze(0), slopes, second.squeeze(0))
 
 
 def _described(found: Any) -> str:

@@ -26,13 +26,12 @@ def elementwise(func: Callable[..., Tensor], jet: Any, *args: Any, **kwargs: Any
     if not isinstance(jet, Jet) or any(isinstance(a, Jet) for a in (*args, *kwargs.values())):
         refuse(f"{func.__name__} with a second argument that depends on x")
     derivatives: Callable[..., Derivatives] = CLOSED.get(func.__name__, partial(_by_jvp, func))
-    value, first, second = derivatives(jet.value, *args, **kwargs)
-    rest = first * jet.streams[1:]
+    u, slopes, summed = jet.parts
+    value, first, second = derivatives(u, *args, **kwargs)
     if second is None:
-        return jet.like(torch.cat([value[None], rest]))
-    slopes = jet.streams[1:-1]
+        return jet.like((value, first * slopes, first * summed))
     bend = second * (weighted(slopes, jet.weights) * slopes).sum(0, keepdim=True)
-    return jet.like(torch.cat([value[None], rest[:-1], rest[-1:] + bend]))
+    return jet.like((value, first * slopes, first * summed + bend))
 
 
 def _by_jvp(func: Callable[..., Tensor], v: Tensor, *args: Any, **kwargs: Any) -> Derivatives:

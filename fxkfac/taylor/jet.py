@@ -14,16 +14,44 @@ from fxkfac.errors import UnsupportedUse
 RULES: dict[str, Callable[..., Any]] = {}
 
 
+Parts = tuple[Tensor, Tensor, Tensor]
+
+
 class Jet:
-    """A tensor with its derivatives.
+    """A tensor with its derivatives, along one axis in front.
+
+    They come together or apart, whichever a rule has made, and the other is made when it is asked
+    for: a product takes all at once, and what is between two products needs no joining.
 
     Attributes:
-        streams: (D + 2, ...): value, D derivatives, weighted sum of the second ones.
         weights: (D,), or `None` for ones.
     """
 
-    def __init__(self, streams: Tensor, weights: Tensor | None) -> None:
-        self.streams, self.weights = streams, weights
+    def __init__(self, streams: Tensor | Parts, weights: Tensor | None) -> None:
+        self._streams = streams if isinstance(streams, Tensor) else None
+        self._parts = None if isinstance(streams, Tensor) else streams
+        self.weights = weights
+
+    @property
+    def streams(self) -> Tensor:
+        """(D + 2, ...): value, D derivatives, weighted sum of the second ones."""
+        if self._streams is None:
+            assert self._parts is not None
+            self._streams = torch.cat(self._parts)
+        return self._streams
+
+    @property
+    def parts(self) -> Parts:
+        """(1, ...), (D, ...) and (1, ...), whose gradients come back without zeros around them."""
+        if self._parts is None:
+            assert self._streams is not None
+            value, slopes, second = self._streams.split([1, len(self._streams) - 2, 1])
+            self._parts = value, slopes, second
+        return self._parts
+
+    @property
+    def _some(self) -> Tensor:
+        return self._parts[0] if self._streams is None and self._parts else self.streams
 
     @classmethod
     def __torch_function__(
@@ -46,16 +74,16 @@ class Jet:
             refuse(name)
         return lambda *args, **kwargs: self.__torch_function__(method, (), (self, *args), kwargs)
 
-    def like(self, streams: Tensor) -> Jet:
+    def like(self, streams: Tensor | Parts) -> Jet:
         """A jet of other streams at the same points."""
         return Jet(streams, self.weights)
 
-    value = property(lambda self: self.streams[0])
-    shape = property(lambda self: self.streams.shape[1:])
-    ndim = property(lambda self: self.streams.ndim - 1)
-    dtype = property(lambda self: self.streams.dtype)
-    device = property(lambda self: self.streams.device)
-    requires_grad = property(lambda self: self.streams.requires_grad)
+    value = property(lambda self: self.parts[0].squeeze(0))
+    shape = property(lambda self: self._some.shape[1:])
+    ndim = property(lambda self: self._some.ndim - 1)
+    dtype = property(lambda self: self._some.dtype)
+    device = property(lambda self: self._some.device)
+    requires_grad = property(lambda self: self._some.requires_grad)
     T = property(lambda self: self.permute(*reversed(range(self.ndim))))
     mT = property(lambda self: self.transpose(-1, -2))  # noqa: N815
 
@@ -109,10 +137,10 @@ def constant(tensor: Any, like: Jet) -> Jet:
     return like.like(torch.cat([value, value.new_zeros(len(like.streams) - 1, *value.shape[1:])]))
 
 
-def lift(jet: Jet, other: Any) -> Tensor:
-    """The streams, with unit axes behind the first so that `other` broadcasts as to the value."""
+def lift(jet: Jet, other: Any) -> Jet:
+    """The same with unit axes behind the first, so that `other` broadcasts as to the value."""
     missing = max(0, getattr(other, "ndim", 0) - jet.ndim)
-    return jet.streams[(slice(None), *[None] * missing)] if missing else jet.streams
+    return jet.like(jet.streams[(slice(None), *[None] * missing)]) if missing else jet
 
 
 def weighted(slopes: Tensor, weights: Tensor | None) -> Tensor:

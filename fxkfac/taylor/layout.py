@@ -139,7 +139,7 @@ def where(func: Any, condition: Any, a: Any, b: Any) -> Jet:
         refuse("where with a jet as its condition", "Compare it with a number")
     a, b = (t if isinstance(t, Jet) else constant(t, like) for t in (a, b))
     widest = max((a, b, condition), key=lambda t: t.ndim)
-    return like.like(torch.where(condition, lift(a, widest), lift(b, widest)))
+    return like.like(torch.where(condition, lift(a, widest).streams, lift(b, widest).streams))
 
 
 def of_the_value(func: Any, *args: Any, **kwargs: Any) -> Any:

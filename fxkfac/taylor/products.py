@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxkfac.taylor.elementwise import elementwise
-from fxkfac.taylor.jet import Jet, lift, refuse, weighted
+from fxkfac.taylor.jet import Jet, Parts, lift, refuse, weighted
 
 Product = Callable[[Tensor, Tensor], Tensor]  # broadcasts along the streams' axis
 
@@ -20,11 +20,12 @@ def add(func: Any, a: Any, b: Any, *, alpha: Any = 1) -> Jet:
     """a + alpha·b; a constant moves the value alone."""
     b = b if isinstance(alpha, int) and alpha == 1 else alpha * b
     if isinstance(a, Jet) and isinstance(b, Jet):
-        return a.like(lift(a, b) + lift(b, a))
+        return a.like(lift(a, b).streams + lift(b, a).streams)
     jet, fixed = (a, b) if isinstance(a, Jet) else (b, a)
-    streams = lift(jet, fixed)
-    value = streams[:1] + fixed
-    return jet.like(torch.cat([value, streams[1:].expand(-1, *value.shape[1:])]))
+    value, *rest = lift(jet, fixed).parts
+    value = value + fixed
+    slopes, second = (part.expand(-1, *value.shape[1:]) for part in rest)
+    return jet.like((value, slopes, second))
 
 
 def subtract(func: Any, a: Any, b: Any, *, alpha: Any = 1) -> Jet:
@@ -47,7 +48,7 @@ def divide(func: Any, a: Any, b: Any, *, rounding_mode: str | None = None) -> Je
     if rounding_mode is not None:
         refuse(f"div(rounding_mode={rounding_mode!r})")
     if not isinstance(b, Jet):
-        return a.like(lift(a, b) / b)
+        return a.like(lift(a, b).streams / b)
     return multiply(func, a, elementwise(torch.reciprocal, b))
 
 
@@ -116,18 +117,21 @@ def _marked(equation: str, are_jets: list[bool]) -> str:
 def _bilinear(product: Product, a: Any, b: Any) -> Jet:
     """A product of two factors, at least one of them a jet."""
     if not isinstance(a, Jet):
-        return b.like(product(a, lift(b, a)))
+        return b.like(product(a, lift(b, a).streams))
     if not isinstance(b, Jet):
-        return a.like(product(lift(a, b), b))
-    return a.like(_leibniz(product, a.like(lift(a, b)), b.like(lift(b, a))))
+        return a.like(product(lift(a, b).streams, b))
+    return a.like(_leibniz(product, lift(a, b), lift(b, a)))
 
 
-def _leibniz(product: Product, a: Jet, b: Jet) -> Tensor:
+def _leibniz(product: Product, a: Jet, b: Jet) -> Parts:
     """∂(a·b) = a·∂b + ∂a·b; the second derivatives get twice Σ_d w_d ∂_d a·∂_d b on top."""
-    s, t = a.streams, b.streams
-    rest = product(s[:1], t[1:]) + product(s[1:], t[:1])
-    cross = 2 * product(weighted(s[1:-1], a.weights), t[1:-1]).sum(0, keepdim=True)
-    return torch.cat([product(s[:1], t[:1]), rest[:-1], rest[-1:] + cross])
+    u, slopes_u, _ = a.parts
+    v, slopes_v, _ = b.parts
+    D = len(slopes_u)
+    rest = product(u, b.streams[1:]) + product(a.streams[1:], v)
+    slopes, second = rest.split([D, 1])
+    cross = 2 * product(weighted(slopes_u, a.weights), slopes_v).sum(0, keepdim=True)
+    return product(u, v), slopes, second + cross
 
 
 RULES: dict[str, Callable[..., Any]] = {

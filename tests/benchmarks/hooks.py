@@ -28,8 +28,10 @@ class HookedKFAC:
             layer.register_forward_hook(self._keep(name))
 
     def _keep(self, name: str) -> Any:
-        def hook(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            self.kept[name] = _streams(inputs[0]), _streams(output)
+        def hook(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+            y = _streams(output)
+            self.kept[name] = _streams(inputs[0]), y
+            return output if output is y else output.like(y)  # goes on with what is kept
 
         return hook
 
