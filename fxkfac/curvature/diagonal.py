@@ -17,9 +17,9 @@ from fxkfac.curvature.perdatum import zero_moment
 from fxkfac.errors import BatchAxisError, FxkfacError, UnsupportedUse
 from fxkfac.functional import Inputs
 from fxkfac.graph.capture import Captured
+from fxkfac.graph.deviation import relative_error
 from fxkfac.graph.digits import tolerance
 from fxkfac.graph.program import Program, Run
-from fxkfac.graph.verify import relative_error
 
 
 @contextmanager

@@ -41,6 +41,11 @@ def _inside(device: str) -> torch.dtype:
     return _fewest({torch.float32, *inside})
 
 
+def is_half(dtype: torch.dtype) -> bool:
+    """Whether it has half the bits of float32, or the digits of what has."""
+    return torch.finfo(dtype).eps > torch.finfo(torch.float32).eps
+
+
 def _fewest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 

@@ -18,7 +18,8 @@ from fxkfac.errors import DataError
 from fxkfac.functional import FunctionalModel, Inputs, prediction_of
 from fxkfac.graph.capture import Captured, Refusal
 from fxkfac.graph.derived import computation
-from fxkfac.graph.digits import rounding, tolerance_of_parts
+from fxkfac.graph.deviation import Rounded, compared, relative_error
+from fxkfac.graph.digits import tolerance_of_parts
 from fxkfac.graph.normal import Input, parameter_gradient
 from fxkfac.graph.quiet import quietly
 from fxkfac.graph.signature import Signature
@@ -70,33 +71,24 @@ class FlatModel:
             )
         return dict(zip(leaves, gradients, strict=True))
 
+    def compared(
+        self,
+        found: Mapping[str, Tensor],
+        state: State,
+        data: Sequence[Tensor],
+        cotangent: Tensor,
+        lowest: torch.dtype,
+    ) -> tuple[dict[str, float], list[str]]:
+        """Relative errors of gradients, and the names of those that are not the model's."""
+        names = list(found)
+        expected = self.gradients(state, data, cotangent, names)
 
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    """‖found − expected‖ / ‖expected‖, or the absolute error where nothing is expected."""
-    found, expected = found.detach().double(), expected.detach().double()
-    scale = expected.norm().item()
-    return (found - expected).norm().item() / (scale if scale > 0 else 1.0)
+        def rounded() -> dict[str, Tensor]:
+            off = Rounded(lowest)
+            moved = {name: off(t.detach()) for name, t in state.items()}
+            return self.gradients(moved, [off(t) for t in data], cotangent, names)
 
-
-ROUNDING = 32  # digits lost in the sum over the rows of a gradient that cancels
-
-
-def gradient_errors(
-    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], lowest: torch.dtype
-) -> dict[str, float]:
-    """The relative error of every gradient.
-
-    A gradient that is zero but for rounding, as of a bias before batch norm, is measured by the
-    largest of all gradients: far below half of the digits, so that nothing lost hides behind it.
-    """
-    largest = max((float(t.double().norm()) for t in expected.values()), default=0.0)
-    errors = {}
-    for name, t in expected.items():
-        norm = float(t.double().norm())
-        is_rounding = norm <= ROUNDING * rounding(t, lowest) * largest
-        scale = largest / norm if is_rounding and norm > 0 else 1.0
-        errors[name] = relative_error(found[name], t) / scale
-    return errors
+        return compared(found, expected, lowest, rounded)
 
 
 def run_graph(
@@ -172,8 +164,7 @@ def require_gradients(
     cotangent = _cotangent(prediction)
     at_taps = taps.gradients(prediction, cotangent)
     found = tap_gradients(tapped, taps.inputs, at_taps, names, state, data)
-    expected = model.gradients(state, data, cotangent, names)
-    _require_equal(found, expected, tapped.captured, "from its taps")
+    _require_equal(found, model, state, data, cotangent, tapped.captured.lowest, "from its taps")
 
 
 def require_graph_gradients(
@@ -195,8 +186,8 @@ def require_graph_gradients(
         found = torch.autograd.grad(
             prediction, wanted, cotangent, allow_unused=True, materialize_grads=True
         )
-    expected = model.gradients(state, data, cotangent, names)
-    _require_equal(dict(zip(names, found, strict=True)), expected, captured, "by autograd")
+    gradients = dict(zip(names, found, strict=True))
+    _require_equal(gradients, model, state, data, cotangent, captured.lowest, "by autograd")
 
 
 def _cotangent(prediction: Tensor) -> Tensor:
@@ -205,16 +196,20 @@ def _cotangent(prediction: Tensor) -> Tensor:
 
 
 def _require_equal(
-    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], captured: Captured, how: str
+    found: Mapping[str, Tensor],
+    model: FlatModel,
+    state: State,
+    data: Sequence[Tensor],
+    cotangent: Tensor,
+    lowest: torch.dtype,
+    how: str,
 ) -> None:
-    lowest = captured.lowest
-    errors = gradient_errors(found, expected, lowest)
-    limits = {n: tolerance_of_parts(t, lowest) for n, t in expected.items()}
-    wrong = [f"{n} ({e:.1e})" for n, e in errors.items() if not e <= limits[n]]
+    errors, wrong = model.compared(found, state, data, cotangent, lowest)
     if wrong:
+        listed = ", ".join(f"{name} ({errors[name]:.1e})" for name in wrong[:4])
         raise Refusal(
-            f"{WRONG_GRADIENTS} {how} are not the model's: relative errors "
-            f"{', '.join(wrong[:4])}. A custom autograd.Function or a detached part gets lost."
+            f"{WRONG_GRADIENTS} {how} are not the model's: relative errors {listed}. "
+            "A custom autograd.Function or a detached part gets lost."
         )
 
 

@@ -6,7 +6,7 @@ from drawn import F64, rand, seeded
 from torch import nn
 
 import fxkfac
-from fxkfac.graph.verify import gradient_errors
+from fxkfac.graph.deviation import gradient_errors
 
 
 class Embedded(nn.Module):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from zoo import CE, rand
 
 import fxkfac
+from fxkfac.graph.deviation import compared
 
 TF32, BF16 = 8e-4, 4e-3  # what roundings of such products may differ by, relative
 
@@ -65,9 +66,10 @@ def test_autocast() -> None:
 class Normed(nn.Module):
     """A norm between layers, which the graph takes by its parts, and autocast in half precision."""
 
-    def __init__(self, norm: nn.Module) -> None:
+    def __init__(self, norm: nn.Module, bias: bool) -> None:
         super().__init__()
-        self.inside, self.norm, self.out = nn.Conv1d(2, 4, 3, bias=False), norm, nn.Linear(24, 3)
+        inside = nn.Conv1d(2, 4, 3, bias=bias)
+        self.inside, self.norm, self.out = inside, norm, nn.Linear(24, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out(self.norm(self.inside(x)).tanh().flatten(1))
@@ -81,11 +83,13 @@ NORMS = {
 }
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("norm", NORMS)
-def test_norms_under_autocast(norm: str) -> None:
+def test_norms_under_autocast(norm: str, bias: bool) -> None:
+    """A bias before a norm may have no gradient but rounding."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = Normed(NORMS[norm]())
+        model = Normed(NORMS[norm](), bias)
     data = rand(5, 2, 8).float(), torch.arange(5) % 3
     expected = fxkfac.kfac(fxkfac.trace(model, data[0]), CE, data)
     with torch.autocast("cpu", torch.bfloat16):
@@ -93,6 +97,21 @@ def test_norms_under_autocast(norm: str) -> None:
     for name, block in expected.items():
         off = (found[name].dense() - block.dense()).norm() / block.dense().norm()
         assert 0 < off < 0.05
+
+
+def test_what_is_lost_in_half_precision_is_found() -> None:
+    def wrong(off: float, moved: float, dtype: torch.dtype = torch.bfloat16) -> list[str]:
+        expected = {"large": torch.ones(4), "small": 0.01 * torch.ones(4)}
+        found = {"large": expected["large"], "small": (1 + off) * expected["small"]}
+        rounded = {"large": expected["large"], "small": (1 + moved) * expected["small"]}
+        return compared(found, expected, dtype, lambda: rounded)[1]
+
+    assert not wrong(0.03, 0)
+    assert wrong(0.04, 0) == ["small"]
+    assert not wrong(0.04, 0.02)
+    assert not wrong(1, 1)  # nothing but rounding
+    assert wrong(20, 20) == ["small"]  # but of a tenth of the largest, not more
+    assert wrong(0.001, 1, torch.float32) == ["small"]  # where there are digits, they count
 
 
 def test_check_says_the_same(products: None) -> None:
