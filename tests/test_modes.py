@@ -11,8 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import fxkfac
+from fxkfac.curvature.together import enlarged
 
-MSE = nn.MSELoss
+CE, MSE = nn.CrossEntropyLoss, nn.MSELoss
 close = torch.testing.assert_close
 X, Y = rand(5, 4, seed=5), rand(5, 3, seed=6)
 BF16 = torch.bfloat16
@@ -217,6 +218,76 @@ class TestLowPrecision:
             factors = fxkfac.kfac(program, MSE(), one, separate_weight_and_bias=True)
         assert expected.dtype == torch.float32
         close(factors.dense("last.weight"), expected, rtol=1e-5, atol=1e-6)
+
+
+class Faint(nn.Module):
+    """With a part whose gradients are about as large as the smallest number of float16, 6e-8."""
+
+    def __init__(self):
+        super().__init__()
+        self.way, self.first = nn.Linear(4, 3), nn.Linear(4, 5)
+        self.small, self.smaller, self.last = nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+        with torch.no_grad():
+            self.small.weight *= 1e-3
+            self.smaller.weight *= 1e-3
+
+    def forward(self, x):
+        return self.way(x) + self.last(self.smaller(self.small(self.first(x).tanh())))
+
+
+class TestGradientsThatFloat16DoesNotHold:
+    """They go back as large ones."""
+
+    X, Y = rand(6, 4).float(), torch.arange(6) % 3
+
+    def model(self):
+        return seeded(Faint).float()
+
+    def near(self, compute, parameters=None):
+        model = self.model()
+        expected = compute(fxkfac.trace(model, self.X, parameters))
+        with torch.autocast("cpu", torch.float16):
+            program = fxkfac.trace(model, self.X, parameters)
+        found = compute(program)
+        for name, t in expected.items():
+            assert t.any()
+            assert 0 < (found[name] - t).norm() < 0.01 * t.norm()
+
+    @pytest.mark.parametrize("backend", ["eager", "inductor"])
+    @pytest.mark.parametrize("fisher", ["type-2", "empirical"])
+    def test_factors(self, fisher, backend):
+        def compute(program):
+            options = {"fisher": fisher, "backend": backend}
+            factors = fxkfac.kfac(program, CE(), (self.X, self.Y), **options)
+            return {name: block.B for name, block in factors.items()}
+
+        self.near(compute)
+
+    @pytest.mark.parametrize("backend", ["eager", "inductor"])
+    @pytest.mark.parametrize("fisher", ["type-2", "empirical"])
+    def test_gradients_of_a_step(self, fisher, backend):
+        def compute(program):
+            options = {"fisher": fisher, "backend": backend}
+            return fxkfac.step(program, CE(), (self.X, self.Y), **options).gradients
+
+        self.near(compute)
+
+    def test_influence(self):
+        data = self.X, self.Y
+
+        def compute(program):
+            factors = fxkfac.kfac(program, CE(), data, fisher="empirical")
+            scores = fxkfac.influence(program, CE(), factors, data, data, damping=1e-14)
+            return {"scores": scores}
+
+        self.near(compute, ["first.*"])
+
+    @pytest.mark.parametrize("size", [0.0, 1e-7, 1.0, 1e4])
+    def test_vectors_stay_finite(self, size):
+        vectors = size * torch.ones(1, 6, 3, dtype=torch.float16)
+        larger, power = enlarged(vectors)
+        assert larger.isfinite().all()
+        close(larger.float(), power * vectors.float(), rtol=0, atol=0)
 
 
 class Checkpointed(nn.Module):

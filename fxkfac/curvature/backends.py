@@ -17,6 +17,7 @@ from fxkfac.curvature.inside import is_fixed, is_open
 from fxkfac.curvature.likelihoods import Likelihood
 from fxkfac.curvature.parts import Values
 from fxkfac.curvature.receive import Receiver
+from fxkfac.curvature.together import from_enlarged
 from fxkfac.curvature.traced import Kind
 from fxkfac.curvature.whole import Objective, Outcome, is_whole, whole
 from fxkfac.errors import OptionError
@@ -89,9 +90,11 @@ class Forward:
     ) -> Slope:
         """By what gives ⟨cotangent, f⟩'s gradients."""
         f = prediction.detach()
-        cotangent = self.likelihood.gradient(f, self.targets)
+        cotangent = self.likelihood.gradient(f, self.targets).detach()  # of targets with a graph
         criterion = self.likelihood.criterion(f, self.targets)
-        return Slope(criterion.detach(), gradients(cotangent.detach()))  # of targets with a graph
+        if self.tapped.captured.underflows:
+            return Slope(criterion.detach(), from_enlarged(gradients, cotangent))
+        return Slope(criterion.detach(), gradients(cotangent))
 
 
 @dataclass(frozen=True)
@@ -137,11 +140,12 @@ class _Compiled:
     def send_back(self, vectors: Iterable[Tensor]) -> None:
         if self.code.hears:
             for vector in vectors:
-                found = self.code.send_back(self.values, vector)
                 if self.sink is None:
-                    self.batch.receiver.gradients(found)
+                    receiver = self.batch.receiver
+                    sent = self.code.send_back(self.values, receiver.enlarge(vector))
+                    receiver.gradients(sent)
                 else:
-                    found.give(self.sink)
+                    self.code.send_back(self.values, vector).give(self.sink)
         self.batch.receiver.finish()
 
     def slope(self) -> Slope:

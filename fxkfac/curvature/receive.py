@@ -21,7 +21,15 @@ from fxkfac.curvature.factors import Settings
 from fxkfac.curvature.padding import Padding
 from fxkfac.curvature.schedule import Schedule
 from fxkfac.curvature.sharing import Kept, chosen_groups, rows_kept
-from fxkfac.curvature.together import FEW, Listen, Unpack, chunks, goes_together, send_back
+from fxkfac.curvature.together import (
+    FEW,
+    Listen,
+    Unpack,
+    chunks,
+    enlarged,
+    goes_together,
+    send_back,
+)
 from fxkfac.graph.ir import Use
 from fxkfac.graph.normal import Input, Routed, detached
 
@@ -68,6 +76,7 @@ class Receiver(ABC):
     _listens: bool = True
     _vectors: int = 1  # that are going back
     _bytes: int = 0  # of one vector's gradients
+    _power: Tensor | None = None  # by which they are larger than they should be
     _kept: dict[Use, Kept] = field(default_factory=dict)
     _groups: dict[Use, Tensor] = field(default_factory=dict)
 
@@ -123,10 +132,17 @@ class Receiver(ABC):
             for part, is_last in chunks(vectors, self._at_once(prediction)):
                 self._vectors = len(part)
                 together = torch.stack(part) if len(part) > 1 else part[0].unsqueeze(0)
+                together = self.enlarge(together)
                 send_back(prediction, self._root, together, self.keep_graph or not is_last)
                 self.finish_vectors()
         self._listens = False
         self.finish()
+
+    def enlarge(self, vectors: Tensor) -> Tensor:
+        """What is sent back in the place of vectors: what `_tell` hears is made small again."""
+        if self.schedule.tapped.captured.underflows:
+            vectors, self._power = enlarged(vectors)
+        return vectors
 
     def gradients(self, arrived: dict[int, Tensor]) -> None:
         """In the place of backpropagation: what one vector's gradients are, at every tap."""
@@ -158,5 +174,7 @@ class Receiver(ABC):
     def _tell(self, place: int, g: Tensor) -> None:
         if not self._listens:
             return
+        if self._power is not None:
+            g = g.to(self._power.dtype) / self._power
         for use in self.schedule.at_tap.get(place, ()):
             self.take_gradient(use, g)

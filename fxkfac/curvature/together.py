@@ -7,7 +7,7 @@ batches, narrow layers and many classes.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -19,6 +19,7 @@ from fxkfac.errors import OptionError
 Item = TypeVar("Item")
 
 FEW = 4  # vectors, below which going back together takes longer than one after the other
+LARGE = 2.0**10  # a gradient that grows sixtyfold on its way is no overflow yet
 MEMORY = 2**25  # bytes: what fits the cache of a CPU gains by it, and larger vectors do not
 
 
@@ -87,6 +88,24 @@ def send_back(prediction: Tensor, root: Tensor, vectors: Tensor, retain_graph: b
         torch.func.vmap(send)(vectors)
     else:
         send(vectors[0])
+
+
+def enlarged(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Vectors times a power of two by which the largest entry is about `LARGE`; and that power.
+
+    In float16 small gradients are lost on the way back: so they go as large ones.
+    """
+    largest = vectors.detach().abs().amax().float() if vectors.numel() else vectors.new_ones(())
+    power = torch.exp2(torch.log2(LARGE / largest.clamp(LARGE * 2**-15, LARGE)).floor())
+    return vectors * power.to(vectors.dtype), power
+
+
+def from_enlarged(
+    gradients: Callable[[Tensor], Sequence[Tensor | None]], cotangent: Tensor
+) -> list[Tensor | None]:
+    """The gradients of a cotangent that goes back as a large one."""
+    larger, power = enlarged(cotangent)
+    return [None if g is None else (g / power).to(g.dtype) for g in gradients(larger)]
 
 
 def goes_together(prediction: Tensor, root: Tensor) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Generator, Tensor, no_grad
@@ -22,6 +23,7 @@ from fxkfac.curvature.factors import Settings
 from fxkfac.curvature.inside import GradientPieces, InputPieces, recording
 from fxkfac.curvature.losses import loss_text
 from fxkfac.curvature.parts import Part, names_of, part_of, read
+from fxkfac.curvature.together import from_enlarged
 from fxkfac.curvature.traced import Kind, gradients_of, prediction_kind, traceable, traced
 from fxkfac.graph.program import Tapped
 
@@ -143,7 +145,10 @@ def _whole(
         collector.send_back(
             f, backpropagated_vectors(sink.settings.fisher, own, seen, y, None, 1, generator)
         )
-        slope = gradients_of(f, [asked[k] for k in wanted], likelihood.gradient(seen, y))
+        slopes = partial(gradients_of, f, [asked[k] for k in wanted])
+        cotangent = likelihood.gradient(seen, y)
+        small = tapped.captured.underflows
+        slope = from_enlarged(slopes, cotangent) if small else slopes(cotangent)
         with no_grad():
             inputs, gradients = InputPieces.of(collector), GradientPieces.of(collector)
             criterion = likelihood.criterion(seen, y)

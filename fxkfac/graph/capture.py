@@ -30,7 +30,7 @@ from fxkfac.functional import FunctionalModel, nest_names, prediction_of, split_
 from fxkfac.graph.cleanup import STOP, rebuild
 from fxkfac.graph.custom import whole_functions
 from fxkfac.graph.dependence import reach_output
-from fxkfac.graph.digits import lowest
+from fxkfac.graph.digits import dtypes_of, lowest
 from fxkfac.graph.packed import packing
 from fxkfac.graph.pure import is_functional
 from fxkfac.graph.recurrence import FUSED
@@ -97,6 +97,12 @@ class Captured:
     def lowest(self) -> torch.dtype:
         """The dtype with the fewest digits in which anything is computed of the parameters."""
         return lowest(self.module.graph, self._nodes()[: len(self.parameters)])
+
+    @cached_property
+    def underflows(self) -> bool:
+        """Whether anything is computed of the parameters in float16, which ends at 6e-8."""
+        nodes = self._nodes()[: len(self.parameters)]
+        return torch.float16 in dtypes_of(self.module.graph, nodes)
 
     def _nodes(self) -> list[Node]:
         return [n for n in self.module.graph.nodes if n.op == "placeholder"]

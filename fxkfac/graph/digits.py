@@ -22,11 +22,20 @@ def lowest(graph: Graph, inputs: Sequence[Node]) -> torch.dtype:
     A norm or a state-space scan may compute in float32 inside, whatever the model's dtype; and a
     product of float32 in less, where torch is allowed to: on a GPU convolutions are, by default.
     """
-    values = (node.meta.get("val") for node in depend_on(graph, inputs))
-    tensors = [v for v in values if isinstance(v, Tensor) and v.dtype.is_floating_point]
+    tensors = _floating(graph, inputs)
     dtypes = {t.dtype for t in tensors}
     dtypes |= {_inside(t.device.type) for t in tensors if t.dtype == torch.float32}
     return _fewest({torch.float64, *dtypes})
+
+
+def dtypes_of(graph: Graph, inputs: Sequence[Node]) -> set[torch.dtype]:
+    """Of all floating point numbers that depend on the inputs."""
+    return {t.dtype for t in _floating(graph, inputs)}
+
+
+def _floating(graph: Graph, inputs: Sequence[Node]) -> list[Tensor]:
+    values = (node.meta.get("val") for node in depend_on(graph, inputs))
+    return [v for v in values if isinstance(v, Tensor) and v.dtype.is_floating_point]
 
 
 def _inside(device: str) -> torch.dtype:
