@@ -235,6 +235,18 @@ class Faint(nn.Module):
         return self.way(x) + self.last(self.smaller(self.small(self.first(x).tanh())))
 
 
+class FaintRates(Faint):
+    """With a parameter in that part that has no normal form."""
+
+    def __init__(self):
+        super().__init__()
+        self.rates = nn.Parameter(torch.linspace(-1, 1, 5))
+
+    def forward(self, x):
+        h = self.first(x).tanh() * self.rates.exp()
+        return self.way(x) + self.last(self.smaller(self.small(h)))
+
+
 class TestGradientsThatFloat16DoesNotHold:
     """They go back as large ones."""
 
@@ -271,6 +283,18 @@ class TestGradientsThatFloat16DoesNotHold:
             return fxkfac.step(program, CE(), (self.X, self.Y), **options).gradients
 
         self.near(compute)
+
+    def test_exact_blocks_without_taps(self):
+        def moments():
+            program = fxkfac.trace(model, self.X, unsupported="diagonal")
+            factors = fxkfac.kfac(program, CE(), (self.X, self.Y))
+            return factors["rates"].dense()
+
+        model = seeded(FaintRates).float()
+        expected = moments()
+        with torch.autocast("cpu", torch.float16):
+            found = moments()
+        assert 0 < (found - expected).norm() < 0.01 * expected.norm()
 
     def test_influence(self):
         data = self.X, self.Y

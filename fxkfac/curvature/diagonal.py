@@ -14,11 +14,12 @@ from torch.func import grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fxkfac.curvature.perdatum import zero_moment
+from fxkfac.curvature.together import enlarged
 from fxkfac.errors import BatchAxisError, FxkfacError, UnsupportedUse
 from fxkfac.functional import Inputs
 from fxkfac.graph.capture import Captured
 from fxkfac.graph.deviation import relative_error
-from fxkfac.graph.digits import tolerance
+from fxkfac.graph.digits import tolerance_of_parts
 from fxkfac.graph.program import Program, Run
 
 
@@ -85,12 +86,14 @@ def gradient_moments(
     )
     with _all_at_once(structures):
         alone = vmap(of_one, (None, *axes), randomness="same")(chosen, *data)
-        if relative_error(alone, own) > tolerance(own, run.tapped.captured.lowest):
+        if relative_error(alone, own) > tolerance_of_parts(own, run.tapped.captured.lowest):
             raise BatchAxisError(f"a datum by itself gives another prediction {COUPLED}")
+        small = run.tapped.captured.underflows
         for vector in vectors:
-            gradients = per_datum(chosen, by_datum(run, vector), *data)
+            sent, power = enlarged(vector) if small else (vector, 1.0)
+            gradients = per_datum(chosen, by_datum(run, sent), *data)
             for name, kind in structures.items():
-                G = gradients[name].reshape(len(gradients[name]), -1).to(total[name].dtype)
+                G = gradients[name].reshape(len(gradients[name]), -1).to(total[name].dtype) / power
                 moment = G.mT @ G if kind == "dense" else G.square().sum(0).view_as(total[name])
                 total[name] = total[name] + moment
     return total

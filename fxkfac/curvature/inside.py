@@ -149,9 +149,7 @@ class InputPieces(NamedTuple):
             for piece in self.moments[k]:
                 sums.of(piece.scales).merge(piece.moment(own))
             counts = own(self.counts[k]) if k in self.counts else None
-            sums.merge(
-                InputSums(counts=counts, rows=own(rows) if isinstance(rows, Tensor) else rows)
-            )
+            sums.merge(InputSums(counts=counts, rows=rows))
 
 
 class GradientPieces(NamedTuple):
