@@ -24,7 +24,7 @@ from fxkfac.curvature.perdatum import datum_gradients
 from fxkfac.curvature.plan import TermPlan
 from fxkfac.curvature.schedule import Schedule, counts_only, schedule_of
 from fxkfac.curvature.sharing import accurate_dtype, known
-from fxkfac.curvature.together import enlarged
+from fxkfac.curvature.together import enlarged, reduced
 from fxkfac.errors import BatchAxisError, DataError, NonFiniteError, UnsupportedUse
 from fxkfac.graph.ir import Use
 from fxkfac.graph.normal import Input, OneHotRows, detached, normal_x, normal_y
@@ -104,11 +104,9 @@ class _Ran:
         return Batch(self.schedule, self.run.n, self._inputs, self._gradients(vector))
 
     def _gradients(self, vector: Tensor) -> dict[int, Tensor]:
-        if not self.run.tapped.captured.underflows:
-            return self.taps.gradients(self.run.prediction, vector)
-        vector, power = enlarged(vector)
+        vector, power = enlarged(vector, self.run.tapped.captured.underflows)
         found = self.taps.gradients(self.run.prediction, vector)
-        return {place: g.to(power.dtype) / power for place, g in found.items()}
+        return {place: reduced(g, power) for place, g in found.items()}
 
     @cached_property
     def _inputs(self) -> dict[Use, Input]:

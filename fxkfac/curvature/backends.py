@@ -17,7 +17,7 @@ from fxkfac.curvature.inside import is_fixed, is_open
 from fxkfac.curvature.likelihoods import Likelihood
 from fxkfac.curvature.parts import Values
 from fxkfac.curvature.receive import Receiver
-from fxkfac.curvature.together import from_enlarged
+from fxkfac.curvature.together import gradients_of_enlarged
 from fxkfac.curvature.traced import Kind
 from fxkfac.curvature.whole import Objective, Outcome, is_whole, whole
 from fxkfac.errors import OptionError
@@ -92,9 +92,8 @@ class Forward:
         f = prediction.detach()
         cotangent = self.likelihood.gradient(f, self.targets).detach()  # of targets with a graph
         criterion = self.likelihood.criterion(f, self.targets)
-        if self.tapped.captured.underflows:
-            return Slope(criterion.detach(), from_enlarged(gradients, cotangent))
-        return Slope(criterion.detach(), gradients(cotangent))
+        underflows = self.tapped.captured.underflows
+        return Slope(criterion.detach(), gradients_of_enlarged(gradients, cotangent, underflows))
 
 
 @dataclass(frozen=True)

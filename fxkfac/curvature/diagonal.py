@@ -14,7 +14,7 @@ from torch.func import grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fxkfac.curvature.perdatum import zero_moment
-from fxkfac.curvature.together import enlarged
+from fxkfac.curvature.together import enlarged, reduced
 from fxkfac.errors import BatchAxisError, FxkfacError, UnsupportedUse
 from fxkfac.functional import Inputs
 from fxkfac.graph.capture import Captured
@@ -88,12 +88,12 @@ def gradient_moments(
         alone = vmap(of_one, (None, *axes), randomness="same")(chosen, *data)
         if relative_error(alone, own) > tolerance_of_parts(own, run.tapped.captured.lowest):
             raise BatchAxisError(f"a datum by itself gives another prediction {COUPLED}")
-        small = run.tapped.captured.underflows
         for vector in vectors:
-            sent, power = enlarged(vector) if small else (vector, 1.0)
+            sent, power = enlarged(vector, run.tapped.captured.underflows)
             gradients = per_datum(chosen, by_datum(run, sent), *data)
             for name, kind in structures.items():
-                G = gradients[name].reshape(len(gradients[name]), -1).to(total[name].dtype) / power
+                G = reduced(gradients[name], power).to(total[name].dtype)
+                G = G.reshape(len(G), -1)
                 moment = G.mT @ G if kind == "dense" else G.square().sum(0).view_as(total[name])
                 total[name] = total[name] + moment
     return total

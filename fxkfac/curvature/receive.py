@@ -28,6 +28,7 @@ from fxkfac.curvature.together import (
     chunks,
     enlarged,
     goes_together,
+    reduced,
     send_back,
 )
 from fxkfac.graph.ir import Use
@@ -140,8 +141,8 @@ class Receiver(ABC):
 
     def enlarge(self, vectors: Tensor) -> Tensor:
         """What is sent back in the place of vectors: what `_tell` hears is made small again."""
-        if self.schedule.tapped.captured.underflows:
-            vectors, self._power = enlarged(vectors)
+        underflows = self.schedule.tapped.captured.underflows
+        vectors, self._power = enlarged(vectors, underflows)
         return vectors
 
     def gradients(self, arrived: dict[int, Tensor]) -> None:
@@ -174,7 +175,6 @@ class Receiver(ABC):
     def _tell(self, place: int, g: Tensor) -> None:
         if not self._listens:
             return
-        if self._power is not None:
-            g = g.to(self._power.dtype) / self._power
+        g = reduced(g, self._power)
         for use in self.schedule.at_tap.get(place, ()):
             self.take_gradient(use, g)

@@ -90,22 +90,29 @@ def send_back(prediction: Tensor, root: Tensor, vectors: Tensor, retain_graph: b
         send(vectors[0])
 
 
-def enlarged(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Vectors times a power of two by which the largest entry is about `LARGE`; and that power.
+def enlarged(vectors: Tensor, underflows: bool) -> tuple[Tensor, Tensor | None]:
+    """What goes back in the place of vectors, and the power of two by which it is larger, if it is.
 
-    In float16 small gradients are lost on the way back: so they go as large ones.
+    In float16 small gradients are lost on the way: so the largest entry is made about `LARGE`.
     """
+    if not underflows:
+        return vectors, None
     largest = vectors.detach().abs().amax().float() if vectors.numel() else vectors.new_ones(())
     power = torch.exp2(torch.log2(LARGE / largest.clamp(LARGE * 2**-15, LARGE)).floor())
     return vectors * power.to(vectors.dtype), power
 
 
-def from_enlarged(
-    gradients: Callable[[Tensor], Sequence[Tensor | None]], cotangent: Tensor
+def reduced(g: Tensor, power: Tensor | None) -> Tensor:
+    """A gradient of what was enlarged, as that of the vectors; at least in float32."""
+    return g if power is None else g.to(torch.promote_types(g.dtype, power.dtype)) / power
+
+
+def gradients_of_enlarged(
+    gradients: Callable[[Tensor], Sequence[Tensor | None]], cotangent: Tensor, underflows: bool
 ) -> list[Tensor | None]:
-    """The gradients of a cotangent that goes back as a large one."""
-    larger, power = enlarged(cotangent)
-    return [None if g is None else (g / power).to(g.dtype) for g in gradients(larger)]
+    """The gradients of a cotangent, in their own dtypes."""
+    larger, power = enlarged(cotangent, underflows)
+    return [None if g is None else reduced(g, power).to(g.dtype) for g in gradients(larger)]
 
 
 def goes_together(prediction: Tensor, root: Tensor) -> bool:

@@ -70,15 +70,15 @@ def rounding(t: Tensor, lowest: torch.dtype = torch.float64) -> float:
     return max(torch.finfo(t.dtype).eps, min(torch.finfo(lowest).eps, at_most))
 
 
-def tolerance(t: Tensor, lowest: torch.dtype = torch.float64, roundings: int = 1) -> float:
+def tolerance(t: Tensor, lowest: torch.dtype = torch.float64) -> float:
     """Half of the digits: far above rounding, far below a lost or doubled term.
 
     Half of those of half precision are one, by which two data may differ. So what is computed in
-    that, and is more itself, is given the rounding of one op alone, or of several in a row.
+    that, and is more itself, is given the rounding of one op alone.
     """
-    return max(rounding(t, lowest) ** 0.5, roundings * torch.finfo(lowest).eps)
+    return max(rounding(t, lowest) ** 0.5, torch.finfo(lowest).eps)
 
 
 def tolerance_of_parts(t: Tensor, lowest: torch.dtype) -> float:
     """The same where one side takes an op by its parts: a norm has up to four, and each rounds."""
-    return tolerance(t, lowest, roundings=4)
+    return max(tolerance(t, lowest), 4 * torch.finfo(lowest).eps)
