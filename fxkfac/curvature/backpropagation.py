@@ -94,7 +94,8 @@ def _mc(at: _Backpropagation) -> Iterator[Tensor]:
     for _ in range(at.mc_samples):
         sampled = at.likelihood.sample(at.f, at.generator)
         # ▲ = ∇_f c(f, ỹ) / √M, Definition 20
-        yield at.likelihood.sampled_gradient(at.f, at.y, sampled) / math.sqrt(at.mc_samples)
+        gradient = at.likelihood.sampled_gradient(at.f, at.y, sampled)
+        yield gradient if at.mc_samples == 1 else gradient / math.sqrt(at.mc_samples)
 
 
 def _type1(at: _Backpropagation) -> Iterator[Tensor]:

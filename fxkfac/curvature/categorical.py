@@ -52,10 +52,14 @@ class Categorical(ClosedForm):
         f = widen(prediction)
         target = target.to(f.dtype) if target.is_floating_point() else target
         weight = None if self.weight is None else self.weight.to(f)
-        positions = F.cross_entropy(
+        positions = f.shape[:1] + f.shape[2:]
+        if f.ndim > 2 and _side_by_side(f):  # rows of memory, which is read twice as fast
+            target = _rows(target) if target.is_floating_point() else target.flatten()
+            f = _rows(f)
+        values = F.cross_entropy(
             f, target, weight, None, self.ignore_index, None, "none", self.label_smoothing
         )
-        return sum_rows(positions)
+        return sum_rows(values.view(positions) if len(positions) > 1 else values)
 
     def criterion(self, f: Tensor, y: Tensor) -> Tensor:
         """Σ_n c(f_n, y_n); for a prediction [C], axis 0 is that of the classes."""
@@ -83,9 +87,11 @@ class Categorical(ClosedForm):
     def gradient(self, f: Tensor, y: Tensor) -> Tensor:
         """(Σ_k w_k q_k) σ - w q. Example 14, and weights."""
         axis = _class_axis(f)
-        wq = self._weighted_target(f, y)
-        σ = widen(f).softmax(axis)
-        return (wq.sum(axis, keepdim=True) * σ - wq).to(f.dtype)
+        σ = _probabilities(f)
+        if y.is_floating_point() or self.label_smoothing:
+            wq = self._weighted_target(f, y)
+            return (wq.sum(axis, keepdim=True) * σ - wq).to(f.dtype)
+        return _residual(σ, y.clamp(0, f.shape[axis] - 1), self._site_weight(f, y)).to(f.dtype)
 
     def hessian_sqrt(self, f: Tensor, y: Tensor, v: Tensor) -> Tensor:
         """S = √w (diag √σ - σ √σᵀ), w = Σ_k w_k q_k. Example 12."""
@@ -127,21 +133,19 @@ class Categorical(ClosedForm):
         That is the first class up to which the probabilities add up to the noise: never one with
         none, as the noise is not zero.
         """
-        σ = widen(f).softmax(_class_axis(f)).movedim(_class_axis(f), -1)
+        σ = _probabilities(f).movedim(_class_axis(f), -1)
         sums = σ.contiguous().cumsum(-1)
         return torch.searchsorted(sums, noise.unsqueeze(-1) * sums[..., -1:]).squeeze(-1)
 
     def sampled_gradient(self, f: Tensor, y: Tensor, sampled: Tensor) -> Tensor:
         """√w (σ - onehot(ỹ)), so that its expected square is the Hessian, weights included."""
-        axis = _class_axis(f)
-        residual = widen(f).softmax(axis)
-        residual = residual - _one_hot(residual, sampled)
-        return (self._site_weight(f, y).sqrt() * residual).to(f.dtype)
+        σ = _probabilities(f)
+        return _residual(σ, sampled, self._site_weight(f, y).sqrt()).to(f.dtype)
 
     def labels(self, f: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Every class k with σ_k."""
         axis = _class_axis(f)
-        σ = widen(f).softmax(axis)
+        σ = _probabilities(f)
         for k, σ_k in enumerate(σ.split(1, axis)):
             yield σ_k, torch.full_like(σ_k.squeeze(axis), k, dtype=torch.int64)
 
@@ -213,11 +217,41 @@ class Categorical(ClosedForm):
 
     def _site_weight(self, f: Tensor, y: Tensor) -> Tensor:
         """w = Σ_k w_k q_k: the Hessian's weight at every position; the class axis has size one."""
-        return self._weighted_target(f, y).sum(_class_axis(f), keepdim=True)
+        axis, weight = _class_axis(f), self.weight
+        if y.is_floating_point() or (self.label_smoothing and weight is not None):
+            return self._weighted_target(f, y).sum(axis, keepdim=True)
+        valid = (y != self.ignore_index).unsqueeze(axis)  # Σ_k q_k = 1
+        like = widen(f.detach().new_empty(0))
+        if weight is None:
+            return valid.to(like)
+        return valid * weight.to(like)[y.clamp(0, f.shape[axis] - 1)].unsqueeze(axis)
 
 
 def _class_axis(f: Tensor) -> int:
     return 1 if f.ndim > 1 else 0
+
+
+def _probabilities(f: Tensor) -> Tensor:
+    """σ, laid out as f is where its classes lie side by side, as a transposed linear's do."""
+    f, axis = widen(f), _class_axis(f)
+    if _side_by_side(f):
+        return f.movedim(axis, -1).softmax(-1).movedim(-1, axis)
+    return f.softmax(axis)
+
+
+def _side_by_side(f: Tensor) -> bool:
+    """Whether classes are in memory; a tensor that is recorded may come to lie otherwise."""
+    return type(f) is Tensor and f.stride(_class_axis(f)) == 1
+
+
+def _rows(t: Tensor) -> Tensor:
+    return t.movedim(1, -1).flatten(0, -2)
+
+
+def _residual(σ: Tensor, y: Tensor, w: Tensor) -> Tensor:
+    """w (σ - onehot(y)), in two passes over the classes."""
+    axis = _class_axis(σ)
+    return (w * σ).scatter_add_(axis, y.unsqueeze(axis), -w)
 
 
 def _one_hot(like: Tensor, y: Tensor) -> Tensor:

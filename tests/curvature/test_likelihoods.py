@@ -66,6 +66,16 @@ CASES = {
     "ce-soft-one-datum": (CE, {}, rand(4), SOFT[0]),
     "ce-soft-weights": (CE, {"weight": W4}, rand(5, 4), SOFT),
     "ce-soft-all": (CE, {"weight": W4, "label_smoothing": 0.2}, rand(3, 4, 2), SOFT_SEQ),
+    # classes side by side in memory, as in the transposed output of a linear layer
+    "ce-rows": (CE, {}, rand(3, 2, 4).mT, holes(classes(3, 2))),
+    "ce-rows-image": (CE, {}, rand(2, 2, 3, 4).movedim(-1, 1), classes(2, 2, 3)),
+    "ce-rows-all": (
+        CE,
+        {"label_smoothing": 0.3, "weight": W4, "ignore_index": 3},
+        rand(3, 3, 4).mT,
+        classes(3, 3),
+    ),
+    "ce-rows-soft-all": (CE, {"weight": W4, "label_smoothing": 0.2}, rand(3, 2, 4).mT, SOFT_SEQ),
     "bce": (BCE, {}, rand(4, 3), BITS),
     "bce-1d": (BCE, {}, rand(4), BITS[:, 0]),
     "bce-soft": (BCE, {}, rand(4, 3), rand(4, 3, seed=3).sigmoid()),
@@ -96,6 +106,18 @@ def dense_sqrt(likelihood, f, y):
 
 def dense_hessian(criterion, f):
     return autograd_hessian(criterion, f).reshape(f.numel(), f.numel())
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("ce-rows")])
+def test_labels_do_not_depend_on_where_classes_lie(case):
+    _, likelihood, f, y = make(case)
+    moved = f.contiguous()
+    assert moved.stride() != f.stride()
+    drawn, again = (likelihood.sample(t, torch.Generator().manual_seed(3)) for t in (f, moved))
+    assert torch.equal(drawn, again)
+    torch.testing.assert_close(
+        likelihood.sampled_gradient(f, y, drawn), likelihood.sampled_gradient(moved, y, again)
+    )
 
 
 class TestAgainstTorch:
