@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.linalg import vector_norm
 
-SMALL = 2**14  # numbers that are put together with others in less time than a call of their own
+SMALL = 2**14  # numbers that are put together with others in less time than they are summed
 
 
 @contextmanager
@@ -47,19 +48,16 @@ def is_finite(t: Tensor) -> bool:
 
 
 def are_finite(tensors: Iterable[Tensor]) -> bool:
-    """The same of many: one number tells, and is waited for, in the place of one for each.
+    """The same of many, and of their squares: one number, their norm, tells, and is waited for.
 
     False where that alone overflows.
     """
-    small: dict[torch.device, list[Tensor]] = {}
-    rest: list[Tensor] = []
+    parts: dict[torch.device, list[Tensor]] = {}
     for t in tensors:
-        if t.numel() <= SMALL:
-            small.setdefault(t.device, []).append(t.reshape(-1))
-        else:
-            rest.append(t)
-    rest += map(torch.cat, small.values())
-    return not rest or cmath.isfinite(torch.nn.utils.get_total_norm(rest).item())
+        small = t.numel() <= SMALL
+        part = t if small and t.ndim == 1 else (t if small else vector_norm(t)).reshape(-1)
+        parts.setdefault(t.device, []).append(part)
+    return all(cmath.isfinite(vector_norm(torch.cat(some)).item()) for some in parts.values())
 
 
 @contextmanager

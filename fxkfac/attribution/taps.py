@@ -139,7 +139,7 @@ class Batch:
         if counts_only(term):
             return self._tokens(term)
         heard = [
-            Heard(use, term.scales(k), self.inputs[use], self._gradient(use).unsqueeze(0), None)
+            Heard(use, term.scales[k], self.inputs[use], self._gradient(use).unsqueeze(0), None)
             for k, use in enumerate(term.uses)
         ]
         (rows,) = rows_of(term, heard, self.n, 1, accurate_dtype(heard[0].g))

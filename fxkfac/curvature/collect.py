@@ -91,13 +91,13 @@ class Collector(Receiver):
                 image = self._input_image(use, x, kept)
                 by_datum = image is not None and use.batch == BatchAxis("n", 1, 1)
                 sums_of_images = image_sums(image) if image and by_datum else None
-                part = reduced_input(use, x, y, kept, term.scales(place), sums_of_images)
+                part = reduced_input(use, x, y, kept, term.scales[place], sums_of_images)
                 self._add_means(k, self._means.add(k, (*part, kept is None), len(term.uses)))
             elif counts_only(term):
                 counts, number = counted_input(use, x, y, kept)
                 sums.merge(InputSums(counts=counts, rows=number))
             else:
-                self._add_rows(sums, term.scales(place), use, x, y, kept)
+                self._add_rows(sums, term.scales[place], use, x, y, kept)
 
     def _add_rows(
         self, sums: InputSums, scales: Scales, use: Use, x: Input, y: Tensor, kept: Kept
@@ -115,13 +115,14 @@ class Collector(Receiver):
         images = self.schedule.inputs[use]
         if images is None or kept is not None or not isinstance(x, Tensor):
             return None
-        return images.of(x.unsqueeze(0))
+        return images.of_one(x)
 
     def _add_ones(self, k: int, place: int, use: Use, y: Tensor) -> None:
-        """A bias by itself: one row for each datum, whose input is one."""
+        """A bias by itself: a row for each datum, with the input one, so that A is their number."""
         if place == 0:
             n = normal_y(use, y, known(use)).shape[1]
-            self.inputs[k].of(()).add(torch.ones(1, n, 1, dtype=accurate_dtype(y), device=y.device))
+            A = torch.full((1, 1, 1), float(n), dtype=accurate_dtype(y), device=y.device)
+            self.inputs[k].of(()).merge(Moment.of(A))
             self.inputs[k].rows = n
 
     def _add_means(self, k: int, parts: list[tuple[Tensor, Tensor, bool]]) -> None:

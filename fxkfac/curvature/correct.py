@@ -82,7 +82,7 @@ class Corrector(Receiver):
         """Sum a part once all uses of all of its terms have theirs."""
         for k, which in self.schedule.places.get(use, ()):
             place = self._numbers[k]
-            scales = self._terms[place].scales(which)
+            scales = self._terms[place].scales[which]
             heard = Heard(use, scales, self._inputs[use], g, self._kept[use])
             number = self._part_of[place]
             uses = sum(len(self._terms[p].uses) for p in self.parts[number])

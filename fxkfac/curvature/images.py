@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from fxkfac.curvature.sharing import accurate_dtype
+from fxkfac.curvature.sharing import accurate
 from fxkfac.graph.axes import axis_tokens
 from fxkfac.graph.form import Form, Patches
 from fxkfac.graph.ir import Use
@@ -38,8 +38,12 @@ class Images:
     joined: bool
 
     def of(self, t: Tensor) -> Image:
-        """An image that is there, or several of them in the first axis."""
-        return Image((t.flatten(0, 1) if self.joined else t).to(accurate_dtype(t)), self.windows)
+        """Images that are there, several in the first axis."""
+        return Image(accurate(t.flatten(0, 1) if self.joined else t), self.windows)
+
+    def of_one(self, t: Tensor) -> Image:
+        """One that is there by itself."""
+        return Image(accurate(t if self.joined else t.unsqueeze(0)), self.windows)
 
 
 def input_images(use: Use) -> Images | None:

@@ -88,9 +88,9 @@ class Moment:
         d = self.gram.matrix(scale).shape[-1]
         for k, c in enumerate(self.scales, start=d):
             assert self.sums is not None
-            border = self.sums * (c * scale)
+            border = self.total[:, k, :d]
+            torch.mul(self.sums, c * scale, out=border)
             self.total[:, :d, k] = border
-            self.total[:, k, :d] = border
             for m, e in enumerate(self.scales, start=d):
                 self.total[:, k, m] = c * e * scale * self.count
         return self.total
@@ -119,7 +119,7 @@ class Moment:
     def _diagonal(self) -> list[Tensor]:
         """Any row shows on the diagonal, which sums squares."""
         gram = self.gram
-        return [] if gram is None or gram.is_empty else [gram.total.diagonal(dim1=1, dim2=2)]
+        return [] if gram is None or gram.is_empty else [gram.diagonal()]
 
     def _flush(self) -> None:
         if self.waiting:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import networkx as nx
 import torch
@@ -53,8 +54,12 @@ class TermPlan:
         """Whether this is a bias by itself, whose input is the constant one."""
         return self.uses[0].is_bias
 
-    def scales(self, place: int) -> Scales:
-        """What the biases that have joined are multiplied by at the rows of one use."""
+    @cached_property
+    def scales(self) -> tuple[Scales, ...]:
+        """For every use, what the biases that have joined are multiplied by at its rows."""
+        return tuple(self._scales(place) for place in range(len(self.uses)))
+
+    def _scales(self, place: int) -> Scales:
         biases = [c.uses[place] for c in self.columns]
         return tuple(u.join.scale if u and u.join else 0.0 for u in biases)
 

@@ -6,7 +6,7 @@ fused optimizers move parameters without counting. A change of a few entries may
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,25 +23,34 @@ class Point:
     """The values of parameters.
 
     Attributes:
-        entries: Of every parameter; those in another dtype are not compared.
+        copies: Entries of parameters of one dtype and device after one another, with each name and
+            how many are its own; those of another dtype are not compared.
     """
 
-    entries: Mapping[str, Tensor]
+    copies: Sequence[tuple[Tensor, Mapping[str, int]]]
 
     @staticmethod
     def of(state: Mapping[str, Tensor], names: Iterable[str]) -> Point:
         """The point of the tensors of these names."""
-        some = {name: _some(state[name]) for name in names}
+        alike: dict[tuple[torch.dtype, torch.device], dict[str, Tensor]] = {}
+        for name in names:
+            t = state[name]
+            alike.setdefault((t.dtype, t.device), {})[name] = _some(t)
         # A copy of all at once is one call.
-        alike: dict[tuple[torch.dtype, torch.device], list[str]] = {}
-        for name, t in some.items():
-            alike.setdefault((t.dtype, t.device), []).append(name)
-        copies: dict[str, Tensor] = {}
-        for group in alike.values():
-            together = torch.cat([some[name] for name in group])
-            sizes = [some[name].numel() for name in group]
-            copies.update(zip(group, together.split(sizes), strict=True))
-        return Point(copies)
+        return Point(
+            [
+                (torch.cat(list(some.values())), {name: t.numel() for name, t in some.items()})
+                for some in alike.values()
+            ]
+        )
+
+    @property
+    def entries(self) -> dict[str, Tensor]:
+        """Of every parameter."""
+        found: dict[str, Tensor] = {}
+        for together, sizes in self.copies:
+            found.update(zip(sizes, together.split(list(sizes.values())), strict=True))
+        return found
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Point):
@@ -77,9 +86,10 @@ def require_here(then: Point | None, state: Mapping[str, Tensor]) -> None:
 
 def _some(t: Tensor) -> Tensor:
     """Entries at equal distances."""
-    distance = max(1, -(-t.numel() // ENTRIES))
+    numel = t.numel()
+    distance = max(1, -(-numel // ENTRIES))
     if t.is_contiguous():  # one call in the place of three
-        return t.detach().as_strided((-(-t.numel() // distance),), (distance,))
+        return t.detach().as_strided((-(-numel // distance),), (distance,))
     return t.detach().reshape(-1)[::distance]
 
 

@@ -23,11 +23,11 @@ from fxkfac.curvature.schedule import Schedule
 from fxkfac.curvature.sharing import Kept, chosen_groups, rows_kept
 from fxkfac.curvature.together import (
     FEW,
-    Listen,
     Unpack,
     chunks,
     enlarged,
     goes_together,
+    listened,
     reduced,
     send_back,
 )
@@ -104,8 +104,7 @@ class Receiver(ABC):
     def output(self, place: int, y: Tensor) -> Tensor:
         """Make it a tap, and listen for its gradient."""
         self._bytes += y.nbytes
-        tapped: Tensor = Listen.apply(self._root, y, partial(self._hear, place))
-        return tapped
+        return listened(self._root, y, partial(self._hear, place), not self.keep_graph)
 
     def input(self, use: int, x: Input, y: Tensor) -> None:
         """Take the input of a use, and find out which of its rows count."""

@@ -61,7 +61,7 @@ class Schedule:
         if not term.is_bias:
             for place, use in enumerate(term.uses):
                 _, d_in, d_out = normal_weight(use).shape
-                yield (0 if counts_only(term) else d_in + len(term.scales(place))), d_out
+                yield (0 if counts_only(term) else d_in + len(term.scales[place])), d_out
 
     @cached_property
     def heard(self) -> frozenset[Use]:
@@ -131,7 +131,7 @@ def _rows_of(term: TermPlan, number: int) -> Hashable:
     """Equal for terms with the same rows x̃."""
     if term.is_bias or any(u.form.routes or u.form.folded for u in term.uses):
         return number
-    return tuple((_input_of(u), term.scales(place)) for place, u in enumerate(term.uses))
+    return tuple((_input_of(u), term.scales[place]) for place, u in enumerate(term.uses))
 
 
 def _input_of(use: Use) -> Hashable:

@@ -9,6 +9,7 @@ gradient is Σ_s g, so that its block is exact.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,7 +24,9 @@ from fxkfac.graph.normal import (
     Input,
     OneHotRows,
     Routed,
+    every_row,
     group_of_rows,
+    in_one_axis,
     normal_weight,
     normal_x,
     normal_y,
@@ -77,10 +80,17 @@ def expanded_input(
         y: The output of its op, as tapped; for its shape.
         kept: Which rows count.
     """
+    if kept is None and isinstance(x, Tensor):
+        every: Tensor = use.form.reader(_every_input, x, use, y.shape, y.dtype)
+        return accurate(every), every.shape[1:-1].numel()
     batch = None if kept is None else use.batch
     like = normal_y(use, y, batch)
-    rows = _accurate(_dense(normal_x(use, x, batch), like))
+    rows = accurate(_dense(normal_x(use, x, batch), like.shape[1:-1], y.dtype))
     return _masked(rows, kept), _number_of_rows(like, kept)
+
+
+def _every_input(x: Tensor, use: Use, y_shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    return in_one_axis(_dense(normal_x(use, x, None), use.form.row_lengths(y_shape), dtype))
 
 
 def reduced_input(
@@ -92,7 +102,7 @@ def reduced_input(
     """
     like = normal_y(use, y, known(use))
     if x_sum is None:
-        rows = _accurate(_dense(normal_x(use, x, known(use)), like))
+        rows = accurate(_dense(normal_x(use, x, known(use)), like.shape[1:-1], y.dtype))
         x_sum = _masked(_by_datum(rows), kept).sum(2)
     places = _places(like, kept)
     ones = places.expand(len(x_sum), -1).unsqueeze(-1)
@@ -116,18 +126,19 @@ def counted_input(use: Use, x: Input, y: Tensor, kept: Kept) -> tuple[Tensor, in
 
 def expanded_output(use: Use, g: Tensor, kept: Kept) -> Float[Tensor, "group *rows d_out"]:
     """Every row of a gradient at the output of a use."""
-    batch = None if kept is None else use.batch
-    return _accurate(_masked(normal_y(use, g, batch), kept))
+    if kept is None:
+        return accurate(every_row(use, g))
+    return accurate(_masked(normal_y(use, g, use.batch), kept))
 
 
 def reduced_output(use: Use, g: Tensor, kept: Kept) -> Float[Tensor, "group batch d_out"]:
     """Σ_s g of every datum."""
-    return _masked(_accurate(_by_datum(normal_y(use, g, known(use)))), kept).sum(2)
+    return _masked(accurate(_by_datum(normal_y(use, g, known(use)))), kept).sum(2)
 
 
 def bias_output(term: TermPlan, use: Use, g: Tensor) -> Float[Tensor, "1 batch numel"]:
     """Every datum's gradient of a bias by itself: Σ_s g, at the places of its entries."""
-    rows = _accurate(normal_y(use, g, known(use))).sum(2)  # (group, batch, out)
+    rows = accurate(normal_y(use, g, known(use))).sum(2)  # (group, batch, out)
     flat = use.form.scale * rows.movedim(0, 1).flatten(1)
     places, numel = _bias_places(term, use)
     _require_formable(term, numel)
@@ -188,14 +199,17 @@ def known(use: Use) -> BatchAxis:
     return use.batch
 
 
-def _accurate(x: Tensor) -> Tensor:
+def accurate(x: Tensor) -> Tensor:
     """Outer products and counts in half precision are ruined: float32 or better."""
-    return x.to(accurate_dtype(x))
+    return x if x.dtype in ACCURATE else x.to(accurate_dtype(x))
+
+
+ACCURATE = (torch.float32, torch.float64)
 
 
 def accurate_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which a tensor's products are summed: float32 or better."""
-    return torch.promote_types(x.dtype, torch.float32)
+    return x.dtype if x.dtype in ACCURATE else torch.promote_types(x.dtype, torch.float32)
 
 
 def written_out(rows: OneHotRows, dtype: torch.dtype) -> Float[Tensor, "1 batch shared size"]:
@@ -206,11 +220,11 @@ def written_out(rows: OneHotRows, dtype: torch.dtype) -> Float[Tensor, "1 batch 
     return hot
 
 
-def _dense(rows: Rows, y: Tensor) -> Tensor:
-    """Rows with every row axis of the output, one-hot vectors written out."""
+def _dense(rows: Rows, lengths: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Rows with every row axis of the output, of these lengths; one-hot vectors written out."""
     assert rows is not None
-    rows = written_out(rows, y.dtype) if isinstance(rows, OneHotRows) else rows
-    return rows.expand(-1, *y.shape[1:-1], -1)
+    rows = written_out(rows, dtype) if isinstance(rows, OneHotRows) else rows
+    return rows.expand(-1, *lengths, -1)
 
 
 @kept  # the same for every vector and every batch

@@ -51,6 +51,28 @@ class Listen(torch.autograd.Function):
         return None, gradients[0], None
 
 
+def listened(root: Tensor, y: Tensor, tell: Callable[[Tensor], None], alone: bool) -> Tensor:
+    """The output, with somebody who is told of its gradient.
+
+    Args:
+        root: At which all paths end.
+        y: The output.
+        tell: Who is told.
+        alone: Whether nothing but the root asks for gradients.
+    """
+    if not alone or y.grad_fn is None:
+        heard: Tensor = Listen.apply(root, y, tell)
+        return heard
+    place = y.output_nr  # a path leads from it to the root, and takes one call less
+
+    def hear(gradients: Sequence[Tensor | None]) -> None:
+        if (g := gradients[place]) is not None:
+            tell(g)
+
+    y.grad_fn.register_prehook(hear)
+    return y
+
+
 class Unpack(torch.autograd.Function):
     """Tells of the gradients of all vectors in one tensor, (vectors, *shape), within a `vmap`."""
 

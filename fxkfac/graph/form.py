@@ -7,14 +7,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
 from torch.fx import Node
 
-from fxkfac.graph.axes import axis_tokens, letters, renamed
+from fxkfac.graph.axes import axis_lengths, axis_tokens, letters, renamed
+from fxkfac.graph.viewed import Reader
 
 
 class BatchAxis(NamedTuple):
@@ -99,6 +100,7 @@ class Form:
         scale: The op computes `scale` times the einsum.
         apart: Axes in W and y that count as group axes, although x does not have them.
         routes: Which group's weight a row takes, where it takes one alone.
+        reader: What remembers how tensors of an axis list are read.
     """
 
     weight: str
@@ -111,6 +113,7 @@ class Form:
     scale: float = 1.0
     apart: tuple[str, ...] = ()
     routes: Routes | None = None
+    reader: Reader = field(default_factory=Reader, init=False, repr=False, compare=False)
     # What was made before: the same for every vector and every batch.
     _patterns: dict[tuple[str, BatchAxis | None], str] = field(
         default_factory=dict, init=False, repr=False, compare=False
@@ -204,6 +207,14 @@ class Form:
             return sizes
         split = {f"{batch.axis}_outer": batch.outer, f"{batch.axis}_inner": batch.inner}
         return sizes | split
+
+    def row_lengths(self, shape: Sequence[int]) -> list[int]:
+        """Lengths of the row axes of an output of this shape, in the order of `rows`."""
+        if self.folded is not None:
+            patches, places = self.folded.patches, self.folded.places
+            shape = (*shape[: len(shape) - len(places)], *places, *patches.kernel)
+        lengths = axis_lengths(self.y, shape, self.sizes)
+        return [lengths[a] for a in self.rows]
 
     @property
     def is_elementwise(self) -> bool:

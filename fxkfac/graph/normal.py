@@ -6,6 +6,7 @@ Design: y[g, rows, o] = Σ_i W[g, i, o] x[g, rows, i]. Whoever is above this fil
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -16,7 +17,6 @@ from torch import Tensor
 from fxkfac.graph.axes import axis_lengths, axis_tokens
 from fxkfac.graph.form import BatchAxis, Folded, Form, OneHot, Patches
 from fxkfac.graph.ir import Use
-from fxkfac.graph.rearranged import rearranged
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -82,13 +82,15 @@ def normal_x(use: Use, x: Input, batch: BatchAxis | None) -> Tensor | OneHotRows
     Row axes that the input does not have come out with length one, all or none of the shared ones.
     Where every row takes the weight of one group, it is zero in the others.
     """
-    form = use.form
     if isinstance(x, Routed):
         rows = normal_x(use, x.x, batch)
         assert isinstance(rows, Tensor)
         return rows * group_of_rows(use, x, batch).unsqueeze(-1)
-    if x is None:
-        return None
+    return None if x is None else use.form.reader(_normal_x, x, use, batch)
+
+
+def _normal_x(x: Tensor, use: Use, batch: BatchAxis | None) -> Tensor | OneHotRows:
+    form = use.form
     prepare = form.prepare
     if isinstance(prepare, OneHot):
         x, axes = _spread(use, x, form.x.removesuffix(" v"), batch)
@@ -103,7 +105,7 @@ def normal_x(use: Use, x: Input, batch: BatchAxis | None) -> Tensor | OneHotRows
         x = unfold(x, prepare)
     x, axes = _spread(use, x, form.x, batch)
     form = form if axes == form.x else replace(form, x=axes)
-    x = rearranged(x, form.normal_x(batch), **form.row_sizes(axes, batch))
+    x = reduce(x, form.normal_x(batch), "sum", **form.row_sizes(axes, batch))
     return x if form.scale == 1.0 else form.scale * x
 
 
@@ -145,9 +147,34 @@ def _numbers(form: Form, x: Routed) -> Tensor:
 
 def normal_y(use: Use, y: Tensor, batch: BatchAxis | None) -> Tensor:
     """The output of a use, or a gradient at it, in normal form."""
+    rows: Tensor = use.form.reader(_normal_y, y, use, batch)
+    return rows
+
+
+def _normal_y(y: Tensor, use: Use, batch: BatchAxis | None) -> Tensor:
     if use.form.folded is not None:
         y = _unfolded(y, use.form.folded)
-    return rearranged(y, use.form.normal_y(batch), **use.form.row_sizes(use.form.y, batch))
+    return rearrange(y, use.form.normal_y(batch), **use.form.row_sizes(use.form.y, batch))
+
+
+def every_row(use: Use, y: Tensor) -> Tensor:
+    """The rows of an output, or of a gradient at it, in one axis where this needs no copy."""
+    rows: Tensor = use.form.reader(_every_row, y, use)
+    return rows
+
+
+def _every_row(y: Tensor, use: Use) -> Tensor:
+    return in_one_axis(_normal_y(y, use, None))
+
+
+def in_one_axis(rows: Tensor) -> Tensor:
+    """Rows (group, .., d) as (group, rows, d), where this needs no copy."""
+    if type(rows) is not Tensor:  # one that is recorded: its values may come to lie otherwise
+        return rows
+    axes = zip(rows.shape[1:-1], rows.stride()[1:-1], strict=True)
+    steps = pairwise((length, stride) for length, stride in axes if length != 1)
+    in_order = all(outer == inner * length for (_, outer), (length, inner) in steps)
+    return rows.flatten(1, -2) if in_order else rows
 
 
 def _unfolded(y: Tensor, folded: Folded) -> Tensor:

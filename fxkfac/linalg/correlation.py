@@ -50,8 +50,10 @@ def is_faster(x: Tensor, channels: int) -> bool:
     """Whether convolutions outrun matrix products, for numbers of so many channels."""
     if channels < FEWEST or x.numel() < LEAST:
         return False
+    if x.device.type != "cpu" or x.dtype != torch.float32:
+        return False
     on = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
-    return on and x.device.type == "cpu" and x.dtype == torch.float32 and blas_is_behind()
+    return on and blas_is_behind()
 
 
 @cache

@@ -78,6 +78,11 @@ class Gram:
         self.is_empty, self.whole = False, self.total.shape[-1]
         return self.total
 
+    def diagonal(self) -> Float[Tensor, " group_d"]:
+        """The diagonals, one after the other."""
+        diagonal = self.total.diagonal(dim1=1, dim2=2)
+        return diagonal.squeeze(0) if len(diagonal) == 1 else diagonal.flatten()
+
     def beta(self, whole: int) -> float:
         """What a product multiplies the total by that comes next, which has such whole blocks.
 
@@ -92,6 +97,8 @@ class Gram:
 
 def in_front(total: Float[Tensor, "group wider wider"], border: int) -> Float[Tensor, "group d d"]:
     """What is in front of so many last rows and columns."""
+    if not border:
+        return total
     d = total.shape[-1] - border
     return total[:, :d, :d]
 
@@ -103,14 +110,13 @@ def add_gram(gram: Gram, x: Float[Tensor, "group *rows d"]) -> None:
         gram: Where to.
         x: Rows in one axis, or in two: (group, batch, shared, d) of any strides.
     """
-    if x.ndim == 3:
-        x = x.unsqueeze(2)
     if not x.numel():
         return
-    rows = _flat(x)
+    rows = x if x.ndim == 3 else _flat(x)
     if rows is not None and _readable(rows, gram.total):
         add_rows(gram, rows)
         return
+    x = x.unsqueeze(2) if x.ndim == 3 else x
     d = x.shape[-1]
     # One product for every datum needs no copy, and is smaller than the datum.
     by_datum = d < x.shape[2] and strip(d) == d and _readable(x, gram.total)
@@ -125,6 +131,10 @@ def add_gram(gram: Gram, x: Float[Tensor, "group *rows d"]) -> None:
 def _mirror(total: Float[Tensor, "group d d"], whole: int, scale: float | Tensor) -> None:
     """Scale the lower triangle and put it above, too, but for blocks on the diagonal."""
     d = total.shape[-1]
+    if whole == d:
+        if isinstance(scale, Tensor) or scale != 1.0:
+            total.mul_(scale)
+        return
     tile = max(whole, min(TILE, d))
     for start in range(0, d, tile):
         new = slice(start, min(start + tile, d))
@@ -161,7 +171,8 @@ def _add_products(total: Tensor, rows: Tensor, beta: float, width: int) -> None:
     group, _, d = rows.shape
     if width == d:
         if group == 1:
-            _multiply(total[0], rows[0].mT, rows[0], beta)
+            x = rows[0]
+            _multiply(total[0], x.mT, x, beta)
         elif beta:
             total.baddbmm_(rows.mT, rows)
         else:

@@ -101,18 +101,20 @@ def subsampled(
 ) -> tuple[Float[Tensor, "batch channels *fewer"], tuple[Axis, ...]]:
     """Only what the windows see where the kernel has length one: a view without strides there."""
     seen, dense = _seen(axes)
-    return image[seen], dense
+    return (image if seen is None else image[seen]), dense
 
 
 @lru_cache(maxsize=KNOWN)
-def _seen(axes: tuple[Axis, ...]) -> tuple[tuple[slice, ...], tuple[Axis, ...]]:
+def _seen(axes: tuple[Axis, ...]) -> tuple[tuple[slice, ...] | None, tuple[Axis, ...]]:
+    """What they see of an image, `None` for all of it; and where they lie in that."""
     seen, dense = [slice(None)] * 2, []
     for axis in axes:
         inside = axis.inside() if axis.kernel == 1 else slice(0, axis.size, 1)
         size = len(range(axis.size)[inside])
         seen.append(inside)
         dense.append(Axis(size, 1, 1, 0, 1, size) if axis.kernel == 1 else axis)
-    return tuple(seen), tuple(dense)
+    whole = all(range(a.size)[s] == range(a.size) for a, s in zip(axes, seen[2:], strict=True))
+    return (None if whole else tuple(seen)), tuple(dense)
 
 
 def patches(

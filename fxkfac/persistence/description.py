@@ -73,7 +73,7 @@ def _term(term: TermPlan, offsets: dict[str, int]) -> Description:
         "group in out": list(entries.shape),
         "entries": checksum(entries),
         # Of the different ones: a longer sequence may have more uses, in the same way.
-        "scales": sorted(map(list, {term.scales(place) for place in range(len(term.uses))})),
+        "scales": sorted(map(list, set(term.scales))),
         "batch axes": sorted({_batch_axis(use) for use in term.uses}),
     }
 

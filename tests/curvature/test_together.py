@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from drawn import classes, rand
@@ -191,3 +194,23 @@ def test_a_few_go_one_by_one(monkeypatch):
     fxkfac.kfac(program, CE, data, memory=3 * one)
     fxkfac.kfac(program, CE, data, memory=4 * one)
     assert seen == [1, 1, 1, 1, 4]
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_who_listens_hears_the_gradient_and_keeps_nothing_alive(alone):
+    root, heard = torch.zeros((), requires_grad=True), []
+    first = together.listened(root, rand(2, 3), heard.append, alone)
+    parts = (first * rand(3, seed=1)).split([1, 2], dim=1)  # one node of two outputs
+    second = together.listened(root, parts[1], heard.append, alone)
+    prediction, vector = second.exp(), rand(2, 2, seed=2)
+    expected = torch.autograd.grad(prediction, [second, first], vector, retain_graph=True)
+    heard.clear()
+    together.send_back(prediction, root, vector.unsqueeze(0), retain_graph=False)
+    torch.testing.assert_close(heard, list(expected))
+    alive = [weakref.ref(t) for t in (first, second, prediction)]
+    gc.disable()
+    try:
+        del first, second, parts, prediction
+        assert [t() for t in alive] == [None] * 3
+    finally:
+        gc.enable()

@@ -85,9 +85,11 @@ def _affine(at: Rewriter) -> Node:
     scale = at.call(aten.rsqrt.default, at.call(aten.add.Tensor, at["running_var"], at["eps"]))
     if at["weight"] is not None:
         scale = at.call(aten.mul.Tensor, scale, at["weight"])
-    shift = at.call(aten.neg.default, at.call(aten.mul.Tensor, at["running_mean"], scale))
-    if at["bias"] is not None:
-        shift = at.call(aten.add.Tensor, shift, at["bias"])
+    mean, bias = at["running_mean"], at["bias"]
+    if bias is None:
+        shift = at.call(aten.neg.default, at.call(aten.mul.Tensor, mean, scale))
+    else:
+        shift = at.call(aten.addcmul.default, bias, mean, scale, value=-1)
     x = at["input"]
     channels = [-1, *[1] * (x.meta["val"].ndim - 2)]
     shift, scale = (at.call(aten.reshape.default, v, channels) for v in (shift, scale))
