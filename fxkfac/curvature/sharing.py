@@ -26,7 +26,6 @@ from fxkfac.graph.normal import (
     Routed,
     every_row,
     group_of_rows,
-    in_one_axis,
     normal_weight,
     normal_x,
     normal_y,
@@ -81,16 +80,18 @@ def expanded_input(
         kept: Which rows count.
     """
     if kept is None and isinstance(x, Tensor):
-        every: Tensor = use.form.reader(_every_input, x, use, y.shape, y.dtype)
-        return accurate(every), every.shape[1:-1].numel()
+        flat = use.form.reader.view(_in_one_axis, x, use, y.shape, y.dtype)
+        if flat is not None:
+            return accurate(flat), flat.shape[1]
     batch = None if kept is None else use.batch
     like = normal_y(use, y, batch)
     rows = accurate(_dense(normal_x(use, x, batch), like.shape[1:-1], y.dtype))
     return _masked(rows, kept), _number_of_rows(like, kept)
 
 
-def _every_input(x: Tensor, use: Use, y_shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    return in_one_axis(_dense(normal_x(use, x, None), use.form.row_lengths(y_shape), dtype))
+def _in_one_axis(x: Tensor, use: Use, y_shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    rows = _dense(normal_x(use, x, None), use.form.row_lengths(y_shape), dtype)
+    return rows.flatten(1, -2)
 
 
 def reduced_input(

@@ -6,7 +6,6 @@ Design: y[g, rows, o] = Σ_i W[g, i, o] x[g, rows, i]. Whoever is above this fil
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -159,22 +158,12 @@ def _normal_y(y: Tensor, use: Use, batch: BatchAxis | None) -> Tensor:
 
 def every_row(use: Use, y: Tensor) -> Tensor:
     """The rows of an output, or of a gradient at it, in one axis where this needs no copy."""
-    rows: Tensor = use.form.reader(_every_row, y, use)
-    return rows
+    flat = use.form.reader.view(_in_one_axis, y, use)
+    return normal_y(use, y, None) if flat is None else flat
 
 
-def _every_row(y: Tensor, use: Use) -> Tensor:
-    return in_one_axis(_normal_y(y, use, None))
-
-
-def in_one_axis(rows: Tensor) -> Tensor:
-    """Rows (group, .., d) as (group, rows, d), where this needs no copy."""
-    if type(rows) is not Tensor:  # one that is recorded: its values may come to lie otherwise
-        return rows
-    axes = zip(rows.shape[1:-1], rows.stride()[1:-1], strict=True)
-    steps = pairwise((length, stride) for length, stride in axes if length != 1)
-    in_order = all(outer == inner * length for (_, outer), (length, inner) in steps)
-    return rows.flatten(1, -2) if in_order else rows
+def _in_one_axis(y: Tensor, use: Use) -> Tensor:
+    return _normal_y(y, use, None).flatten(1, -2)
 
 
 def _unfolded(y: Tensor, folded: Folded) -> Tensor:

@@ -32,11 +32,17 @@ class Reader:
 
     def __call__(self, read: Callable[..., Any], t: Tensor, *rest: Hashable) -> Any:
         """`read(t, *rest)`, a function of whose result nothing but values depends on values."""
-        if type(t) is Tensor and not _followed(t):
-            view = self._view(read, t.shape, t.stride(), t.dtype, rest)
-            if view is not None:
-                return t.as_strided(view.size, view.stride, t.storage_offset() + view.offset)
-        return read(t, *rest)
+        found = self.view(read, t, *rest)
+        return read(t, *rest) if found is None else found
+
+    def view(self, read: Callable[..., Any], t: Tensor, *rest: Hashable) -> Tensor | None:
+        """The same where it is a view of a tensor that nothing follows or records, else `None`."""
+        if type(t) is not Tensor or _followed(t):
+            return None
+        view = self._view(read, t.shape, t.stride(), t.dtype, rest)
+        if view is None:
+            return None
+        return t.as_strided(view.size, view.stride, t.storage_offset() + view.offset)
 
 
 def _followed(t: Tensor) -> bool:
