@@ -19,7 +19,7 @@ from fxkfac.curvature.parts import Values
 from fxkfac.curvature.receive import Receiver
 from fxkfac.curvature.together import gradients_of_enlarged
 from fxkfac.curvature.traced import Kind
-from fxkfac.curvature.whole import Objective, Outcome, is_whole, whole
+from fxkfac.curvature.whole import Objective, Outcome, Whole, is_whole, whole
 from fxkfac.errors import OptionError
 from fxkfac.graph.program import Program, Run, Tapped
 
@@ -144,7 +144,7 @@ class _Compiled:
                     sent = self.code.send_back(self.values, receiver.enlarge(vector))
                     receiver.gradients(sent)
                 else:
-                    self.code.send_back(self.values, vector).give(self.sink)
+                    self.code.add_gradients(self.values, vector, self.sink)
         self.batch.receiver.finish()
 
     def slope(self) -> Slope:
@@ -156,15 +156,15 @@ class _Compiled:
 class _Whole:
     run: Run
     sink: Collector
+    code: Whole
     outcome: Outcome
-    copy: bool  # for what the code has returned is its own
 
     def require_fit(self) -> None:
         """They did before the code ran."""
 
     def send_back(self, vectors: Iterable[Tensor]) -> None:
         """What was sent back has come."""
-        self.outcome.gradients.give(self.sink, self.copy)
+        self.code.gradients.give(self.outcome.values, self.sink)
         self.sink.finish()
 
     def slope(self) -> Slope:
@@ -182,15 +182,14 @@ def _inductor(batch: Forward) -> Differentiable:
     if sink is not None and (objective := _objective(batch, sink)) is not None:
         every = whole(batch.tapped, kinds, places, sink, objective)
         outcome = every.run(objective, arguments)
-        copy = every.part.replays
-        outcome.inputs.give(sink, copy)
-        return _Whole(Run(batch.tapped, outcome.prediction, n), sink, outcome, copy)
+        every.inputs.give(outcome.values, sink)
+        return _Whole(Run(batch.tapped, outcome.prediction, n), sink, every, outcome)
     if sink is not None and not is_open(sink.schedule, arguments[0].device):
         sink = None  # of several vectors, wide sums are faster outside: added in place
     code = compiled(batch.tapped, kinds, places, sink)
     values = code.run(arguments)
     if sink is not None:
-        code.pieces(values).give(sink)
+        code.add_inputs(values, sink)
     for use, output in enumerate(code.outputs):
         batch.receiver.input(use, code.input(values, use), output)
     run = Run(batch.tapped, values[code.prediction], n)

@@ -19,7 +19,7 @@ from fxkfac.curvature.likelihoods import Likelihood
 from fxkfac.curvature.padding import Mask, Padding, ignored_positions, read_mask
 from fxkfac.curvature.receive import Receiver
 from fxkfac.curvature.schedule import Schedule, schedule_of
-from fxkfac.curvature.together import MEMORY, require_memory
+from fxkfac.curvature.together import require_memory
 from fxkfac.errors import DataError, FxkfacError, NonFiniteError, OptionError
 from fxkfac.functional import Params
 from fxkfac.graph.program import Program, Run, Tapped
@@ -106,7 +106,7 @@ class Pass(ABC, Generic[Sink, Total]):
         self.state = self.program.state(self.params)
 
     @abstractmethod
-    def sink(self, schedule: Schedule, padding: Padding, memory: int, targets: Any) -> Sink:
+    def sink(self, schedule: Schedule, padding: Padding, targets: Any) -> Sink:
         """What the taps of one batch go into."""
 
     @abstractmethod
@@ -174,8 +174,7 @@ class Pass(ABC, Generic[Sink, Total]):
         n = self.program.signature.batch_size(tensors)
         given = None if self.mask is None else read_mask(self.mask, inputs, targets, n)
         padding = Padding(given)
-        memory = MEMORY if self.memory is None else self.memory
-        sink = self.sink(schedule, padding, memory, targets)
+        sink = self.sink(schedule, padding, targets)
         with _named(number):
             ran = self._forward(self._batch(tapped, tensors, targets, sink))
             run, prediction = ran.run, ran.run.prediction.detach()

@@ -55,7 +55,7 @@ def check(
         at_taps = taps.gradients(run.prediction, cotangent)
         found = tap_gradients(run.tapped, taps.inputs, at_taps, names, state, tensors)
         lowest = run.tapped.captured.lowest
-        errors, wrong = model.compared(found, state, tensors, cotangent, lowest)
+        errors, wrong = model.gradient_errors(found, state, tensors, cotangent, lowest)
     if wrong:
         listed = ", ".join(f"{name} ({errors[name]:.1e})" for name in wrong)
         raise TapMismatch(

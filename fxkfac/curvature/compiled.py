@@ -78,20 +78,26 @@ class Compiled:
         """Those of the values that are needed to send something back."""
         return {name: values[name] for name in self.later}
 
-    def pieces(self, values: Values) -> InputPieces:
-        """What A is made of, where sums are in the graph."""
-        found: InputPieces = read(self.inputs, values)
-        return found
+    def add_inputs(self, values: Values, sink: Collector) -> None:
+        """Add to A what it is made of, where sums are in the graph."""
+        self.inputs.give(values, sink)
 
-    def send_back(self, values: Values, vector: Tensor) -> Any:
-        """The gradients that arrive at the taps; or what B is made of."""
-        given = {**values, self.arguments[0]: self._laid_out(vector)}
-        return read(self.taps, self.backward(given))
+    def add_gradients(self, values: Values, vector: Tensor, sink: Collector) -> None:
+        """The same for B and a vector."""
+        self.taps.give(self._sent_back(values, vector), sink)
+
+    def send_back(self, values: Values, vector: Tensor) -> dict[int, Tensor]:
+        """The gradients that arrive at the taps."""
+        found: dict[int, Tensor] = read(self.taps, self._sent_back(values, vector))
+        return found
 
     def gradients(self, values: Values, cotangent: Tensor) -> list[Tensor | None]:
         """The gradients of parameters."""
         found = self.gradient({**values, self.arguments[1]: self._laid_out(cotangent)})
         return [name if name is None else found[name] for name in self.wanted]
+
+    def _sent_back(self, values: Values, vector: Tensor) -> Values:
+        return self.backward({**values, self.arguments[0]: self._laid_out(vector)})
 
     def _laid_out(self, vector: Tensor) -> Tensor:
         """A vector in the layout for which the graph was compiled."""

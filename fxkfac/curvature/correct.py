@@ -173,7 +173,7 @@ class CorrectionPass(Pass[Corrector, TermSums]):
     parts: Sequence[Part] = ()
     asked: Mapping[Place, Asked] = field(default_factory=dict)
 
-    def sink(self, schedule: Schedule, padding: Padding, memory: int, targets: Any) -> Corrector:
+    def sink(self, schedule: Schedule, padding: Padding, targets: Any) -> Corrector:
         """What is asked of each term.
 
         Nothing waits to know what is padding by ignored targets: such rows have no gradient.
@@ -188,7 +188,7 @@ class CorrectionPass(Pass[Corrector, TermSums]):
             schedule=schedule,
             settings=self.settings,
             padding=padding,
-            memory=memory,
+            memory=self.memory,
             asked=self.asked,
             parts=self.parts,
         )

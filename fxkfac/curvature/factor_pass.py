@@ -73,13 +73,13 @@ class FactorPass(Pass[Collector, Accumulated]):
             self.settings, 0, 0.0, self.program.model, self.likelihood, plans, products={}, exact={}
         )
 
-    def sink(self, schedule: Schedule, padding: Padding, memory: int, targets: Any) -> Collector:
+    def sink(self, schedule: Schedule, padding: Padding, targets: Any) -> Collector:
         """A and B; A waits where targets are ignored, and no mask says which rows are real."""
         return Collector(
             schedule=schedule,
             settings=self.settings,
             padding=padding,
-            memory=memory,
+            memory=self.memory,
             hold=self.mask is None and self.likelihood.ignores(targets),
             keep_graph=bool(self.wanted),
         )

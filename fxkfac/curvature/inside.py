@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import NamedTuple, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -19,12 +19,14 @@ from fxkfac.curvature.collect import Collector
 from fxkfac.curvature.images import Image
 from fxkfac.curvature.moments import InputSums, Moment
 from fxkfac.curvature.padding import Padding
+from fxkfac.curvature.parts import Values
 from fxkfac.curvature.plan import Scales
 from fxkfac.curvature.receive import Receiver
 from fxkfac.curvature.schedule import Schedule
 from fxkfac.linalg import Gram, in_front, opaque_gram, opaque_patch_gram, strip
 
 Own = Callable[[Tensor], Tensor]  # a tensor that may be changed, with the same numbers
+Named = Any  # a tensor of the recorded graph, and in its code the name of that
 
 
 def is_fixed(sink: Receiver) -> TypeGuard[Collector]:
@@ -52,21 +54,27 @@ class Piece(NamedTuple):
         whole: The `Gram.whole` of the total; `None` where it is the whole matrix.
     """
 
-    total: Tensor | None
-    whole: Tensor | None = None
-    sums: Tensor | None = None
-    waiting: tuple[Tensor, ...] = ()
+    total: Named | None
+    whole: Named | None = None
+    sums: Named | None = None
+    waiting: tuple[Named, ...] = ()
     scales: Scales = ()
-    number: int | Tensor = 0
+    number: int | Named = 0
 
-    def moment(self, own: Own) -> Moment:
-        """The moment, which uses up the tensors that it owns."""
+    def moment(self, values: Values, own: Own) -> Moment:
+        """The moment of what the code gave, which uses up the tensors that it owns."""
         total, gram = None, None
         if self.total is not None:
-            total, whole = own(self.total), 0 if self.whole is None else int(self.whole)
+            total = own(values[self.total])
+            whole = 0 if self.whole is None else int(values[self.whole])
             gram = Gram(in_front(total, len(self.scales)), is_empty=False, whole=whole)
-        sums = None if self.sums is None else own(self.sums)
-        return Moment(self.scales, total, gram, sums, self.number, list(map(own, self.waiting)))
+        sums = None if self.sums is None else own(values[self.sums])
+        waiting = [own(values[name]) for name in self.waiting]
+        return Moment(self.scales, total, gram, sums, _number(values, self.number), waiting)
+
+
+def _number(values: Values, number: int | Named) -> int | Tensor:
+    return number if isinstance(number, int) else values[number]
 
 
 class Open(Moment):
@@ -128,8 +136,8 @@ class InputPieces(NamedTuple):
     """
 
     moments: dict[int, list[Piece]]
-    counts: dict[int, Tensor]
-    rows: dict[int, int | Tensor]
+    counts: dict[int, Named]
+    rows: dict[int, int | Named]
 
     @staticmethod
     def of(sink: Collector) -> InputPieces:
@@ -141,15 +149,15 @@ class InputPieces(NamedTuple):
             {k: s.rows for k, s in own.items()},
         )
 
-    def give(self, sink: Collector, copy: bool = False) -> None:
-        """Add them to a sink; with `copy`, the code keeps its own."""
-        own = _each_its_own(copy)
+    def give(self, values: Values, sink: Collector) -> None:
+        """Add to a sink what the code gave by these names."""
+        own = _each_its_own()
         for k, rows in self.rows.items():
             sums = sink.inputs[k]
             for piece in self.moments[k]:
-                sums.of(piece.scales).merge(piece.moment(own))
-            counts = own(self.counts[k]) if k in self.counts else None
-            sums.merge(InputSums(counts=counts, rows=rows))
+                sums.of(piece.scales).merge(piece.moment(values, own))
+            counts = own(values[self.counts[k]]) if k in self.counts else None
+            sums.merge(InputSums(counts=counts, rows=_number(values, rows)))
 
 
 class GradientPieces(NamedTuple):
@@ -161,7 +169,7 @@ class GradientPieces(NamedTuple):
     """
 
     moments: dict[int, list[Piece]]
-    exact: dict[str, Tensor]
+    exact: dict[str, Named]
 
     @staticmethod
     def of(sink: Collector) -> GradientPieces:
@@ -170,13 +178,14 @@ class GradientPieces(NamedTuple):
             {k: _pieces([moment]) for k, moment in enumerate(sink.outputs)}, sink.exact
         )
 
-    def give(self, sink: Collector, copy: bool = False) -> None:
-        """Add them to a sink; with `copy`, the code keeps its own."""
-        own = _each_its_own(copy)
+    def give(self, values: Values, sink: Collector) -> None:
+        """Add to a sink what the code gave by these names."""
+        own = _each_its_own()
         for k, pieces in self.moments.items():
             for piece in pieces:
-                sink.outputs[k].merge(piece.moment(own))
-        for name, block in self.exact.items():
+                sink.outputs[k].merge(piece.moment(values, own))
+        for name, place in self.exact.items():
+            block = values[place]
             sink.exact[name] = sink.exact[name] + block if name in sink.exact else own(block)
 
 
@@ -186,12 +195,12 @@ def _pieces(moments: Iterable[Moment]) -> list[Piece]:
     return [piece for piece in found if piece is not None]
 
 
-def _each_its_own(copy: bool) -> Own:
+def _each_its_own() -> Own:
     """Of equal sums a compiler may make one tensor; but each will be changed in place."""
     seen: set[int] = set()
 
     def own(t: Tensor) -> Tensor:
-        if not copy and t.data_ptr() not in seen:
+        if t.data_ptr() not in seen:
             seen.add(t.data_ptr())
             return t
         return t.clone()

@@ -72,9 +72,9 @@ def kfac(
             batches of one shape, and on a GPU; products of large matrices are as fast without.
         memory: Bytes that the gradients of vectors which are sent back together may take, counted
             at the outputs of linear ops: of flavours with several vectors, such as `"type-2"`, as
-            many go through one backward pass as fit, one at least. Default: 32 MiB, beyond which
-            it does not get faster on a CPU; on an accelerator more may pay. With
-            `backend="inductor"` they go one by one.
+            many go through one backward pass as fit, one at least. Default: on a CPU 32 MiB, beyond
+            which it does not get faster; elsewhere 1 GiB. With `backend="inductor"` they go one by
+            one.
 
     Returns:
         A mapping from the name of a weight to its block, in the dtype of the parameters, or in

@@ -32,8 +32,8 @@ class Part:
         reads: What it is given.
         gives: What it returns.
         module: Its graph.
-        replays: Whether a GPU is sent all of it at once, as a CUDA graph: what it returns is then
-            written over at the next call, and what it is given is kept in a copy.
+        replays: Whether a GPU is sent all of it at once, as a CUDA graph, which keeps what it is
+            given in a copy.
     """
 
     reads: tuple[str, ...]
@@ -51,7 +51,16 @@ class Part:
             if self._code is None:
                 options = OPTIONS | {"triton.cudagraphs": self.replays}
                 self._code = _code(self.module, given, options)
-            return {**values, **dict(zip(self.gives, self._code(*given), strict=True))}
+            found = self._code(*given)
+            # What a CUDA graph returns is written over when it is replayed.
+            found = _copies(found) if self.replays else found
+            return {**values, **dict(zip(self.gives, found, strict=True))}
+
+
+def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    copies = [torch.empty_like(t) for t in tensors]
+    torch._foreach_copy_(copies, list(tensors))  # one call for all of one dtype
+    return copies
 
 
 def nodes_in(nested: Any) -> list[Node]:

@@ -28,6 +28,7 @@ from fxkfac.curvature.together import (
     enlarged,
     goes_together,
     listened,
+    memory_on,
     reduced,
     send_back,
 )
@@ -64,13 +65,14 @@ class Receiver(ABC):
         hold: Whether only the gradients tell which rows are padding.
         keep_graph: Whether the graph is needed when all vectors have been sent back, for gradients
             of parameters.
-        memory: Bytes that the gradients of vectors which go back together may take at all taps.
+        memory: Bytes that the gradients of vectors which go back together may take at all taps;
+            `None` for what pays on their device.
     """
 
     schedule: Schedule
     settings: Settings
     padding: Padding
-    memory: int
+    memory: int | None
     hold: bool = False
     keep_graph: bool = False
     _root: Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))
@@ -154,8 +156,11 @@ class Receiver(ABC):
 
     def _at_once(self, prediction: Tensor) -> int:
         """How many vectors go back together."""
-        size = self.memory // max(self._bytes, 1)
-        if size < FEW or not has_several(self.settings.fisher, self.settings.mc_samples):
+        if not has_several(self.settings.fisher, self.settings.mc_samples):
+            return 1
+        memory = memory_on(prediction.device) if self.memory is None else self.memory
+        size = memory // max(self._bytes, 1)
+        if size < FEW:
             return 1
         memo = self.schedule.tapped.memo
         key = ("together", prediction.device, prediction.dtype)  # kernels differ, and their rules

@@ -81,12 +81,11 @@ class _Steps(FactorPass):
     """A pass that also sums criterion and gradients, both without R."""
 
     criterion: Tensor = field(init=False)
-    gradients: dict[str, Tensor] = field(init=False)
+    gradients: dict[str, Tensor] = field(init=False, default_factory=dict)  # those that arrived
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.wanted = tuple(self.program.asked.selected)
-        self.gradients = {n: torch.zeros_like(self.state[n].detach()) for n in self.wanted}
         self.criterion = next(iter(self.state.values())).new_zeros(())
 
     def of(self, total: Accumulated) -> Factors:
@@ -96,13 +95,21 @@ class _Steps(FactorPass):
     def part(self, factors: Factors) -> Step:
         """Loss and gradients, too."""
         R = scale_of(self.likelihood, factors.count)
-        gradients = {name: R * g for name, g in self.gradients.items()}
+        gradients = {name: self._gradient(name, R) for name in self.wanted}
         return Step(R * self.criterion, gradients, factors)
+
+    def _gradient(self, name: str, R: float) -> Tensor:
+        """R times a sum, laid out as its parameter is; zeros where nothing arrived."""
+        like = torch.empty_like(self.state[name].detach())
+        if (total := self.gradients.get(name)) is None:
+            return like.zero_()
+        return torch.mul(total, R, out=like)
 
     def _send_back(self, ran: Differentiable, vectors: Iterable[Tensor]) -> None:
         super()._send_back(ran, vectors)
         criterion, found = ran.slope()
         self.criterion = self.criterion + criterion
-        for total, g in zip(self.gradients.values(), found, strict=True):
+        for name, g in zip(self.wanted, found, strict=True):
             if g is not None:
-                total += g
+                before = self.gradients.get(name)
+                self.gradients[name] = g if before is None else before + g

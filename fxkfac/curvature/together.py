@@ -21,6 +21,7 @@ Item = TypeVar("Item")
 FEW = 4  # vectors, below which going back together takes longer than one after the other
 LARGE = 2.0**10  # a gradient that grows sixtyfold on its way is no overflow yet
 MEMORY = 2**25  # bytes: what fits the cache of a CPU gains by it, and larger vectors do not
+MEMORY_ELSEWHERE = 2**30  # on a device where every call costs more than a missed cache
 
 
 def require_memory(memory: int | None) -> None:
@@ -29,6 +30,11 @@ def require_memory(memory: int | None) -> None:
         not isinstance(memory, int) or isinstance(memory, bool) or memory < 0
     ):
         raise OptionError(f"memory={memory!r}; expected a number of bytes, zero or more.")
+
+
+def memory_on(device: torch.device) -> int:
+    """The bytes that vectors which go back together may take where nobody says so."""
+    return MEMORY if device.type == "cpu" else MEMORY_ELSEWHERE
 
 
 class Listen(torch.autograd.Function):

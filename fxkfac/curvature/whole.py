@@ -22,7 +22,7 @@ from fxkfac.curvature.collect import Collector
 from fxkfac.curvature.factors import Settings
 from fxkfac.curvature.inside import GradientPieces, InputPieces, recording
 from fxkfac.curvature.losses import loss_text
-from fxkfac.curvature.parts import Part, names_of, part_of, read
+from fxkfac.curvature.parts import Part, Values, names_of, part_of, read
 from fxkfac.curvature.together import gradients_of_enlarged
 from fxkfac.curvature.traced import Kind, gradients_of, prediction_kind, traceable, traced
 from fxkfac.graph.program import Tapped
@@ -52,15 +52,13 @@ class Outcome:
         prediction: The prediction.
         criterion: Σ_n c(f_n, y_n).
         wanted: Its gradients in parameters; `None` where it does not depend on one.
-        inputs: What A is made of.
-        gradients: What B is made of, and exact blocks.
+        values: These and what sums are made of, by name.
     """
 
     prediction: Tensor
     criterion: Tensor
     wanted: tuple[Tensor | None, ...]
-    inputs: InputPieces
-    gradients: GradientPieces
+    values: Values
 
 
 @dataclass(frozen=True)
@@ -72,13 +70,17 @@ class Whole:
         prediction: Of what kind the prediction is.
         part: The code.
         arguments: Names of what it is given: noise, targets, parameters, buffers and data.
-        results: As `Outcome`, with names in the place of tensors.
+        inputs: What A is made of.
+        gradients: What B is made of, and exact blocks.
+        results: The rest of an `Outcome`, with names in the place of tensors.
     """
 
     draws: bool
     prediction: Kind
     part: Part
     arguments: tuple[str, ...]
+    inputs: InputPieces
+    gradients: GradientPieces
     results: Mapping[str, Any]
 
     def run(self, objective: Objective, tensors: list[Tensor]) -> Outcome:
@@ -89,7 +91,7 @@ class Whole:
         noise = [likelihood.noise(f, generator)] if self.draws else []
         given = [*noise, targets, *tensors]
         values = self.part(dict(zip(self.arguments, given, strict=True)))
-        return Outcome(**read(self.results, values))
+        return Outcome(**read(self.results, values), values=values)
 
 
 def whole(
@@ -164,4 +166,6 @@ def _whole(
     placeholders = [n.name for n in graph.graph.nodes if n.op == "placeholder"]
     on_gpu = prediction.device.type == "cuda"
     part = part_of(graph, results, set(graph.graph.nodes), replays=on_gpu)
-    return Whole(draws, prediction, part, tuple(placeholders), names_of(results))
+    names = names_of(results)
+    inputs, gradients = names.pop("inputs"), names.pop("gradients")
+    return Whole(draws, prediction, part, tuple(placeholders), inputs, gradients, names)

@@ -71,7 +71,7 @@ class FlatModel:
             )
         return dict(zip(leaves, gradients, strict=True))
 
-    def compared(
+    def gradient_errors(
         self,
         found: Mapping[str, Tensor],
         state: State,
@@ -204,7 +204,7 @@ def _require_equal(
     lowest: torch.dtype,
     how: str,
 ) -> None:
-    errors, wrong = model.compared(found, state, data, cotangent, lowest)
+    errors, wrong = model.gradient_errors(found, state, data, cotangent, lowest)
     if wrong:
         listed = ", ".join(f"{name} ({errors[name]:.1e})" for name in wrong[:4])
         raise Refusal(

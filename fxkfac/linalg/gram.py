@@ -14,7 +14,6 @@ from math import gcd
 from typing import TYPE_CHECKING
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from fxkfac.linalg.correlation import (
@@ -238,6 +237,9 @@ def _chunks(
 ) -> Iterator[Float[Tensor, "group part shared d"]]:
     """Some data at a time: no more than the cache holds, or, if larger, than the total has."""
     numel = max(chunk_numel(x.device), least)
+    if x.numel() <= numel:
+        yield x
+        return
     datum = max(1, x[:, :1].numel())
     yield from x.split(max(1, numel // datum), dim=1)
 
@@ -247,5 +249,5 @@ def _copied(
 ) -> Float[Tensor, "group rows d"]:
     """The rows in one axis; what is dense stays dense, so that lines are copied whole."""
     if x.stride(-1) > x.stride(-2) > 0:
-        return rearrange(x.to(dtype), "g n s d -> g d (n s)").mT
+        return x.to(dtype).permute(0, 3, 1, 2).flatten(2).mT
     return x.to(dtype).flatten(1, 2).contiguous()

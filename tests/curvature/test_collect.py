@@ -195,6 +195,24 @@ class TestStep:
         )
         close(found.factors, expected)
 
+    def test_gradients_lie_in_memory_as_their_parameters_do(self):
+        """Also where autograd's do not, and where one tensor of its is the gradient of two."""
+
+        def f(params, x):
+            return x @ params["W"].mT + params["a"] + params["b"]
+
+        params = {"W": rand(4, 2).mT, "a": rand(2), "b": rand(2, seed=1)}
+        program = fxkfac.trace(f, rand(3, 4), params)
+        data = [(rand(3, 4, seed=k), rand(3, 2, seed=k)) for k in (2, 3)]
+        found = [fxkfac.step(program, MSE, part).gradients for part in ([data[0]], data)]
+        leaves = {n: p.detach().requires_grad_() for n, p in params.items()}
+        loss = MSE(*(torch.cat([f(leaves, x) for x, _ in data]), torch.cat([y for _, y in data])))
+        expected = torch.autograd.grad(loss, list(leaves.values()))
+        for (name, g), e in zip(found[1].items(), expected, strict=True):
+            torch.testing.assert_close(g, e, msg=name)
+            assert {g.stride(), found[0][name].stride()} == {params[name].stride()}
+        assert found[1]["a"].data_ptr() != found[1]["b"].data_ptr()
+
     def test_parameters_that_nothing_uses_or_that_are_skipped(self):
         def f(params, x):
             return x @ params["W"] + params["V"].sum() * 0 + x @ params["U"]

@@ -252,7 +252,7 @@ def test_where_sums_are_inside():
         program = fxkfac.trace(nn.Linear(width, 3).double(), rand(4, width))
         over = fxkfac.Accumulation(program, CE).over
         padding = Padding(mask)
-        found = over.sink(over.schedule, padding, 0, torch.tensor([0]))
+        found = over.sink(over.schedule, padding, torch.tensor([0]))
         found.hold = hold
         return found
 

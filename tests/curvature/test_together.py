@@ -186,6 +186,10 @@ def test_chunks():
     assert list(together.chunks([], 2)) == []
 
 
+def test_more_go_together_where_a_call_costs_more_than_memory():
+    assert together.memory_on(torch.device("cpu")) < together.memory_on(torch.device("cuda"))
+
+
 def test_a_few_go_one_by_one(monkeypatch):
     """A pair takes longer than two, and three as long as that."""
     program = fxkfac.trace(seeded(mlp), rand(7, 4))
