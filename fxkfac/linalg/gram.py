@@ -79,8 +79,7 @@ class Gram:
 
     def diagonal(self) -> Float[Tensor, " group_d"]:
         """The diagonals, one after the other."""
-        diagonal = self.total.diagonal(dim1=1, dim2=2)
-        return diagonal.squeeze(0) if len(diagonal) == 1 else diagonal.flatten()
+        return self.total.diagonal(dim1=1, dim2=2).flatten()
 
     def beta(self, whole: int) -> float:
         """What a product multiplies the total by that comes next, which has such whole blocks.

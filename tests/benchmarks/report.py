@@ -178,9 +178,8 @@ def draw(rows: list[Row], path: Path) -> None:
         _decorate(axis, title)
     axes[0].set_yticks(range(len(labels)), [f"{p}, {f}" for p, f in labels])
     axes[0].set_ylim(len(labels) - 0.5, -0.5)
-    figure.legend(
-        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(PEERS)
-    )
+    names = axes[0].get_legend_handles_labels()
+    figure.legend(*names, loc="outside lower center", ncols=-(-len(PEERS) // 2))
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
 
