@@ -189,7 +189,7 @@ def _inductor(batch: Forward) -> Differentiable:
     code = compiled(batch.tapped, kinds, places, sink)
     values = code.run(arguments)
     if sink is not None:
-        code.add_inputs(values, sink)
+        code.inputs.give(values, sink)
     for use, output in enumerate(code.outputs):
         batch.receiver.input(use, code.input(values, use), output)
     run = Run(batch.tapped, values[code.prediction], n)

@@ -78,12 +78,8 @@ class Compiled:
         """Those of the values that are needed to send something back."""
         return {name: values[name] for name in self.later}
 
-    def add_inputs(self, values: Values, sink: Collector) -> None:
-        """Add to A what it is made of, where sums are in the graph."""
-        self.inputs.give(values, sink)
-
     def add_gradients(self, values: Values, vector: Tensor, sink: Collector) -> None:
-        """The same for B and a vector."""
+        """Add to B what it is made of for a vector, where sums are in the graph."""
         self.taps.give(self._sent_back(values, vector), sink)
 
     def send_back(self, values: Values, vector: Tensor) -> dict[int, Tensor]:

@@ -8,7 +8,7 @@ could read them, a chunk at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
 from typing import TYPE_CHECKING
@@ -233,14 +233,11 @@ def _readable(x: Float[Tensor, "*rows d"], total: Tensor) -> bool:
 
 def _chunks(
     x: Float[Tensor, "group batch shared d"], least: int
-) -> Iterator[Float[Tensor, "group part shared d"]]:
+) -> Sequence[Float[Tensor, "group part shared d"]]:
     """Some data at a time: no more than the cache holds, or, if larger, than the total has."""
     numel = max(chunk_numel(x.device), least)
-    if x.numel() <= numel:
-        yield x
-        return
-    datum = max(1, x[:, :1].numel())
-    yield from x.split(max(1, numel // datum), dim=1)
+    datum = x.numel() // x.shape[1]
+    return x.split(max(1, numel // datum), dim=1)
 
 
 def _copied(
