@@ -548,6 +548,23 @@ def test_the_prediction_of_the_quadratic_model_is_exact_for_least_squares(
     assert actual == pytest.approx(predicted, rel=1e-10)
 
 
+def test_losses_and_quadratic_model_are_under_one_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 3)).double()
+    x, y = torch.randn(20, 4).double(), torch.randn(20, 3).double()
+    seen = []
+    monkeypatch.setattr(
+        "fxkfac.optim.optimizer.next_damping",
+        lambda damping, actual, predicted, interval: seen.append((actual, predicted)) or damping,
+    )
+    optimizer = KFAC(fxkfac.trace(model, x), MSE, lr=0.7, lm_interval=1, max_norm=0.1)
+    for _ in range(3):
+        optimizer.step(x, y)
+    for actual, predicted in seen:
+        assert actual < 0
+        assert actual == pytest.approx(predicted, rel=1e-10)
+
+
 @pytest.mark.parametrize(
     ("actual", "predicted", "factor"),
     [(-0.9, -1.0, 0.9025), (-0.5, -1.0, 1.0), (-0.1, -1.0, 1 / 0.9025), (0.1, 0.1, 1 / 0.9025)],

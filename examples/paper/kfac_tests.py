@@ -143,7 +143,7 @@ def _require_near(net: nn.Module, program: fxkfac.Program, loss: nn.Module, data
         factors = fxkfac.kfac(program, loss, data, **drawn)
         return [error(factors.dense(*names), G(names)) for names in layers_of(net)]
 
-    few, many = (mean_square([errors(M, seed) for seed in range(5)]) for M in (10, 1_000))
+    few, many = (mean_square([errors(M, seed) for seed in range(10)]) for M in (10, 1_000))
     print(f"  {_said(net, loss)}: errors {rounded(few)} for M = 10, {rounded(many)} for M = 1000")
     assert (few / many > 5).all()
     assert (few / many < 20).all()

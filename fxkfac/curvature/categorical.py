@@ -123,19 +123,19 @@ class Categorical(ClosedForm):
         return super().room(f.select(_class_axis(f), 0))
 
     def noise(self, f: Tensor, generator: torch.Generator) -> Tensor:
-        """Uniform in (0, 1]."""
-        uniform = self.room(f).uniform_(generator=generator_on(f.device, generator))
-        return uniform.neg_().add_(1)
+        """Uniform in [0, 1)."""
+        return self.room(f).uniform_(generator=generator_on(f.device, generator))
 
     def label(self, f: Tensor, noise: Tensor) -> Tensor:
         """ỹ ~ Categorical(σ) at every position, as class indices. Example 4.
 
-        That is the first class up to which the probabilities add up to the noise: never one with
-        none, as the noise is not zero.
+        That is the first class up to which the probabilities add up to more than the noise: never
+        one with none.
         """
         σ = _probabilities(f).movedim(_class_axis(f), -1)
         sums = σ.contiguous().cumsum(-1)
-        return torch.searchsorted(sums, noise.unsqueeze(-1) * sums[..., -1:]).squeeze(-1)
+        at = noise.unsqueeze(-1) * sums[..., -1:]  # below the last sum, as noise is below one
+        return torch.searchsorted(sums, at, right=True).squeeze(-1)
 
     def sampled_gradient(self, f: Tensor, y: Tensor, sampled: Tensor) -> Tensor:
         """√w (σ - onehot(ỹ)), so that its expected square is the Hessian, weights included."""
@@ -177,6 +177,8 @@ class Categorical(ClosedForm):
                 f"shape {positions}, or class probabilities, floating of shape {tuple(f.shape)}. "
                 f"Classes lie on axis {axis}."
             )
+        if _all_within(y, classes):
+            return
         wrong = ((y < 0) | (y >= classes)) & (y != self.ignore_index)
         if wrong.any():
             raise DataError(
@@ -225,6 +227,14 @@ class Categorical(ClosedForm):
         if weight is None:
             return valid.to(like)
         return valid * weight.to(like)[y.clamp(0, f.shape[axis] - 1)].unsqueeze(axis)
+
+
+def _all_within(y: Tensor, classes: int) -> bool:
+    """Whether every label is a class, in one pass."""
+    if not y.numel():
+        return True
+    least, largest = y.aminmax()
+    return int(least) >= 0 and int(largest) < classes
 
 
 def _class_axis(f: Tensor) -> int:

@@ -18,7 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 from fxkfac.graph.custom import Whole
 from fxkfac.graph.decompositions import decompose
 from fxkfac.graph.dependence import length
-from fxkfac.graph.merge import drop_zeros, merge_common
+from fxkfac.graph.merge import drop_zeros, kind, merge_common
 from fxkfac.graph.overloads import arguments
 from fxkfac.graph.pure import is_idle
 from fxkfac.graph.real import CheckedLengths, RealRows, checked_lengths, real_rows
@@ -95,6 +95,8 @@ def rebuild(
 
 
 def _is_what_it_is_given(node: Node) -> bool:
+    if node.target is aten.expand.default:
+        return kind(node) == kind(node.all_input_nodes[0]) is not None
     return node.target is aten.alias.default or is_idle(node)
 
 

@@ -46,12 +46,12 @@ def drop_zeros(graph: Graph) -> None:
             others = [a for a in node.args if a not in zero]
             if not others:
                 zero.add(node)
-            elif isinstance(others[0], Node) and _kind(others[0]) == _kind(node) is not None:
+            elif isinstance(others[0], Node) and kind(others[0]) == kind(node) is not None:
                 node.replace_all_uses_with(others[0])
                 graph.erase_node(node)
 
 
-def _kind(node: Node) -> tuple[str, ...] | None:
+def kind(node: Node) -> tuple[str, ...] | None:
     """Shape and dtype at capture, as text: symbolic sizes are not to be compared as numbers."""
     value = node.meta.get("val")
     return (str(tuple(value.shape)), str(value.dtype)) if isinstance(value, Tensor) else None

@@ -19,6 +19,7 @@ from torch.optim.adam import adam
 from fxkfac.curvature.data import batches
 from fxkfac.curvature.step import step as pass_over
 from fxkfac.graph.program import Program
+from fxkfac.isolation import own_randomness, seed_from
 from fxkfac.optim.checks import require, require_at_least_one, require_positive
 from fxkfac.optim.gradients import (
     Batches,
@@ -249,7 +250,7 @@ class KFAC(Optimizer):
     ) -> None:
         """Compare the loss with what was foretold, on the same data.
 
-        Of one batch, both losses are under the same dropout; what was foretold is under another.
+        Of one batch, all three are under the same dropout.
         """
         p, model = self.preconditioner, self.program.model
         again = torch.Generator(p.generator.device)
@@ -257,7 +258,9 @@ class KFAC(Optimizer):
         after, _ = loss_and_gradients(self.program, p.likelihood, data, again, ())
         now = held(self.program)
         step = {name: now[name].detach() - before[name] for name in gradients}
-        predicted = predicted_change(model, self.loss, data, before, gradients, step)
+        again.set_state(drawn)
+        with own_randomness(seed_from(again)):
+            predicted = predicted_change(model, self.loss, data, before, gradients, step)
         assert self.lm_interval is not None
         p.damping = next_damping(p.damping, float(after - loss), predicted, self.lm_interval)
 

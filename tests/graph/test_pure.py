@@ -85,3 +85,15 @@ def test_most_models_are_not_recorded_twice(monkeypatch):
     for function in PURE.values():
         program = fxkfac.trace(Applied(function), X, unsupported="skip")
         assert program.tapped.captured.front_end == "torch.export"
+
+
+def test_what_stays_as_long_as_it_is_is_not_expanded():
+    """Of a symbolic length, too; and what does get longer still is."""
+    longer = fxkfac.trace(Applied(lambda m, y: y.expand(3, *y.shape).sum(0)), X)
+    same = fxkfac.trace(Applied(lambda m, y: y.expand(y.shape[0], -1) + 1), X)
+    found = [
+        any(n.target is torch.ops.aten.expand.default for n in p.graph_module.graph.nodes)
+        for p in (longer, same)
+    ]
+    assert found == [True, False]
+    assert same.at(X[:3])[0] is same.tapped  # of any number of data
