@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import fxkfac
-from fxkfac.curvature.together import enlarged
+from fxkfac.curvature.together import enlarged, reduced
 
 CE, MSE = nn.CrossEntropyLoss, nn.MSELoss
 close = torch.testing.assert_close
@@ -312,6 +312,14 @@ class TestGradientsThatFloat16DoesNotHold:
         larger, power = enlarged(vectors, True)
         assert larger.isfinite().all()
         close(larger.float(), power * vectors.float(), rtol=0, atol=0)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+    def test_gradients_keep_their_digits(self, dtype):
+        """Those of a part in float64 of a model in float16 are as they were, to its last digit."""
+        g, power = (1 + rand(5) * 1e-3).to(dtype), torch.tensor(2.0**9)
+        found = reduced(g * power.to(dtype), power)
+        assert found.dtype == torch.promote_types(dtype, torch.float32)
+        close(found, g.to(found.dtype), rtol=0, atol=0)
 
 
 class Checkpointed(nn.Module):

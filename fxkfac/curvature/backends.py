@@ -17,7 +17,7 @@ from fxkfac.curvature.inside import is_fixed, is_open
 from fxkfac.curvature.likelihoods import Likelihood
 from fxkfac.curvature.parts import Values
 from fxkfac.curvature.receive import Receiver
-from fxkfac.curvature.together import gradients_of_enlarged
+from fxkfac.curvature.together import summed_gradients
 from fxkfac.curvature.traced import Kind
 from fxkfac.curvature.whole import Objective, Outcome, Whole, is_whole, whole
 from fxkfac.errors import OptionError
@@ -93,7 +93,7 @@ class Forward:
         cotangent = self.likelihood.gradient(f, self.targets).detach()  # of targets with a graph
         criterion = self.likelihood.criterion(f, self.targets)
         underflows = self.tapped.captured.underflows
-        return Slope(criterion.detach(), gradients_of_enlarged(gradients, cotangent, underflows))
+        return Slope(criterion.detach(), summed_gradients(gradients, cotangent, underflows))
 
 
 @dataclass(frozen=True)

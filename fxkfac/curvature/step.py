@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,9 +17,10 @@ from fxkfac.curvature.factors import Factors, scale_of
 from fxkfac.curvature.losses import likelihood_of
 from fxkfac.curvature.options import settings_of
 from fxkfac.curvature.padding import Mask
+from fxkfac.errors import NonFiniteError
 from fxkfac.functional import Params
 from fxkfac.graph.program import Program
-from fxkfac.isolation import full_precision
+from fxkfac.isolation import full_precision, is_finite
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,27 @@ def step(
     return over.part(over.run(batches(data)))
 
 
+def scaled(R: float, total: Tensor | None, parameter: Tensor) -> Tensor:
+    """R times a sum, laid out as its parameter is; zeros where nothing arrived."""
+    like = torch.empty_like(parameter.detach())
+    return like.zero_() if total is None else torch.mul(total, R, out=like)
+
+
+def require_held(program: Program, gradients: Mapping[str, Tensor]) -> None:
+    """Raise `NonFiniteError` where float16 cannot hold a gradient: it ends at 65504."""
+    if not any(tapped.captured.underflows for tapped in program.graphs):
+        return  # as finite as the prediction, which was looked at
+    for name, g in gradients.items():
+        if not is_finite(g):
+            raise NonFiniteError(
+                f"the gradient in {name!r} holds NaN or Inf; expected finite numbers, which end at "
+                "65504 in float16. Compute in bfloat16 or float32, or scale the loss down."
+            )
+
+
 @dataclass
 class _Steps(FactorPass):
-    """A pass that also sums criterion and gradients, both without R."""
+    """A pass that also sums criterion and gradients, both without R and at least in float32."""
 
     criterion: Tensor = field(init=False)
     gradients: dict[str, Tensor] = field(init=False, default_factory=dict)  # those that arrived
@@ -95,15 +114,9 @@ class _Steps(FactorPass):
     def part(self, factors: Factors) -> Step:
         """Loss and gradients, too."""
         R = scale_of(self.likelihood, factors.count)
-        gradients = {name: self._gradient(name, R) for name in self.wanted}
+        gradients = {n: scaled(R, self.gradients.get(n), self.state[n]) for n in self.wanted}
+        require_held(self.program, gradients)
         return Step(R * self.criterion, gradients, factors)
-
-    def _gradient(self, name: str, R: float) -> Tensor:
-        """R times a sum, laid out as its parameter is; zeros where nothing arrived."""
-        like = torch.empty_like(self.state[name].detach())
-        if (total := self.gradients.get(name)) is None:
-            return like.zero_()
-        return torch.mul(total, R, out=like)
 
     def _send_back(self, ran: Differentiable, vectors: Iterable[Tensor]) -> None:
         super()._send_back(ran, vectors)

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from fxkfac.curvature.sharing import accurate_dtype
 from fxkfac.errors import OptionError
 
 Item = TypeVar("Item")
@@ -126,8 +127,13 @@ def enlarged(vectors: Tensor, underflows: bool) -> tuple[Tensor, Tensor | None]:
     if not underflows:
         return vectors, None
     largest = vectors.detach().abs().amax().float() if vectors.numel() else vectors.new_ones(())
-    power = torch.exp2(torch.log2(LARGE / largest.clamp(LARGE * 2**-15, LARGE)).floor())
+    power = _power(largest.clamp_max(LARGE))
     return vectors * power.to(vectors.dtype), power
+
+
+def _power(size: Tensor) -> Tensor:
+    """By which a size in float32 becomes about `LARGE`; no float16 overflows by it."""
+    return torch.exp2(torch.log2(LARGE / size.clamp_min(LARGE * 2**-15)).floor())
 
 
 def reduced(g: Tensor, power: Tensor | None) -> Tensor:
@@ -135,12 +141,20 @@ def reduced(g: Tensor, power: Tensor | None) -> Tensor:
     return g if power is None else g.to(torch.promote_types(g.dtype, power.dtype)) / power
 
 
-def gradients_of_enlarged(
+def summed_gradients(
     gradients: Callable[[Tensor], Sequence[Tensor | None]], cotangent: Tensor, underflows: bool
 ) -> list[Tensor | None]:
-    """The gradients of a cotangent, in their own dtypes."""
-    larger, power = enlarged(cotangent, underflows)
-    return [None if g is None else reduced(g, power).to(g.dtype) for g in gradients(larger)]
+    """The gradients of a cotangent in parameters, at least in float32.
+
+    They are sums over all rows, which float16 may not hold: so it is the sum of the cotangent's
+    entries, without their signs, that is made about `LARGE` there.
+    """
+    power = None
+    if underflows:
+        power = _power(cotangent.abs().sum(dtype=torch.float32))
+        cotangent = cotangent * power.to(cotangent.dtype)
+    found = (None if g is None else reduced(g, power) for g in gradients(cotangent))
+    return [None if g is None else g.to(accurate_dtype(g)) for g in found]
 
 
 def goes_together(prediction: Tensor, root: Tensor) -> bool:

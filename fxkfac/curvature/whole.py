@@ -23,7 +23,7 @@ from fxkfac.curvature.factors import Settings
 from fxkfac.curvature.inside import GradientPieces, InputPieces, recording
 from fxkfac.curvature.losses import loss_text
 from fxkfac.curvature.parts import Part, Values, names_of, part_of, read
-from fxkfac.curvature.together import gradients_of_enlarged
+from fxkfac.curvature.together import summed_gradients
 from fxkfac.curvature.traced import Kind, gradients_of, prediction_kind, traceable, traced
 from fxkfac.graph.program import Tapped
 
@@ -149,7 +149,7 @@ def _whole(
         )
         slopes = partial(gradients_of, f, [asked[k] for k in wanted])
         cotangent = likelihood.gradient(seen, y)
-        slope = gradients_of_enlarged(slopes, cotangent, tapped.captured.underflows)
+        slope = summed_gradients(slopes, cotangent, tapped.captured.underflows)
         with no_grad():
             inputs, gradients = InputPieces.of(collector), GradientPieces.of(collector)
             criterion = likelihood.criterion(seen, y)

@@ -6,6 +6,7 @@ That is what has no gradient at all, and buffers that have moved with the data.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from torch import Generator, Tensor, nn
 
 from fxkfac.curvature.batch import require_finite_prediction
 from fxkfac.curvature.likelihoods import Likelihood
+from fxkfac.curvature.step import require_held, scaled
+from fxkfac.curvature.together import summed_gradients
 from fxkfac.functional import FunctionalModel, split_inputs
 from fxkfac.graph.normal import Input
 from fxkfac.graph.program import Program
@@ -50,7 +53,7 @@ def loss_and_gradients(
     """
     state = program.state()
     total = next(iter(state.values())).new_zeros(())
-    sums = {name: torch.zeros_like(state[name]) for name in wanted}
+    sums: dict[str, Tensor] = {}  # without R, at least in float32
     count = 0.0
     for number, (inputs, targets) in enumerate(data):
         tapped, tensors = program.at(inputs, state)
@@ -63,17 +66,22 @@ def loss_and_gradients(
         total = total + likelihood.criterion(f, targets)
         count += float(likelihood.count(f, targets))
         if leaves and run.prediction.requires_grad:
-            found = torch.autograd.grad(
-                run.prediction,
-                list(leaves.values()),
-                likelihood.gradient(f, targets),
-                materialize_grads=True,
-                allow_unused=True,
-            )
-            for running, g in zip(sums.values(), found, strict=True):
-                running += g
+            to_leaves = partial(_gradients_in, list(leaves.values()), run.prediction)
+            underflows = tapped.captured.underflows
+            found = summed_gradients(to_leaves, likelihood.gradient(f, targets), underflows)
+            for name, g in zip(leaves, found, strict=True):
+                if g is not None:
+                    sums[name] = sums[name] + g if name in sums else g
     R = likelihood.reduction_factor(count)
-    return R * total, {name: R * g for name, g in sums.items()}
+    gradients = {name: scaled(R, sums.get(name), state[name]) for name in wanted}
+    require_held(program, gradients)
+    return R * total, gradients
+
+
+def _gradients_in(
+    leaves: Sequence[Tensor], prediction: Tensor, cotangent: Tensor
+) -> Sequence[Tensor | None]:
+    return torch.autograd.grad(prediction, leaves, cotangent, allow_unused=True)
 
 
 def unused(program: Program, data: Batches) -> set[str]:
