@@ -30,6 +30,11 @@ def own_randomness(seed: int | None = None) -> Iterator[None]:
         yield
 
 
+def apart(t: Tensor) -> Tensor:
+    """The same without a graph; a copy of one that inference mode has made, for a graph to keep."""
+    return t.clone() if t.is_inference() else t.detach()
+
+
 def seed_from(generator: Generator) -> int:
     """The next seed that a generator draws."""
     return int(torch.randint(2**62, (), generator=generator, device=generator.device))
@@ -58,6 +63,13 @@ def are_finite(tensors: Iterable[Tensor]) -> bool:
         part = t if small and t.ndim == 1 else (t if small else vector_norm(t)).reshape(-1)
         parts.setdefault(t.device, []).append(part)
     return all(cmath.isfinite(vector_norm(torch.cat(some)).item()) for some in parts.values())
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of a tensor that holds NaN or Inf, if one does."""
+    if are_finite(tensors.values()):
+        return None
+    return next((name for name, t in tensors.items() if not t.isfinite().all()), None)
 
 
 @contextmanager

@@ -8,9 +8,16 @@ import pytest
 import torch
 import zoo_functional  # noqa: F401 - registers its entries
 import zoo_wide  # noqa: F401 - likewise
+from drawn import rand, seeded
 from torch import nn
 from torch.func import functional_call, grad, vmap
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    RandomSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+)
 from zoo import ZOO
 
 import fxkfac
@@ -331,6 +338,36 @@ def test_data_in_an_order_that_nobody_knows(mlp):
     loader = DataLoader(TensorDataset(*mlp.train), batch_size=2, shuffle=True)
     with pytest.raises(errors.DataError, match="train is a DataLoader that shuffles"):
         mlp.scores(mlp.factors(), train=loader)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sampler": SubsetRandomSampler(range(N_TRAIN))},
+        {"batch_sampler": BatchSampler(RandomSampler(range(N_TRAIN)), 2, False)},
+    ],
+    ids=["sampler", "batch_sampler"],
+)
+def test_samplers_that_shuffle(mlp, options):
+    loader = DataLoader(TensorDataset(*mlp.train), **options)
+    with pytest.raises(errors.DataError, match="train is a DataLoader that shuffles"):
+        mlp.scores(mlp.factors(), train=loader)
+
+
+def test_gradients_without_numbers():
+    """A root has no slope at zero, where the prediction is finite all the same."""
+    model = seeded(lambda: nn.Linear(4, 3, bias=False))
+    net = nn.Sequential(model, Length())
+    x, y = rand(4, 4), rand(4, 1)
+    program = fxkfac.trace(net, x)
+    factors = fxkfac.kfac(program, MSE, (x, y))
+    with pytest.raises(errors.NonFiniteError, match="batch 0 of test: a gradient holds NaN"):
+        fxkfac.influence(program, MSE, factors, (x, y), (torch.zeros_like(x), y), DAMPING)
+
+
+class Length(nn.Module):
+    def forward(self, h):
+        return h.square().sum(1, keepdim=True).sqrt()
 
 
 def test_an_iterator_that_is_used_up(mlp):

@@ -466,6 +466,24 @@ class TestParameters:
         errors = fxkfac.check(program, CE(), data, params=dict(other.named_parameters()))
         assert max(errors.values()) < 1e-12
 
+    @pytest.mark.parametrize("function", [fxkfac.kfac, fxkfac.step])
+    def test_tensors_that_inference_mode_has_made(self, mlp, function):
+        model, program, X = mlp
+        with torch.inference_mode():
+            made, params = X.clone(), {n: t.clone() for n, t in model.named_parameters()}
+        expected = function(program, CE(), (X, classes(5)), fisher="empirical")
+        found = function(program, CE(), (made, classes(5)), params, fisher="empirical")
+        same_factors(*(getattr(r, "factors", r) for r in (found, expected)), exactly=True)
+
+    def test_sums_with_something_else(self, parts_of_one):
+        for other in (fxkfac.sum_of(parts_of_one, parts_of_one), 3):
+            with pytest.raises(TypeError, match="unsupported operand"):
+                parts_of_one + other
+
+    @pytest.fixture
+    def parts_of_one(self, mlp):
+        return fxkfac.kfac(mlp[1], CE(), (mlp[2], classes(5)))
+
     def test_params_of_a_function_may_be_nested(self):
         def f(params, x):
             return torch.tanh(x @ params["a"]["W"]) @ params["b"]["W"]

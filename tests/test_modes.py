@@ -11,7 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import fxkfac
+from fxkfac.curvature.losses import likelihood_of
 from fxkfac.curvature.together import enlarged, reduced
+from fxkfac.errors import NonFiniteError
+from fxkfac.optim.gradients import loss_and_gradients
 
 CE, MSE = nn.CrossEntropyLoss, nn.MSELoss
 close = torch.testing.assert_close
@@ -320,6 +323,37 @@ class TestGradientsThatFloat16DoesNotHold:
         found = reduced(g * power.to(dtype), power)
         assert found.dtype == torch.promote_types(dtype, torch.float32)
         close(found, g.to(found.dtype), rtol=0, atol=0)
+
+
+class TestGradientsInHalfPrecision:
+    """They are sums over data, and over batches, which it cannot hold."""
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize(
+        ("n", "batches", "size"), [(256, 1, 1.0), (64, 2, 1000.0), (4, 500, 1.0)]
+    )
+    def test_sums(self, dtype, n, batches, size):
+        model, x = seeded(lambda: nn.Linear(3, 2)).to(dtype), rand(n, 3).to(dtype)
+        y = size * (1 + rand(n, 2, seed=1).abs()).to(dtype)
+        expected = (model(x).double() - y.double()).mean(0)
+        for source in (fxkfac.step, self.without_factors):
+            found = source(fxkfac.trace(model, x), nn.MSELoss(), [(x, y)] * batches)
+            g = found.gradients["bias"] if source is fxkfac.step else found
+            assert g.dtype == dtype
+            close(g.double(), expected, rtol=0.01, atol=0)
+
+    @staticmethod
+    def without_factors(program, loss, data):
+        """As an optimizer takes them where no factors are due."""
+        of, generator = likelihood_of(loss), torch.Generator()
+        return loss_and_gradients(program, of, data, generator, ["weight", "bias"])[1]["bias"]
+
+    def test_what_float16_cannot_hold_is_refused(self):
+        model, x = seeded(lambda: nn.Linear(3, 2)).half(), rand(64, 3).half()
+        y = torch.full((64, 2), 1100.0).half()
+        program, loss = fxkfac.trace(model, x), nn.MSELoss(reduction="sum")
+        with pytest.raises(NonFiniteError, match="the gradient in 'bias'"):
+            fxkfac.step(program, loss, (x, y))
 
 
 class Checkpointed(nn.Module):

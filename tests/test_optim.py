@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,15 @@ from torch import Tensor, nn
 
 import fxkfac
 from fxkfac import Program
-from fxkfac.errors import DataError, FxkfacError, OptionError, ParameterError, UnknownParameter
+from fxkfac.errors import (
+    DataError,
+    FxkfacError,
+    MergeError,
+    NonFiniteError,
+    OptionError,
+    ParameterError,
+    UnknownParameter,
+)
 from fxkfac.optim import KFAC, Preconditioner
 from fxkfac.optim.policies import next_damping
 
@@ -923,3 +932,100 @@ def test_a_batch_that_fails_changes_no_parameter() -> None:
         optimizer.step(x, y[:5])
     assert_equal(values(model), before)
     assert optimizer.preconditioner.steps == 0
+
+
+# --- what is wrong is named, and changes nothing ---
+
+
+class Length(nn.Module):
+    """Whose slope at zero is not a number."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        return torch.cat([h.square().sum(1, keepdim=True).sqrt(), h.tanh()], 1)
+
+
+@pytest.mark.parametrize("structure", [{}, {"0.weight": "skip"}, {"0.weight": "identity"}])
+def test_a_gradient_without_numbers_changes_no_parameter(structure: dict[str, str]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5, bias=False), Length(), nn.Linear(6, 3)).double()
+    x, y = batch()
+    program = fxkfac.trace(model, x, structure=structure)
+    optimizer = KFAC(program, CE, lr=0.1, factor_interval=2)
+    optimizer.step(x, y)
+    before = values(model)
+    for _ in range(2):
+        with pytest.raises(NonFiniteError, match=r"the gradient in '0\.weight'"):
+            optimizer.step(torch.zeros_like(x), y)
+    assert_equal(values(model), before)
+    with pytest.raises(NonFiniteError):
+        fxkfac.step(program, CE, (torch.zeros_like(x), y))
+
+
+def test_a_first_batch_without_a_parameter_is_refused_and_forgotten() -> None:
+    class Even(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.all, self.even = nn.Linear(4, 3), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.all(x) if len(x) % 2 else self.all(x) + self.even(x)
+
+    x, y = batch()
+    optimizer = KFAC(fxkfac.trace(Even().double(), x), CE, lr=0.1)
+    with pytest.raises(MergeError, match=r"no \['even\.weight'\]"):
+        optimizer.step(x[:7], y[:7])
+    assert optimizer.preconditioner.average.averages is None
+    optimizer.step(x, y)
+
+
+@pytest.mark.parametrize("options", [{"max_norm": 1e-3}, {"weight_decay": 9.0, "decoupled": False}])
+def test_second_moments_are_those_of_the_loss(options: dict[str, Any]) -> None:
+    """Not of what is clipped, or decays."""
+    found = []
+    for chosen in ({}, options):
+        fixed = {"lr": 0.0, "decay": 0.0, "damp": "block", "ekfac": True, "fisher": "empirical"}
+        optimizer = KFAC(fxkfac.trace(mlp(), batch()[0]), CE, **fixed, **chosen)
+        optimizer.step(*batch())
+        found.append(optimizer.preconditioner.bases["0.weight"].values)
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+def test_states_that_do_not_fit_are_refused() -> None:
+    def stepped(width: int = 5, **options: Any) -> KFAC:
+        model = nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, 3)).double()
+        made = KFAC(fxkfac.trace(model, batch()[0]), CE, lr=0.1, **options)
+        made.step(*batch())
+        return made
+
+    block, ekfac = {"damp": "block"}, {"damp": "block", "ekfac": True}
+    wider, of_torch = stepped(6), torch.optim.SGD(mlp().parameters(), lr=1.0)
+    for optimizer, state, message in (
+        (wider, stepped().state_dict(), r"\(5, 5\) entries; expected \(5, 6\)"),
+        (stepped(**block), stepped().state_dict(), "another damp="),
+        (stepped(**block), stepped(**ekfac).state_dict(), "another damp= or ekfac="),
+        (stepped(), {}, "expected one of this class"),
+        (stepped(), of_torch.state_dict(), "expected one of this class"),
+    ):
+        with pytest.raises(OptionError, match=message):
+            optimizer.load_state_dict(state)
+        optimizer.step(*batch())
+    after = stepped(**ekfac)
+    after.load_state_dict(stepped(**block).state_dict())
+    after.step(*batch())
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
+def test_an_optimizer_is_not_copied(copied: Callable[[Any], Any]) -> None:
+    with pytest.raises(FxkfacError, match="state_dict"):
+        copied(KFAC(fxkfac.trace(mlp(), batch()[0]), CE, lr=0.1))
+
+
+def test_schedulers_cycle_the_momentum() -> None:
+    optimizer = KFAC(fxkfac.trace(mlp(), batch()[0]), CE, lr=0.1)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.0, total_steps=10)
+    seen = []
+    for _ in range(3):
+        seen.append(optimizer.param_groups[0]["momentum"])
+        optimizer.step(*batch())
+        scheduler.step()
+    assert seen[0] > seen[1] > seen[2]

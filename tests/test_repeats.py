@@ -84,3 +84,28 @@ def test_a_derived_weight_for_each_datum_is_refused():
 
     with pytest.raises(errors.OptionError, match="the batch size in its shape"):
         fxkfac.trace(early, rand(5, 6, 4), FACTORS, structure={"*": "derived"})
+
+
+def test_groups_for_each_datum():
+    """A weight repeated into as many groups as there are data is no weight of one size."""
+
+    def grouped(params, x):
+        n = len(x)
+        y = F.conv1d(x.reshape(1, -1, 7), params["w"].repeat(n, 1, 1), groups=n)
+        return y.view(n, 3, -1).mean(2)
+
+    params, x, y = {"w": rand(3, 4, 2)}, rand(4, 4, 7, seed=1), rand(4, 3, seed=2)
+    program = fxkfac.trace(grouped, x, params)
+    for n in (4, 3, 2):
+        assert max(fxkfac.check(program, MSE, (x[:n], y[:n])).values()) < 1e-12
+    assert not program.tapped.dynamic
+
+
+def test_a_derived_weight_under_a_derivative_in_the_data():
+    def slope(params, x):
+        W = params["a"] @ params["b"]
+        return torch.func.jvp(lambda at: (at @ W).tanh(), (x,), (torch.ones_like(x),))[1]
+
+    x, y = rand(5, 4, seed=1), rand(5, 3, seed=2)
+    program = fxkfac.trace(slope, x, FACTORS, structure={"*": "derived"})
+    assert max(fxkfac.check(program, MSE, (x[:3], y[:3])).values()) < 1e-12

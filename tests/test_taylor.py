@@ -320,6 +320,19 @@ class TestRefusals:
         with pytest.raises(UnsupportedUse, match=named):
             laplacian(function, rand(N, 2))
 
+    @pytest.mark.parametrize("write", ["h += 1", "h -= 1", "h *= 2", "h /= 2", "h **= 2"])
+    def test_operators_in_place(self, write):
+        """Another name of the tensor would keep what it was."""
+
+        def function(x):
+            h = g = x.sin()
+            names = {"h": h}
+            exec(write, names)
+            return g
+
+        with pytest.raises(UnsupportedUse, match="in place"):
+            laplacian(function, rand(N, 2))
+
     def test_what_is_returned(self):
         with pytest.raises(UnsupportedUse, match="a row for each point"):
             laplacian(lambda x: x[0], rand(N, 2))

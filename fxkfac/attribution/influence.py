@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import RandomSampler
+from torch.utils.data import RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from fxkfac.attribution.rows import Formed, Rows, TokenRows, chunks
 from fxkfac.attribution.solve import Exact, Solved, Solver, solvers_of
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 MEMORY = 2**30
+RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 
 @full_precision()
@@ -258,7 +259,9 @@ def _require_same(program: Program, loss: Any, had: Settings) -> None:
 
 
 def _require_order(name: str, data: Iterable[Any]) -> None:
-    if isinstance(getattr(data, "sampler", None), RandomSampler):
+    samplers = [getattr(data, "sampler", None), getattr(data, "batch_sampler", None)]
+    samplers.append(getattr(samplers[1], "sampler", None))
+    if any(isinstance(s, RANDOM) or getattr(s, "shuffle", False) for s in samplers):
         raise DataError(
             f"{name} is a DataLoader that shuffles, so that nobody knows which datum a score is "
             "of; expected data in an order that stays. Pass shuffle=False."

@@ -30,7 +30,7 @@ from fxkfac.graph.ir import Use
 from fxkfac.graph.normal import Input, OneHotRows, detached, normal_x, normal_y
 from fxkfac.graph.program import Program, Run, Tapped
 from fxkfac.graph.tap import Taps
-from fxkfac.isolation import is_finite, own_randomness
+from fxkfac.isolation import is_finite, not_finite, own_randomness
 from fxkfac.linalg.contraction import DatumRows
 
 
@@ -88,7 +88,7 @@ class Reader:
                 f"{where}: the loss's gradient in the prediction holds NaN or Inf; expected finite "
                 "numbers. Look at the parameters, or at the data of this batch."
             )
-        return _Ran(schedule, run, taps, vector)
+        return _Ran(schedule, run, taps, vector, where)
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,16 @@ class _Ran:
     run: Run
     taps: Taps
     vector: Tensor
+    where: str
 
     def sent_back(self, vector: Tensor) -> Batch:
-        return Batch(self.schedule, self.run.n, self._inputs, self._gradients(vector))
+        gradients = self._gradients(vector)
+        if not_finite({str(place): g for place, g in gradients.items()}) is not None:
+            raise NonFiniteError(
+                f"{self.where}: a gradient holds NaN or Inf; expected finite numbers. Look for an "
+                "op without a slope at these data, as sqrt at zero."
+            )
+        return Batch(self.schedule, self.run.n, self._inputs, gradients)
 
     def _gradients(self, vector: Tensor) -> dict[int, Tensor]:
         vector, power = enlarged(vector, self.run.tapped.captured.underflows)

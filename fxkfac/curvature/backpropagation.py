@@ -73,6 +73,11 @@ def has_several(fisher: str, mc_samples: int) -> bool:
     return fisher in BY_POSITION or (fisher in SAMPLED and mc_samples > 1)
 
 
+def sends_back(fisher: str) -> bool:
+    """Whether a flavour has any vector."""
+    return fisher != "forward-only"
+
+
 @dataclass(frozen=True)
 class _Backpropagation:
     likelihood: Likelihood

@@ -12,7 +12,7 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 from torch import Generator, Tensor
 
 from fxkfac.curvature.backends import Backend, Differentiable, Forward, backend_of
-from fxkfac.curvature.backpropagation import BY_POSITION, backpropagated_vectors
+from fxkfac.curvature.backpropagation import BY_POSITION, backpropagated_vectors, sends_back
 from fxkfac.curvature.diagonal import positions_in_datum
 from fxkfac.curvature.factors import Settings
 from fxkfac.curvature.likelihoods import Likelihood
@@ -183,7 +183,10 @@ class Pass(ABC, Generic[Sink, Total]):
         if sink.hold:
             padding.ignored = ignored_positions(likelihood, run, targets)
         vectors = partial(self._vectors, run, targets)
-        self._send_back(ran, vectors())
+        sent = vectors()
+        if sink.hold and not sends_back(self.settings.fisher):
+            sent = iter([likelihood.gradient(prediction, targets)])  # it tells what is padding
+        self._send_back(ran, sent)
         count = float(likelihood.count(prediction, targets))
         return self.sums(sink, Batch(inputs, schedule, run, count, vectors))
 

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from fxkfac.curvature.backpropagation import sends_back
 from fxkfac.curvature.images import Image, image_sums
 from fxkfac.curvature.moments import InputSums, Moment
 from fxkfac.curvature.perdatum import exact_moment
@@ -144,8 +145,9 @@ class Collector(Receiver):
         """Sum B, and exact blocks."""
         if self.hold:
             self.padding.look(use, (g != 0).any(0))
-        for k, _ in self.schedule.places.get(use, ()):
-            self._add_output(k, use, g)
+        if sends_back(self.settings.fisher):
+            for k, _ in self.schedule.places.get(use, ()):
+                self._add_output(k, use, g)
         for name in self.schedule.exact_of.get(use, ()):
             uses = self.schedule.exact[name]
             self._add_exact(name, self._gradients.add(name, (use, g), len(uses)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -15,7 +15,7 @@ from fxkfac.curvature.diagonal import gradient_moments
 from fxkfac.curvature.factors import Factors
 from fxkfac.curvature.padding import Padding
 from fxkfac.curvature.perdatum import zero_moment
-from fxkfac.curvature.point import here
+from fxkfac.curvature.point import Point, here
 from fxkfac.curvature.schedule import Schedule
 from fxkfac.errors import NoDataError
 from fxkfac.graph.structure import EXACT
@@ -23,7 +23,23 @@ from fxkfac.graph.structure import EXACT
 
 @dataclass
 class FactorPass(Pass[Collector, Accumulated]):
-    """The pass that sums A and B."""
+    """The pass that sums A and B.
+
+    Attributes:
+        point: Where the parameters were at the first batch.
+    """
+
+    point: Point | None = field(init=False, default=None)
+
+    def add(self, inputs: Any, targets: Any) -> None:
+        """Add one batch; one that fails adds nothing, and has drawn nothing."""
+        super().add(inputs, targets)
+        if self.batches == 1:
+            self.mark()
+
+    def mark(self) -> None:
+        """Remember where the parameters are."""
+        self.point = here(self.program, self.state)
 
     def run(self, data: Iterable[tuple[Any, Any]]) -> Factors:
         """Add all batches. What stops that carries the factors of those before."""
@@ -65,7 +81,8 @@ class FactorPass(Pass[Collector, Accumulated]):
     def of(self, total: Accumulated) -> Factors:
         """The factors of sums, which are used up."""
         factors = total.factors(self.settings, self.program.model, self.likelihood)
-        return replace(factors, point=here(self.program, self.state))
+        stays = self.batches == 1 or self.point == here(self.program, self.state)
+        return replace(factors, point=self.point if stays else None)
 
     def _of_no_data(self) -> Factors:
         plans = {block.name: block for block in self.schedule.blocks}

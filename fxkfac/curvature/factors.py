@@ -166,6 +166,8 @@ class Factors(Curvature):
         Raises:
             MergeError: The two were not computed in the same way.
         """
+        if not isinstance(other, Factors):
+            return NotImplemented
         require_same_computation(self, other)
         count = self.count + other.count
         R = scale_of(self.likelihood, count)

@@ -24,6 +24,7 @@ from fxkfac.curvature.likelihoods import (
     sum_rows,
     widen,
 )
+from fxkfac.curvature.wording import said, worded
 from fxkfac.errors import DataError, LossError
 from fxkfac.isolation import generator_on
 
@@ -68,11 +69,7 @@ def loss_value(loss: Any, prediction: Tensor, targets: Any) -> Tensor:
 def loss_text(loss: Any) -> str:
     """A loss with all of its options: equal for two losses that are the same function."""
     options = vars(loss) if isinstance(loss, Likelihood) else _module_options(loss)
-    said = [
-        f"{key}={value.tolist() if isinstance(value, Tensor) else value!r}"
-        for key, value in sorted(options.items())
-    ]
-    return f"{type(loss).__name__}({', '.join(said)})"
+    return f"{worded(type(loss))}({said(options)})"
 
 
 def _module_options(loss: nn.Module) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from fxkfac.curvature.padding import Mask
 from fxkfac.errors import NonFiniteError
 from fxkfac.functional import Params
 from fxkfac.graph.program import Program
-from fxkfac.isolation import full_precision, is_finite
+from fxkfac.isolation import full_precision, not_finite
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ def step(
         The loss of all data with its reduction, its gradients, and the factors.
 
     Raises:
-        OptionError, LossError, DataError, NonFiniteError: As `fxkfac.kfac` does.
+        OptionError, LossError, DataError, NonFiniteError: As `fxkfac.kfac` does; and where a
+            gradient holds NaN or Inf.
     """
     settings = settings_of(
         program, loss, fisher, sharing, mc_samples, separate_weight_and_bias, mask is not None
@@ -83,16 +84,13 @@ def scaled(R: float, total: Tensor | None, parameter: Tensor) -> Tensor:
     return like.zero_() if total is None else torch.mul(total, R, out=like)
 
 
-def require_held(program: Program, gradients: Mapping[str, Tensor]) -> None:
-    """Raise `NonFiniteError` where float16 cannot hold a gradient: it ends at 65504."""
-    if not any(tapped.captured.underflows for tapped in program.graphs):
-        return  # as finite as the prediction, which was looked at
-    for name, g in gradients.items():
-        if not is_finite(g):
-            raise NonFiniteError(
-                f"the gradient in {name!r} holds NaN or Inf; expected finite numbers, which end at "
-                "65504 in float16. Compute in bfloat16 or float32, or scale the loss down."
-            )
+def require_finite_gradients(gradients: Mapping[str, Tensor]) -> None:
+    """Raise `NonFiniteError` where one is not: of a root at zero, say, or beyond a float16."""
+    if (name := not_finite(gradients)) is not None:
+        raise NonFiniteError(
+            f"the gradient in {name!r} holds NaN or Inf; expected finite numbers. Look for an op "
+            "without a slope at these data, as sqrt at zero; float16 ends at 65504."
+        )
 
 
 @dataclass
@@ -107,15 +105,18 @@ class _Steps(FactorPass):
         self.wanted = tuple(self.program.asked.selected)
         self.criterion = next(iter(self.state.values())).new_zeros(())
 
+    def mark(self) -> None:
+        """No point is kept, for the parameters move on right away."""
+
     def of(self, total: Accumulated) -> Factors:
-        """Without their point, for the parameters move on right away."""
+        """Without their point."""
         return total.factors(self.settings, self.program.model, self.likelihood)
 
     def part(self, factors: Factors) -> Step:
         """Loss and gradients, too."""
         R = scale_of(self.likelihood, factors.count)
         gradients = {n: scaled(R, self.gradients.get(n), self.state[n]) for n in self.wanted}
-        require_held(self.program, gradients)
+        require_finite_gradients(gradients)
         return Step(R * self.criterion, gradients, factors)
 
     def _send_back(self, ran: Differentiable, vectors: Iterable[Tensor]) -> None:

@@ -5,7 +5,6 @@ So that ranks which differ are named on every rank, and none waits for what will
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -84,7 +83,7 @@ def common_inputs(shared: Sequence[Sequence[int]]) -> list[int]:
 def _asked(part: Part) -> dict[str, str]:
     """How a part was computed, in words that do not change from process to process."""
     factors = factors_of(part)
-    said = {key: _plain(repr(value)) for key, value in vars(factors.settings).items()}
+    said = {key: repr(value) for key, value in vars(factors.settings).items()}
     uses = {name: _structure(plan) for name, plan in sorted(factors.plans.items())}
     return {"result": type(part).__name__, **said, "uses": repr(uses)}
 
@@ -95,11 +94,6 @@ def _structure(plan: BlockPlan) -> object:
 
 def _layout(part: Part) -> dict[str, str]:
     return {f"{piece.what} of {piece.name}": str(piece) for piece, _ in pieces(part)}
-
-
-def _plain(text: str) -> str:
-    """Without addresses, as of the functions that a likelihood holds."""
-    return re.sub(r" at 0x[0-9a-f]+", "", text)
 
 
 def _fingerprint(said: Mapping[str, str]) -> str:

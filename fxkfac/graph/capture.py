@@ -38,6 +38,8 @@ from fxkfac.graph.signature import Signature
 from fxkfac.graph.source import is_foreign
 from fxkfac.isolation import in_place_of
 
+DATA: Any = Tensor.data.__get__  # type: ignore[attr-defined]
+
 
 class Refusal(Exception):
     """A front end cannot capture this model. The text is the reason."""
@@ -225,8 +227,9 @@ class _RecordSource(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        detaches = func in (Tensor.detach, Tensor.detach_, torch.detach)
-        with _marked(sys._getframe(1), detaches):
+        if func == DATA:  # leaves no node, and is what `detach` gives
+            func = Tensor.detach
+        with _marked(sys._getframe(1), func in (Tensor.detach, torch.detach)):
             return func(*args, **(kwargs or {}))
 
 
@@ -263,3 +266,4 @@ FRONT_ENDS: dict[str, Callable[[FunctionalModel, Signature, list[Tensor]], Captu
     "make_fx (symbolic)": by_make_fx("symbolic"),
     "make_fx (real)": by_make_fx("real"),
 }
+ABOVE_AUTOGRAD = ("torch.export",)  # they see neither where gradients are off nor whose they are

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from fxkfac.errors import OptionError
 from fxkfac.graph.dependence import LIKE, SHAPE_ONLY, depend_on
@@ -30,20 +29,23 @@ def derived_weights(
     """
     sources: dict[Node, tuple[str, ...]] = {n: (name,) for n, name in parameters.items()}
     data = depend_on(graph, inputs)
+    # A row of ones for each datum, say, as where derivatives are taken in the inputs.
+    shaped = [n for n in graph.nodes if n.target in LIKE and data & set(n.all_input_nodes)]
+    data = depend_on(graph, [*inputs, *shaped])
     for node in graph.nodes:
         if node in data or node.target in SHAPE_ONLY | LIKE:
             continue
         if found := [s for n in node.all_input_nodes for s in sources.get(n, ())]:
             sources[node] = tuple(dict.fromkeys(found))
     meets = [n for n in sources if n not in data and any(u in data for u in n.users)]
-    roots = dict.fromkeys(_root(n) for n in meets)
+    roots, sized_by = dict.fromkeys(_root(n) for n in meets), set(inputs)
     for root in roots:
         if root in parameters:
             raise OptionError(
                 f"{parameters[root]!r} has structure 'derived', but enters an op with the data "
                 "itself; expected a computation from parameters alone in between. Leave it out."
             )
-        if free_symbols(root.meta.get("val")):
+        if sized_by.intersection(_behind(root)):
             raise OptionError(
                 f"the weight computed from {', '.join(sources[root])} has the batch size in its "
                 "shape; expected one weight for all data. Repeat it after it is computed, or take "
@@ -53,6 +55,16 @@ def derived_weights(
     for root in roots:
         names[root] = _unique(_name(root, sources[root]), names.values())
     return names
+
+
+def _behind(node: Node) -> set[Node]:
+    """All nodes that it is computed from, if by their sizes alone."""
+    found, left = {node}, [node]
+    while left:
+        new = set(left.pop().all_input_nodes) - found
+        found |= new
+        left += new
+    return found
 
 
 def _root(node: Node) -> Node:

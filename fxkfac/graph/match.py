@@ -201,7 +201,8 @@ def _narrow(view: View, form: Form, shape: Size) -> tuple[View, Form]:
     if not {"expand", "repeat"} & set(view.steps):
         return view, form
     index, tokens = view.index(), form.weight.split()
-    if len(tokens) != index.ndim:  # bracketed axes are never expanded ones
+    if len(tokens) != index.ndim:  # an axis with the groups of a convolution in it
+        _require_one_for_all(view)
         return view, form
     periods = {axis: period for axis in range(len(shape)) if (period := _period(index, axis))}
     sizes: dict[str, int] = {}
@@ -218,10 +219,16 @@ def _narrow(view: View, form: Form, shape: Size) -> tuple[View, Form]:
         else:
             del periods[axis]
     narrowed = replace(view, narrowed=tuple((axis, *p) for axis, p in periods.items()))
-    if free_symbols(view.chain[-1].meta.get("val")) and _repeats(narrowed.index()):
-        raise NotLinear("it is repeated for the data within an axis; let the op broadcast it")
+    _require_one_for_all(narrowed)
     x, y = renamed(form.x, parts), renamed(form.y, parts)
     return narrowed, replace(form, weight=" ".join(tokens), x=x, y=y, sizes={**form.sizes, **sizes})
+
+
+def _require_one_for_all(view: View) -> None:
+    """Raise `NotLinear` where entries come again as often as there are data."""
+    index = view.index()
+    if free_symbols(view.chain[-1].meta.get("val")) and len(index.unique()) < index.numel():
+        raise NotLinear("it is repeated for the data within an axis; let the op broadcast it")
 
 
 def _period(index: Tensor, axis: int) -> tuple[int, int] | None:
@@ -234,10 +241,6 @@ def _period(index: Tensor, axis: int) -> tuple[int, int] | None:
         if (along.unflatten(0, (k, -1)) == along[:: n // k].unsqueeze(1)).all():
             return k, n // k
     return None
-
-
-def _repeats(index: Tensor) -> bool:
-    return len(index.unique()) < index.numel()
 
 
 def _require_einsum(form: Form) -> None:

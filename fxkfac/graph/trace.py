@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from fxkfac.errors import CaptureError, FxkfacError, UnsupportedUse
 from fxkfac.functional import FunctionalModel, Inputs, Params, bind
 from fxkfac.graph.by_values import is_by_values
-from fxkfac.graph.capture import FRONT_ENDS, Captured, Refusal
+from fxkfac.graph.capture import ABOVE_AUTOGRAD, FRONT_ENDS, Captured, Refusal
 from fxkfac.graph.constructs import Construct, constructs_of
+from fxkfac.graph.cuts import Cut, first_cut
 from fxkfac.graph.ir import Use
 from fxkfac.graph.lift import SUMMED
 from fxkfac.graph.locate import Located
@@ -37,6 +38,8 @@ from fxkfac.graph.verify import (
     require_graph_gradients,
 )
 from fxkfac.isolation import full_precision
+
+FAR = (16, 256)  # by which data are larger, where a backward of the user's own is not in the graph
 
 
 @full_precision()
@@ -102,14 +105,17 @@ def compile_graph(
     most parameters is taken. They are not tried where no op can be taken apart.
     With `dynamic` false the graph is taken for this batch size alone.
     """
-    refusals: dict[str, str] = {}
     best: Tapped | None = None
+    with quietly():
+        cut = first_cut(model, tensors, model.bound.selected)
+    refusals = dict.fromkeys(ABOVE_AUTOGRAD, cut.name) if cut else {}
     example = _to_capture(model.signature, tensors, dynamic)
-    for name, front_end in FRONT_ENDS.items():
+    for name in _in_order(cut):
+        refusals.pop(name, None)
         try:
             with quietly():
-                captured = front_end(model.bound, model.signature, example)
-                tapped = _compile(model, captured, tensors, dynamic, structures)
+                captured = FRONT_ENDS[name](model.bound, model.signature, example)
+                tapped = _compile(model, captured, tensors, dynamic, structures, cut)
         except FxkfacError:
             raise
         except Refusal as reason:
@@ -137,6 +143,12 @@ def compile_graph(
     raise CaptureError(_capture_message(model.bound, refusals, met))
 
 
+def _in_order(cut: Cut | None) -> list[str]:
+    """The front ends, without those that lose gradients, or these last."""
+    safe = [name for name in FRONT_ENDS if cut is None or name not in ABOVE_AUTOGRAD]
+    return [*safe, *ABOVE_AUTOGRAD] if cut and cut.of_function else safe
+
+
 def _refused(tapped: Tapped | None, structures: Structures) -> list[Unsupported]:
     """The uses without normal form that are an error."""
     unsupported = tapped.unsupported if tapped else ()
@@ -156,6 +168,7 @@ def _compile(
     tensors: list[Tensor],
     dynamic: bool,
     structures: Structures,
+    cut: Cut | None,
 ) -> Tapped:
     """Match, tap, locate and verify one captured graph."""
     trial = attempt(model, captured, tensors, dynamic, structures)
@@ -184,7 +197,9 @@ def _compile(
     if lost & set(tapped.derived):
         raise Refusal(f"derived weights have no normal form: {unsupported[0]}")
     covered = [name for name in model.bound.selected if name not in lost]
-    require_gradients(model, tapped, trial.state, trial.data, covered)
+    for size in (1, *FAR) if cut and captured.front_end in ABOVE_AUTOGRAD else (1,):
+        data = [size * t if t.is_floating_point() else t for t in trial.data]
+        require_gradients(model, tapped, trial.state, data, covered)
     exact = [name for name in tapped.uncovered if structures.exact_if_lost(name)]
     require_graph_gradients(model, captured, trial.state, trial.data, exact)
     return tapped

@@ -14,7 +14,7 @@ from torch import Generator, Tensor, nn
 
 from fxkfac.curvature.batch import require_finite_prediction
 from fxkfac.curvature.likelihoods import Likelihood
-from fxkfac.curvature.step import require_held, scaled
+from fxkfac.curvature.step import require_finite_gradients, scaled
 from fxkfac.curvature.together import summed_gradients
 from fxkfac.functional import FunctionalModel, split_inputs
 from fxkfac.graph.normal import Input
@@ -74,7 +74,7 @@ def loss_and_gradients(
                     sums[name] = sums[name] + g if name in sums else g
     R = likelihood.reduction_factor(count)
     gradients = {name: scaled(R, sums.get(name), state[name]) for name in wanted}
-    require_held(program, gradients)
+    require_finite_gradients(gradients)
     return R * total, gradients
 
 

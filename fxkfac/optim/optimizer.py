@@ -18,6 +18,7 @@ from torch.optim.adam import adam
 
 from fxkfac.curvature.data import batches
 from fxkfac.curvature.step import step as pass_over
+from fxkfac.errors import FxkfacError
 from fxkfac.graph.program import Program
 from fxkfac.isolation import own_randomness, seed_from
 from fxkfac.optim.checks import require, require_at_least_one, require_positive
@@ -111,7 +112,8 @@ class KFAC(Optimizer):
             "eps": eps,
         }
         covered = set(self.preconditioner.covered)
-        super().__init__(grouped(program.model, held(program), covered, groups, defaults), {})
+        own = grouped(program.model, held(program), covered, groups, defaults)
+        super().__init__(own, {"momentum": momentum})  # by which schedulers know what to cycle
         self._frozen = {name for name, θ in self._trained() if not θ.requires_grad}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -148,7 +150,7 @@ class KFAC(Optimizer):
         self._follow_with_buffers(data)
         adapts = self.lm_interval is not None and p.steps % self.lm_interval == 0
         before = self._values() if adapts else {}
-        self._move(clipped(gradients, self.max_norm), unused(self.program, data))
+        self._move(gradients, unused(self.program, data))
         if adapts:
             self._adapt(data, drawn, loss, gradients, before)
         return loss
@@ -181,7 +183,8 @@ class KFAC(Optimizer):
             self._buffers_stay.add(modes)
 
     @torch.no_grad()
-    def _move(self, gradients: dict[str, Tensor], skipped: Collection[str]) -> None:
+    def _move(self, of_batch: dict[str, Tensor], skipped: Collection[str]) -> None:
+        gradients = clipped(of_batch, self.max_norm)
         rest = [_without(group, skipped) for group in self.param_groups]
         groups = [group for group in rest if group["params"]]
         for group in groups:
@@ -190,7 +193,7 @@ class KFAC(Optimizer):
                     gradients[name] = gradients[name] + group["weight_decay"] * θ
         kfac = [group for group in groups if group["method"] == "kfac"]
         covered = {name: gradients[name] for name in self.preconditioner.covered}
-        natural = self.preconditioner.solve(covered)
+        natural = self.preconditioner.solve(covered, of_batch)
         lengths = [(g["lr"], natural[n], gradients[n]) for g in kfac for n, _ in _named(g)]
         ν = kl_factor(lengths, self.kl_clip)
         for group in groups:
@@ -264,6 +267,12 @@ class KFAC(Optimizer):
         assert self.lm_interval is not None
         p.damping = next_damping(p.damping, float(after - loss), predicted, self.lm_interval)
 
+    def __getstate__(self) -> dict[str, Any]:
+        raise FxkfacError(
+            "an optimizer is copied or pickled, and its program with it; expected neither. Save "
+            "its state_dict() and the model's, and make another one of the other model."
+        )
+
     def state_dict(self) -> dict[str, Any]:
         """That of any optimizer, and the preconditioner's; tensors and numbers alone."""
         return {**super().state_dict(), "preconditioner": self.preconditioner.state_dict()}
@@ -274,7 +283,12 @@ class KFAC(Optimizer):
         Raises:
             OptionError: The state has other groups, or blocks, or tensors of other shapes.
         """
-        own = {key: state_dict[key] for key in ("state", "param_groups")}
+        keys = ("state", "param_groups", "preconditioner")
+        require(
+            set(keys) <= state_dict.keys(),
+            f"a state of {sorted(state_dict)[:8]}; expected one of this class, {list(keys)}.",
+        )
+        own = {key: state_dict[key] for key in keys[:2]}
         require_same_groups(own["param_groups"], self.param_groups)
         self.preconditioner.load_state_dict(state_dict["preconditioner"])
         super().load_state_dict(own)

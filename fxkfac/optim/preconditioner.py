@@ -6,6 +6,7 @@ Each of the three has its own rhythm: factors every `factor_interval` steps, dec
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from fxkfac.curvature.losses import likelihood_of
 from fxkfac.curvature.options import settings_of
 from fxkfac.curvature.padding import Mask
 from fxkfac.curvature.running import RunningAverage
-from fxkfac.errors import FxkfacError
+from fxkfac.errors import FxkfacError, MergeError
 from fxkfac.graph.program import Program
 from fxkfac.isolation import full_precision
 from fxkfac.optim import saved
@@ -136,8 +137,18 @@ class Preconditioner:
 
     @full_precision()
     def advance(self, factors: Factors | None) -> None:
-        """Count one step, whose factors are these if they were due; decompose if that is due."""
+        """Count one step, whose factors are these if they were due; decompose if that is due.
+
+        Raises:
+            MergeError: These data use other parameters than those before, or not all of them.
+        """
         if factors is not None:
+            if lost := self._layouts.keys() - set(factors):
+                raise MergeError(
+                    f"these data use no {sorted(lost)[:4]}, so that there is no curvature of it; "
+                    "expected data that use all that was traced. Leave it out: trace with "
+                    "structure='skip' for it."
+                )
             self.average.update(factors)
             self._reduction = factors.reduction
         if self.steps % self.inverse_interval == 0:
@@ -153,10 +164,15 @@ class Preconditioner:
             self.bases[name] = basis
 
     @full_precision()
-    def solve(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    def solve(
+        self, gradients: dict[str, Tensor], of_batch: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
         """The natural gradients, for gradients by name; without curvature they stay as they are.
 
-        With `ekfac=True` these gradients, of the last batch, enter the second moments first.
+        Args:
+            gradients: What is divided by the curvature.
+            of_batch: With `ekfac=True`, the gradients of the last batch, which enter the second
+                moments first: where `gradients` are clipped, say. Default: `gradients`.
 
         Raises:
             UnknownParameter: A parameter of one of the blocks has a gradient and another one none.
@@ -172,7 +188,8 @@ class Preconditioner:
             basis = self.bases[name]
             G = layout.matrix(gradients, basis.inputs.dtype)
             if self.ekfac and layout.kind == "product":
-                basis = self.bases[name] = basis.observe(G, self._reduction, self.decay)
+                own = G if of_batch is None else layout.matrix(of_batch, G.dtype)
+                basis = self.bases[name] = basis.observe(own, self._reduction, self.decay)
             solved = layout.parameters(self._solved(name, basis, G))
             natural |= {n: part.to(gradients[n].dtype) for n, part in solved.items()}
         return natural
@@ -213,14 +230,35 @@ class Preconditioner:
         """Go on from there, bit for bit.
 
         Raises:
-            OptionError: The state has other blocks, or tensors of other shapes.
+            OptionError: The state has other blocks, or tensors of other shapes, or is one with
+                another `damp` or `ekfac`.
         """
+        require("bases" in state, f"a state of {sorted(state)[:8]}; expected one of this class.")
         saved.require_same_blocks(state["bases"], self._layouts)
         device = next(iter(held(self.program).values())).device
+        bases = {name: saved.to_basis(kept, device) for name, kept in state["bases"].items()}
+        for name, basis in bases.items():
+            self._require_fit(name, basis)
         self.steps, self.damping = state["steps"], state["damping"]
         self.generator.set_state(state["generator"].cpu())
         self._reduction = state["reduction"]
         self.average = saved.to_average(
             state["average"], self.program, self.settings, self.likelihood, self.decay, device
         )
-        self.bases = {name: saved.to_basis(kept, device) for name, kept in state["bases"].items()}
+        self.bases = bases
+
+    def _require_fit(self, name: str, basis: Basis) -> None:
+        """Raise `OptionError` unless a basis is one that is made here."""
+        layout = self._layouts[name]
+        expected, found = layout.entries.shape[1:], basis.eigenvalues().shape[1:]
+        require(
+            found == expected,
+            f"the state's block of {name!r} is of {tuple(found)} entries; expected "
+            f"{tuple(expected)}. Load the state of an optimizer of the same program.",
+        )
+        if layout.kind == "product":
+            require(
+                basis.split == self.split and (self.ekfac or basis.values is None),
+                f"the state's block of {name!r} was made with another damp= or ekfac=; expected "
+                "the same. Load it with the options with which it was saved.",
+            )

@@ -155,6 +155,7 @@ def resume(
     over.batches = header["batches"]
     if header["total"] is not None:
         over.total = _unpacked(header, schedule, tensors)
+        over.mark()
     return accumulation
 
 

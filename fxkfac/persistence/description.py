@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -39,7 +38,7 @@ def describe(settings: Settings, plans: Iterable[BlockPlan], like: Tensor) -> De
             "mc_samples": settings.mc_samples,
             "separate_weight_and_bias": settings.separate_weight_and_bias,
             "masked": settings.masked,
-            "loss": re.sub(r" at 0x[0-9a-fA-F]+", "", settings.loss),  # of functions in it
+            "loss": settings.loss,
             "dtype": str(accurate_dtype(like)).removeprefix("torch."),
         },
         "parameters": {

@@ -114,10 +114,16 @@ def _operator(function: Callable[..., Any], swapped: bool = False) -> Any:
     return lambda self, *others: Jet.__torch_function__(function, (), (self, *others))
 
 
+def _in_place(name: str) -> Callable[[Jet, Any], NoReturn]:
+    """Not as out of place: another name of the tensor would keep what it was."""
+    return lambda self, other: refuse(f"{name} in place", "Give the result a name: h = h + 1")
+
+
 for _name in ["add", "sub", "mul", "matmul", "pow", "truediv"]:
     _function = getattr(torch, _name.replace("true", ""))
     setattr(Jet, f"__{_name}__", _operator(_function))
     setattr(Jet, f"__r{_name}__", _operator(_function, swapped=True))
+    setattr(Jet, f"__i{_name}__", _in_place(_name))
 for _name in ["neg", "abs", "eq", "ne", "lt", "le", "gt", "ge"]:
     setattr(Jet, f"__{_name}__", _operator(getattr(torch, _name)))
 

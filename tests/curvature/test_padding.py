@@ -153,3 +153,19 @@ def test_the_same_for_a_loss_over_flat_positions():
     for name, block in plain.items():
         torch.testing.assert_close(found[f"model.{name}"].A, block.A)
         torch.testing.assert_close(found[f"model.{name}"].B, block.B)
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_forward_only_leaves_out_what_the_others_do(sharing):
+    """Though it sends nothing back that would tell."""
+    tokens, labels = classes(N, T, C=7), classes(N, T, C=7, seed=2)
+    labels[:, 0] = -100  # all other positions see the first one
+    for n, length in enumerate(LENGTHS):
+        labels[n, length:] = -100
+    program, loss = fxkfac.trace(seeded(Causal), tokens), nn.CrossEntropyLoss()
+    options = {"sharing": sharing}
+    found = fxkfac.kfac(program, loss, (tokens, labels), fisher="forward-only", **options)
+    expected = fxkfac.kfac(program, loss, (tokens, labels), fisher="type-2", **options)
+    for name, block in expected.items():
+        torch.testing.assert_close(found[name].A, block.A)
+        assert found[name].B.equal(torch.eye(len(block.B)).to(block.B))

@@ -193,3 +193,15 @@ def test_a_point_takes_little_room() -> None:
     point = Point.of({"W": torch.randn(1000, 70), "b": torch.randn(7)}, ["W", "b"])
     assert {name: len(t) for name, t in point.entries.items()} == {"W": 256, "b": 7}
     assert all(t.untyped_storage().nbytes() == 4 * 263 for t in point.entries.values())
+
+
+def test_sums_over_two_points_are_of_none(case: Case) -> None:
+    model, program, (x, y) = case
+    accumulation = fxkfac.Accumulation(program, LOSS)
+    accumulation.add(x[:3], y[:3])
+    accumulation.add(x[3:], y[3:])
+    assert accumulation.factors().point == fxkfac.kfac(program, LOSS, (x, y)).point
+    with torch.no_grad():
+        model.first.weight *= 3  # type: ignore[operator]
+    accumulation.add(x, y)
+    assert accumulation.factors().point is None
