@@ -229,6 +229,11 @@ def _bind_function(model: Callable[..., Any], params: Any) -> FunctionalModel:
             "Call fxkfac with params={'weight': ..., 'bias': ...}."
         )
     tensors, aliases = canonical(flatten_names(params))
+    if rotated := [name for name, t in tensors.items() if t.is_complex()]:
+        raise ParameterError(
+            f"the parameters {rotated[:4]} are complex; expected real ones. Pass real and "
+            "imaginary parts, and put them together by torch.complex inside."
+        )
     selected = tuple(name for name, t in tensors.items() if t.is_floating_point())
     return FunctionalModel(model, params, tensors, aliases, selected)
 

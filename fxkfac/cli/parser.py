@@ -134,11 +134,18 @@ def _command(commands: argparse._SubParsersAction[Parser], name: str, about: str
     )
     parser.add_argument("target", metavar="TARGET", help="a function that returns the model")
     parser.add_argument(
-        "--seed", type=int, default=0, help="of the function's, the data's and the labels' draws"
+        "--seed", type=_seed, default=0, help="of the function's, the data's and the labels' draws"
     )
     parser.add_argument("--json", action="store_true", help="plain data on standard output")
     parser.add_argument("--debug", action="store_true", help="the traceback of an error")
     return parser
+
+
+def _seed(text: str) -> int:
+    """A number that a generator takes."""
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a number from 0 to 2**63 - 1")
+    return int(text)
 
 
 def _about_trace(parser: Parser) -> None:

@@ -158,7 +158,7 @@ def _called(text: str, function: Callable[[], Any]) -> Any:
         return function()
     except FxkfacError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise TargetError(f"{text} fails: {_said(error)}") from error
 
 

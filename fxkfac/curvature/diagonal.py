@@ -122,8 +122,8 @@ def by_datum(run: Run, t: Tensor) -> Tensor:
     if run.tapped.prediction is None:
         raise BatchAxisError(
             f"no one axis of the prediction {tuple(t.shape)} holds the data in their order; "
-            "return a prediction with one part for each datum, or take fisher='mc' or 'empirical', "
-            "which need none."
+            "return a prediction with one part for each datum, and draw no random numbers on the "
+            "way to it but by dropout; or take fisher='mc' or 'empirical', which need no such axis."
         )
     axis, outer, inner = run.tapped.prediction
     return t.unflatten(axis, (outer, run.n, inner)).movedim(axis + 1, 0).flatten(1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fxkfac.curvature.backpropagation import require_fisher
+from fxkfac.curvature.backpropagation import require_fisher, require_samples
 from fxkfac.curvature.factors import Settings
 from fxkfac.curvature.losses import loss_text
 from fxkfac.curvature.sharing import SHARINGS
@@ -24,6 +24,7 @@ def settings_of(
 ) -> Settings:
     """How factors are computed. Raises `OptionError`."""
     require_fisher(fisher)
+    require_samples(mc_samples)
     if sharing not in SHARINGS:
         raise OptionError(f"sharing={sharing!r}; expected 'expand' or 'reduce'.")
     structures, shapes = _structures(program, fisher), program.shapes

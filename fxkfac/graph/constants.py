@@ -40,12 +40,23 @@ def constant_key(value: Any) -> Hashable:
     changed in place is noticed as far as those say it.
     """
     plain = _plain(value, ())
-    attributes = getattr(value, "__dict__", None)
-    if not isinstance(plain, Same) or not isinstance(attributes, dict):
+    if not isinstance(plain, Same) or isinstance(value, BY_IDENTITY):
         return plain
-    if isinstance(value, BY_IDENTITY):
-        return plain
-    return plain, tuple((name, _plain(held, ())) for name, held in attributes.items())
+    held = tuple((name, _plain(part, ())) for name, part in _attributes(value).items())
+    return (plain, held) if held else plain
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    """What an object holds in its dict and in its slots."""
+    own = getattr(value, "__dict__", None)
+    names = [name for kind in type(value).__mro__ for name in _slots(kind)]
+    slots = {name: getattr(value, name) for name in names if hasattr(value, name)}
+    return slots | (own if isinstance(own, dict) else {})
+
+
+def _slots(kind: type) -> tuple[str, ...]:
+    named = kind.__dict__.get("__slots__", ())
+    return tuple(n for n in ([named] if isinstance(named, str) else named) if n[:2] != "__")
 
 
 def _plain(value: Any, above: tuple[int, ...]) -> Hashable:

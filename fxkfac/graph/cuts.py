@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -41,11 +41,12 @@ def first_cut(model: FlatModel, tensors: Sequence[Tensor], names: Sequence[str])
     """What a front end above autograd loses of the gradients of these parameters, if anything.
 
     Raises:
-        CaptureError: A tensor is detached in place, or a hook of it changes its gradient, which no
-            graph keeps.
+        CaptureError: A tensor is detached in place, or a hook of a tensor or module changes a
+            gradient, which no graph keeps.
     """
     seen = _Cuts()
-    with suppress(Exception), _functions(seen), seen:  # of the model's own errors tracing speaks
+    # Of the model's own errors tracing speaks.
+    with suppress(Exception), _functions(seen), _hooks_of(model.bound.model, seen), seen:
         state = model.state()
         leaves = {n: state[n].detach().requires_grad_() for n in names}
         prediction = model.predict({**state, **leaves}, tensors)
@@ -86,21 +87,24 @@ class _Cuts(TorchFunctionMode):
         if self.found is None or (self.found.of_function and not of_function):
             self.found = Cut(f"it loses {name}{_at(caller(frame))}", of_function)
 
-    def _hooked(self, t: Tensor, hook: Callable[[Tensor], Tensor | None]) -> Any:
-        self.hooks += 1
-        source = caller(sys._getframe(2))
+    def _hooked(self, t: Tensor, hook: Callable[..., Any]) -> Any:
+        return t.register_hook(self.heard(hook, f"a tensor{_at(caller(sys._getframe(2)))}"))
 
-        def heard(g: Tensor) -> Tensor | None:
-            changed = hook(g)
+    def heard(self, hook: Callable[..., Any], of: str) -> Callable[..., Any]:
+        """The hook, whose result is looked at."""
+        self.hooks += 1
+
+        def hear(*gradients: Any) -> Any:
+            changed = hook(*gradients)
             if changed is not None:
                 self.refused = (
-                    f"a hook of a tensor, registered{_at(source)}, gives another gradient in the "
-                    "place of its own, which no graph keeps; expected gradients that are the "
-                    "model's. Write it as a custom autograd.Function, or remove it."
+                    f"a hook of {of} gives another gradient in the place of its own, which no "
+                    "graph keeps; expected gradients that are the model's. Write it as a custom "
+                    "autograd.Function, or remove it."
                 )
             return changed
 
-        return t.register_hook(heard)
+        return hear
 
 
 def _cut(func: Any, out: Any) -> str | None:
@@ -119,6 +123,24 @@ def _follows(values: Any) -> bool:
 
 def _at(source: Source | None) -> str:
     return f" at {source}" if source else ""
+
+
+@contextmanager
+def _hooks_of(model: Any, seen: _Cuts) -> Iterator[None]:
+    """Have it hear the backward hooks of a model's modules, too."""
+    named = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
+    found = [
+        (n, hooks) for n, m in named.items() for hooks in (m._backward_hooks, m._backward_pre_hooks)
+    ]
+    before = [dict(hooks) for _, hooks in found]
+    try:
+        for name, hooks in found:
+            for key, hook in hooks.items():
+                hooks[key] = seen.heard(hook, f"the module {name!r}")
+        yield
+    finally:
+        for (_, hooks), own in zip(found, before, strict=True):
+            hooks.update(own)
 
 
 @contextmanager

@@ -123,8 +123,8 @@ class Program:
 
     @property
     def like(self) -> Tensor:
-        """A parameter whose curvature is asked for, for the dtype and device of all."""
-        return self.model.tensors[self.model.selected[0]]
+        """A parameter, if possible one with curvature, for the dtype and device of all."""
+        return self.model.tensors[[*self.model.selected, *self.model.tensors][0]]
 
     @property
     def uses(self) -> tuple[Use, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fxkfac.errors import OptionError
@@ -11,6 +12,14 @@ def require(holds: bool, message: str) -> None:
     """Raise `OptionError` unless it holds."""
     if not holds:
         raise OptionError(message)
+
+
+def require_keys(state: Mapping[str, Any], keys: Sequence[str]) -> None:
+    """Raise `OptionError` unless a state has these keys."""
+    require(
+        set(keys) <= state.keys(),
+        f"a state of {sorted(state)[:8]}; expected one of this class, {list(keys)}.",
+    )
 
 
 def require_positive(name: str, value: Any) -> None:

@@ -21,7 +21,7 @@ from fxkfac.curvature.step import step as pass_over
 from fxkfac.errors import FxkfacError
 from fxkfac.graph.program import Program
 from fxkfac.isolation import own_randomness, seed_from
-from fxkfac.optim.checks import require, require_at_least_one, require_positive
+from fxkfac.optim.checks import require, require_at_least_one, require_keys, require_positive
 from fxkfac.optim.gradients import (
     Batches,
     loss_and_gradients,
@@ -283,12 +283,8 @@ class KFAC(Optimizer):
         Raises:
             OptionError: The state has other groups, or blocks, or tensors of other shapes.
         """
-        keys = ("state", "param_groups", "preconditioner")
-        require(
-            set(keys) <= state_dict.keys(),
-            f"a state of {sorted(state_dict)[:8]}; expected one of this class, {list(keys)}.",
-        )
-        own = {key: state_dict[key] for key in keys[:2]}
+        require_keys(state_dict, ("state", "param_groups", "preconditioner"))
+        own = {key: state_dict[key] for key in ("state", "param_groups")}
         require_same_groups(own["param_groups"], self.param_groups)
         self.preconditioner.load_state_dict(state_dict["preconditioner"])
         super().load_state_dict(own)

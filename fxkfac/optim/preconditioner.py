@@ -23,7 +23,7 @@ from fxkfac.graph.program import Program
 from fxkfac.isolation import full_precision
 from fxkfac.optim import saved
 from fxkfac.optim.basis import Basis, Inverses, basis_of, eigh_once
-from fxkfac.optim.checks import require, require_at_least_one, require_positive
+from fxkfac.optim.checks import require, require_at_least_one, require_keys, require_positive
 from fxkfac.optim.layout import held, layouts
 
 DAMP = ("split", "block")
@@ -82,7 +82,6 @@ class Preconditioner:
         backend: str = "eager",
         memory: int | None = None,
     ):
-        require_positive("damping", damping)
         require(damp in DAMP, f"damp={damp!r}; expected 'split' or 'block'.")
         require(not ekfac or damp == "block", "ekfac=True has no two factors; pass damp='block'.")
         require_at_least_one("factor_interval", factor_interval)
@@ -110,6 +109,16 @@ class Preconditioner:
         self.bases: dict[str, Basis] = {}
         self._inverses: dict[str, tuple[Basis, float, Inverses]] = {}  # of which basis and damping
         self._layouts = layouts(program, self.settings, self.split)
+
+    @property
+    def damping(self) -> float:
+        """λ, which may be set at any time. Raises `OptionError` unless it is positive."""
+        return self._damping
+
+    @damping.setter
+    def damping(self, value: float) -> None:
+        require_positive("damping", value)
+        self._damping = value
 
     @property
     def covered(self) -> tuple[str, ...]:
@@ -233,7 +242,7 @@ class Preconditioner:
             OptionError: The state has other blocks, or tensors of other shapes, or is one with
                 another `damp` or `ekfac`.
         """
-        require("bases" in state, f"a state of {sorted(state)[:8]}; expected one of this class.")
+        require_keys(state, ("steps", "damping", "generator", "reduction", "average", "bases"))
         saved.require_same_blocks(state["bases"], self._layouts)
         device = next(iter(held(self.program).values())).device
         bases = {name: saved.to_basis(kept, device) for name, kept in state["bases"].items()}
