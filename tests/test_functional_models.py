@@ -8,6 +8,7 @@ from torch import nn
 from torch.func import functional_call, stack_module_state, vmap
 
 import fxkfac
+from fxkfac.errors import ParameterError
 
 MSE = nn.MSELoss(reduction="sum")
 close = torch.testing.assert_close
@@ -119,3 +120,9 @@ def test_params_in_lists_and_tuples():
     names = ["layers.1.0", "layers.1.1"]
     expected = fxkfac.exact.ggn(mlp, nn.MSELoss(), (x[:1], y[:1]), names, params)
     torch.testing.assert_close(found, expected)
+
+
+def test_complex_parameters_are_refused():
+    params = {"w": torch.randn(4, 3, dtype=torch.complex128), "b": torch.randn(3).double()}
+    with pytest.raises(ParameterError, match=r"\['w'\] are complex; expected real ones"):
+        fxkfac.trace(lambda p, x: (x + 0j @ p["w"]).real + p["b"], torch.randn(5, 4), params)

@@ -918,6 +918,17 @@ def test_a_group_of_unknown_parameters_is_refused() -> None:
         KFAC(program, CE, lr=0.1, groups=[{"params": "3.*"}])
 
 
+def test_damping_that_is_set_is_looked_at(traced_mlp: Program) -> None:
+    p = Preconditioner(traced_mlp, CE)
+    p.damping = 2e-3
+    for damping in (0.0, -1e-2):
+        with pytest.raises(OptionError, match="expected a positive number"):
+            p.damping = damping
+    assert p.damping == 2e-3
+    with pytest.raises(OptionError, match="mc_samples is 0"):
+        Preconditioner(traced_mlp, CE, mc_samples=0)
+
+
 def test_there_are_no_natural_gradients_before_the_first_update() -> None:
     p = Preconditioner(fxkfac.trace(mlp(), batch()[0]), CE)
     with pytest.raises(FxkfacError, match="call `update"):

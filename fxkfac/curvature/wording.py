@@ -69,11 +69,11 @@ def _of_callable(value: Any, say: Any) -> str:
     if isinstance(value, MethodType):
         return f"{say(value.__func__)} of {say(value.__self__)}"
     name = value.__name__
-    if value.__module__.startswith(LIBRARIES):
+    if str(value.__module__).startswith(LIBRARIES):
         return name
     if isinstance(value, type):
         functions = [f for _, f in sorted(vars(value).items()) if isinstance(f, FunctionType)]
-        bases = [b for b in value.__bases__ if not b.__module__.startswith(LIBRARIES)]
+        bases = [b for b in value.__bases__ if not str(b.__module__).startswith(LIBRARIES)]
         return f"{name}#{_digest(say(part).encode() for part in [*bases, *functions])}"
     closed = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
     parts = [*_of_code(value.__code__), say([closed, value.__defaults__, value.__kwdefaults__])]

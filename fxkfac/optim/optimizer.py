@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.adam import adam
 
 from fxkfac.curvature.data import batches
 from fxkfac.curvature.step import step as pass_over
 from fxkfac.errors import FxkfacError
 from fxkfac.graph.program import Program
 from fxkfac.isolation import own_randomness, seed_from
+from fxkfac.optim.adam import move_by_adam, named
 from fxkfac.optim.checks import require, require_at_least_one, require_keys, require_positive
 from fxkfac.optim.gradients import (
     Batches,
@@ -156,7 +156,7 @@ class KFAC(Optimizer):
         return loss
 
     def _trained(self) -> list[tuple[str, Tensor]]:
-        return [named for group in self.param_groups for named in _named(group)]
+        return [pair for group in self.param_groups for pair in named(group)]
 
     def _values(self) -> dict[str, Tensor]:
         return {name: t.detach().clone() for name, t in held(self.program).items()}
@@ -189,18 +189,18 @@ class KFAC(Optimizer):
         groups = [group for group in rest if group["params"]]
         for group in groups:
             if not group["decoupled"] and group["weight_decay"]:
-                for name, θ in _named(group):
+                for name, θ in named(group):
                     gradients[name] = gradients[name] + group["weight_decay"] * θ
         kfac = [group for group in groups if group["method"] == "kfac"]
         covered = {name: gradients[name] for name in self.preconditioner.covered}
         natural = self.preconditioner.solve(covered, of_batch)
-        lengths = [(g["lr"], natural[n], gradients[n]) for g in kfac for n, _ in _named(g)]
+        lengths = [(g["lr"], natural[n], gradients[n]) for g in kfac for n, _ in named(g)]
         ν = kl_factor(lengths, self.kl_clip)
         for group in groups:
             if group["method"] == "kfac":
                 self._move_by_kfac(group, natural, ν)
             else:
-                self._move_by_adam(group, gradients)
+                move_by_adam(group, gradients, self.state)
 
     def _move_by_kfac(
         self, group: dict[str, Any], natural: Mapping[str, Tensor], ν: float | Tensor
@@ -217,31 +217,6 @@ class KFAC(Optimizer):
             for θ, step in zip(θs, steps, strict=True):
                 self.state[θ]["momentum"] = step
         torch._foreach_sub_(θs, steps, alpha=lr)
-
-    def _move_by_adam(self, group: dict[str, Any], gradients: Mapping[str, Tensor]) -> None:
-        named = list(_named(group))
-        states = [self.state[θ] for _, θ in named]
-        for (_, θ), state in zip(named, states, strict=True):
-            if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
-                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(θ), torch.zeros_like(θ)
-        adam(
-            [θ for _, θ in named],
-            [gradients[name] for name, _ in named],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            [state["step"] for state in states],
-            decoupled_weight_decay=group["decoupled"],
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            # What is not decoupled is in the gradients already.
-            weight_decay=group["weight_decay"] if group["decoupled"] else 0.0,
-            eps=group["eps"],
-            maximize=False,
-        )
 
     def _adapt(
         self,
@@ -290,12 +265,8 @@ class KFAC(Optimizer):
         super().load_state_dict(own)
 
 
-def _named(group: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
-    return list(zip(group["param_names"], group["params"], strict=True))
-
-
 def _without(group: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
-    kept = [(name, θ) for name, θ in _named(group) if name not in names]
+    kept = [(name, θ) for name, θ in named(group) if name not in names]
     return {**group, "param_names": [name for name, _ in kept], "params": [θ for _, θ in kept]}
 
 

@@ -68,6 +68,19 @@ class Config:
         return "Config"
 
 
+class Slotted:
+    """Holds nothing in a dict, and in a class above it as well."""
+
+    __slots__ = ("scale",)
+
+    def __init__(self, scale):
+        self.scale = scale
+
+
+class Below(Slotted):
+    __slots__ = "shift"
+
+
 class TestConstants:
     """Leaves of the inputs that are no tensors are in the graph: others need another one."""
 
@@ -82,11 +95,12 @@ class TestConstants:
             follows(program, model, (X, c))
         assert len(program.graphs) == 2
 
-    def test_objects_that_print_alike(self):
+    @pytest.mark.parametrize("kind", [Config, Slotted, Below])
+    def test_objects_that_print_alike(self, kind):
         model = seeded(lambda: Made(lambda m, x, c: m.a(x) * c.scale, a=layer()))
-        config = Config(1.0)
+        config = kind(1.0)
         program = fxkfac.trace(model, (X, config))
-        follows(program, model, (X, Config(2.0)))
+        follows(program, model, (X, kind(2.0)))
         config.scale = 3.0
         follows(program, model, (X, config))
         follows(program, model, (X, config))
