@@ -348,6 +348,10 @@ class TestRefusals:
         with pytest.raises(OptionError, match=r"expected \(2,\)"):
             laplacian(mlp(2), rand(N, 2), rand(3))
 
+    def test_weights_that_are_no_tensor(self):
+        with pytest.raises(OptionError, match=r"weights are list; expected \(2,\)"):
+            laplacian(mlp(2), rand(N, 2), [1.0, 0.0])
+
     def test_axis_out_of_range(self):
         with pytest.raises(IndexError):
             laplacian(lambda x: x.sum(-3), rand(N, 2))
@@ -358,3 +362,27 @@ class TestRefusals:
 
         with pytest.raises(UnsupportedUse, match="softmax"):
             fxkfac.trace(residual, rand(N, 2), params())
+
+
+SPELLINGS = {
+    "where": (
+        lambda x: x.sin().where(x > 0.3, 0.0),
+        lambda x: torch.where(x > 0.3, x.sin(), 0 * x),
+    ),
+    "pos": (lambda x: +x.sin(), torch.sin),
+    "like": (lambda x: torch.ones(2).to(x) * torch.ones(2).type_as(x) * x.sin(), torch.sin),
+}
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_methods_and_operators_are_the_functions(name):
+    spelled, plain = SPELLINGS[name]
+    for found, expected in zip(*(laplacian(f, rand(N, 2)) for f in (spelled, plain)), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["remainder", "floor_divide"])
+def test_operators_without_rule(name):
+    operators = {"remainder": lambda x: x % 0.3, "floor_divide": lambda x: x // 0.3}
+    with pytest.raises(UnsupportedUse, match=name):
+        laplacian(operators[name], rand(N, 2))

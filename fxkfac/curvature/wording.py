@@ -1,7 +1,8 @@
 """Text that says which function or value something is, the same in every process.
 
 Of a function it is the name and a digest of its code, with what it has closed over and its defaults
-(globals that it reads are not looked into), of a large tensor a digest of its values.
+(globals that it reads are not looked into), of a large tensor a digest of its values, of a very
+large one of some of them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 FEW = 16  # entries of a tensor that are written out
+MANY = 2**16  # of which all are looked at; they are, at every call
 ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 LIBRARIES = ("torch.", "builtins", "fxkfac.")  # whose classes are known by their names
 
@@ -58,7 +60,8 @@ def said(named: Mapping[str, Any], say: Any = worded) -> str:
 def _of_tensor(t: Tensor) -> str:
     if t.numel() <= FEW:
         return str(t.tolist())
-    numbers = t.detach().resolve_neg().resolve_conj().cpu().contiguous().flatten()
+    some = t.detach().flatten()[:: -(-t.numel() // MANY)]
+    numbers = some.resolve_neg().resolve_conj().cpu().contiguous()
     digest = _digest([numbers.view(torch.uint8).numpy().tobytes()])
     return f"tensor({list(t.shape)}, {str(t.dtype).removeprefix('torch.')}, {digest})"
 
@@ -75,16 +78,16 @@ def _of_callable(value: Any, say: Any) -> str:
         functions = [f for _, f in sorted(vars(value).items()) if isinstance(f, FunctionType)]
         bases = [b for b in value.__bases__ if not str(b.__module__).startswith(LIBRARIES)]
         return f"{name}#{_digest(say(part).encode() for part in [*bases, *functions])}"
-    closed = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
+    closed = [_contents(cell) for cell in value.__closure__ or ()]
     parts = [*_of_code(value.__code__), say([closed, value.__defaults__, value.__kwdefaults__])]
     return f"{name}#{_digest(part.encode() for part in parts)}"
 
 
-def _is_filled(cell: Any) -> bool:
+def _contents(cell: Any) -> Any:
     try:
-        return cell.cell_contents is not None
+        return cell.cell_contents
     except ValueError:  # a function that is defined later
-        return False
+        return None
 
 
 def _of_code(code: CodeType) -> Iterable[str]:

@@ -126,6 +126,8 @@ for _name in ["add", "sub", "mul", "matmul", "pow", "truediv"]:
     setattr(Jet, f"__i{_name}__", _in_place(_name))
 for _name in ["neg", "abs", "eq", "ne", "lt", "le", "gt", "ge"]:
     setattr(Jet, f"__{_name}__", _operator(getattr(torch, _name)))
+for _name, _of in [("pos", "positive"), ("mod", "remainder"), ("floordiv", "floor_divide")]:
+    setattr(Jet, f"__{_name}__", _operator(getattr(torch, _of)))
 
 
 def refuse(what: str, advice: str = "") -> NoReturn:

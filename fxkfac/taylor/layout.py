@@ -107,8 +107,10 @@ def _spread(shape: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], tuple | list) else shape
 
 
-def as_it_is(func: Any, jet: Jet, *args: Any, **kwargs: Any) -> Jet:
-    """Linear, entry by entry."""
+def as_it_is(func: Any, jet: Any, *args: Any, **kwargs: Any) -> Any:
+    """Linear, entry by entry; of a constant that is to be like a jet, its dtype is looked at."""
+    if not isinstance(jet, Jet):
+        return func(jet, *(a.streams if isinstance(a, Jet) else a for a in args), **kwargs)
     return jet.like(func(jet.streams, *args, **kwargs))
 
 
@@ -134,6 +136,8 @@ def join(func: Any, tensors: Any, dim: int = 0, **kwargs: Any) -> Jet:
 
 def where(func: Any, condition: Any, a: Any, b: Any) -> Jet:
     """A choice that itself has no derivative."""
+    if func is Tensor.where:  # the method: what is chosen comes first
+        condition, a = a, condition
     like = next((t for t in (a, b) if isinstance(t, Jet)), None)
     if like is None or isinstance(condition, Jet):
         refuse("where with a jet as its condition", "Compare it with a number")
