@@ -385,6 +385,8 @@ class TestData:
             fxkfac.kfac(program, CE(), [X])
         with refuses(DataError, "a batch is a tuple", "pair (inputs, targets)"):
             fxkfac.kfac(program, CE(), [(X, Y, Y)])
+        with refuses(DataError, "which has targets of type dict", "pair (inputs, targets)"):
+            fxkfac.kfac(program, CE(), (X, {"y": Y}))
 
     def test_a_batch_in_the_middle_that_is_no_pair(self, program):
         with refuses(DataError, "a batch is a dict", "pair (inputs, targets)"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -19,7 +19,7 @@ def batches(data: Data, progress: bool = False) -> Iterator[tuple[Any, Tensor]]:
         DataError: A batch is not a pair whose second part is a tensor.
         NoDataError: There is no batch.
     """
-    source: Iterable[Any] = [data] if _is_pair(data) else data
+    source: Iterable[Any] = [data] if _is_pair(data) or _is_meant_for_one(data) else data
     if not isinstance(source, Iterable):
         raise DataError(
             f"data is a {type(data).__name__}; expected one (inputs, targets) pair or an iterable "
@@ -37,9 +37,11 @@ def batches(data: Data, progress: bool = False) -> Iterator[tuple[Any, Tensor]]:
 def pair(batch: Any) -> tuple[Any, Tensor]:
     """Inputs and targets. Raises `DataError` where a batch is something else."""
     if not _is_pair(batch):
+        of_two = isinstance(batch, tuple | list) and len(batch) == 2
+        found = f"has targets of type {type(batch[1]).__name__}" if of_two else "is no pair"
         raise DataError(
-            f"a batch is a {type(batch).__name__}; expected a pair (inputs, targets) whose "
-            "targets are a tensor."
+            f"a batch is a {type(batch).__name__}, which {found}; expected a pair (inputs, targets) "
+            "whose targets are a tensor."
         )
     return batch[0], batch[1]
 
@@ -56,6 +58,11 @@ def number_of_batches(data: Data) -> int | None:
 
 def _is_pair(data: Any) -> bool:
     return isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[1], Tensor)
+
+
+def _is_meant_for_one(data: Any) -> bool:
+    """Whether it is a pair that lacks targets: its first part is no batch."""
+    return isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor | Mapping)
 
 
 def _with_progress(source: Iterable[Any]) -> Iterable[Any]:

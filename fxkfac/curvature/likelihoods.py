@@ -20,7 +20,7 @@ from torch.distributions import Distribution
 from fxkfac.errors import DataError, FxkfacError, LossError, NoDataError, NonFiniteError
 from fxkfac.isolation import own_randomness, seed_from
 
-Target = Any  # a tensor for the torch losses; whatever `nll` takes for a user's own
+Target = Any  # a tensor, as `nll` takes it
 
 
 class Likelihood:
