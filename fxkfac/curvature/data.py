@@ -40,8 +40,8 @@ def pair(batch: Any) -> tuple[Any, Tensor]:
         of_two = isinstance(batch, tuple | list) and len(batch) == 2
         found = f"has targets of type {type(batch[1]).__name__}" if of_two else "is no pair"
         raise DataError(
-            f"a batch is a {type(batch).__name__}, which {found}; expected a pair (inputs, targets) "
-            "whose targets are a tensor."
+            f"a batch is a {type(batch).__name__}, which {found}; expected a pair (inputs, "
+            "targets) whose targets are a tensor."
         )
     return batch[0], batch[1]
 
