@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxkfac.errors import FxkfacError, ParameterError, UnknownParameter
-from fxkfac.isolation import Autocast, apart, in_place_of
+from fxkfac.isolation import Autocast, in_place_of, without_graph
 from fxkfac.parameters import canonical, require_alike, require_initialised
 
 Params = Mapping[str, Any] | list[Any] | tuple[Any, ...]  # tensors, nested by name or position
@@ -142,7 +142,7 @@ class FunctionalModel:
     def current(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
         """Parameters (all, without names) as they are now, detached from any graph."""
         names = self.tensors if names is None else names
-        return {name: apart(self.now(name)) for name in names}
+        return {name: without_graph(self.now(name)) for name in names}
 
     def now(self, name: str) -> Tensor:
         """A parameter as it is now: a module may hold another one than when it was bound."""
@@ -185,7 +185,7 @@ class FunctionalModel:
                     f"params[{name!r}] is {value.dtype} on {value.device}, but the model was bound "
                     f"with {expected.dtype} on {expected.device}. Convert it, or trace anew."
                 )
-            values[canonical] = apart(value)
+            values[canonical] = without_graph(value)
         return values
 
 

@@ -30,7 +30,7 @@ def own_randomness(seed: int | None = None) -> Iterator[None]:
         yield
 
 
-def apart(t: Tensor) -> Tensor:
+def without_graph(t: Tensor) -> Tensor:
     """The same without a graph; a copy of one that inference mode has made, for a graph to keep."""
     return t.clone() if t.is_inference() else t.detach()
 

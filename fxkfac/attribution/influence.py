@@ -261,7 +261,7 @@ def _require_same(program: Program, loss: Any, had: Settings) -> None:
 def _require_order(name: str, data: Iterable[Any]) -> None:
     samplers = [getattr(data, "sampler", None), getattr(data, "batch_sampler", None)]
     samplers.append(getattr(samplers[1], "sampler", None))
-    if any(isinstance(s, RANDOM) or getattr(s, "shuffle", False) for s in samplers):
+    if any(isinstance(s, RANDOM) or getattr(s, "shuffle", None) is True for s in samplers):
         raise DataError(
             f"{name} is a DataLoader that shuffles, so that nobody knows which datum a score is "
             "of; expected data in an order that stays. Pass shuffle=False."

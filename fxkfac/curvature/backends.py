@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import Generator, Tensor
 
 from fxkfac.curvature.closed_form import ClosedForm
@@ -17,7 +16,7 @@ from fxkfac.curvature.inside import is_fixed, is_open
 from fxkfac.curvature.likelihoods import Likelihood
 from fxkfac.curvature.parts import Values
 from fxkfac.curvature.receive import Receiver
-from fxkfac.curvature.together import summed_gradients
+from fxkfac.curvature.together import gradients_of, summed_gradients
 from fxkfac.curvature.traced import Kind
 from fxkfac.curvature.whole import Objective, Outcome, Whole, is_whole, whole
 from fxkfac.errors import OptionError
@@ -109,13 +108,8 @@ class _Eager:
         self.batch.receiver.send_back(self.run.prediction, vectors)
 
     def slope(self) -> Slope:
-        return self.batch.slope(self.run.prediction, self._gradients)
-
-    def _gradients(self, cotangent: Tensor) -> Sequence[Tensor | None]:
         f = self.run.prediction
-        if not f.requires_grad:
-            return [None] * len(self.leaves)
-        return torch.autograd.grad(f, self.leaves, cotangent, allow_unused=True)
+        return self.batch.slope(f, partial(gradients_of, f, self.leaves))
 
 
 def _eager(batch: Forward) -> Differentiable:

@@ -24,7 +24,8 @@ from torch.utils import _pytree as pytree
 from fxkfac.curvature.collect import Collector
 from fxkfac.curvature.inside import GradientPieces, InputPieces, recording
 from fxkfac.curvature.parts import Part, Values, names_of, nodes_in, part_of, read
-from fxkfac.curvature.traced import Kind, gradients_of, prediction_kind, traceable, traced
+from fxkfac.curvature.together import gradients_of
+from fxkfac.curvature.traced import Kind, prediction_kind, traceable, traced
 from fxkfac.graph.normal import Input, detached
 from fxkfac.graph.program import Tapped
 from fxkfac.graph.tap import Taps
@@ -175,7 +176,7 @@ class _Recorder:
         taps = Taps()
         f = self.tapped.module(taps, *asked)
         self.outputs.update({k: Kind.of(y) for k, y in taps.outputs.items()})
-        arriving = gradients_of(f, list(taps.outputs.values()), vector)
+        arriving = gradients_of(f, list(taps.outputs.values()), vector, True)
         found = {k: g for k, g in zip(taps.outputs, arriving, strict=True) if g is not None}
         return f, {k: detached(x) for k, x in taps.inputs.items()}, found
 
@@ -197,7 +198,7 @@ def _joint(
     def joint(vector: Tensor, cotangent: Tensor, *arguments: Tensor) -> dict[str, Any]:
         asked = [t.detach().requires_grad_(k in wanted) for k, t in enumerate(arguments)]
         f, inputs, taps = recorder.record(asked, vector)
-        gradients = gradients_of(f, [asked[k] for k in wanted], cotangent)
+        gradients = gradients_of(f, [asked[k] for k in wanted], cotangent, True)
         return {"prediction": f.detach(), "inputs": inputs, "taps": taps, "wanted": gradients}
 
     return *traced(joint, [f, f, *kinds]), f

@@ -141,6 +141,15 @@ def reduced(g: Tensor, power: Tensor | None) -> Tensor:
     return g if power is None else g.to(torch.promote_types(g.dtype, power.dtype)) / power
 
 
+def gradients_of(
+    f: Tensor, at: Sequence[Tensor], vector: Tensor, retain_graph: bool = False
+) -> tuple[Tensor | None, ...]:
+    """Those of ⟨vector, f⟩; `None` where f does not depend on a tensor."""
+    if not at or not f.requires_grad:
+        return (None,) * len(at)
+    return torch.autograd.grad(f, list(at), vector, retain_graph=retain_graph, allow_unused=True)
+
+
 def summed_gradients(
     gradients: Callable[[Tensor], Sequence[Tensor | None]], cotangent: Tensor, underflows: bool
 ) -> list[Tensor | None]:

@@ -116,10 +116,3 @@ def _write_out(node: Node) -> None:
             aten.clone.default, (first,), {"memory_format": torch.contiguous_format}
         )
     node.args = (own, *rest)
-
-
-def gradients_of(f: Tensor, at: Sequence[Tensor], vector: Tensor) -> tuple[Tensor | None, ...]:
-    """Those of ⟨vector, f⟩; `None` where f does not depend on a tensor."""
-    if not at or not f.requires_grad:
-        return (None,) * len(at)
-    return torch.autograd.grad(f, list(at), vector, retain_graph=True, allow_unused=True)

@@ -23,8 +23,8 @@ from fxkfac.curvature.factors import Settings
 from fxkfac.curvature.inside import GradientPieces, InputPieces, recording
 from fxkfac.curvature.losses import loss_text
 from fxkfac.curvature.parts import Part, Values, names_of, part_of, read
-from fxkfac.curvature.together import summed_gradients
-from fxkfac.curvature.traced import Kind, gradients_of, prediction_kind, traceable, traced
+from fxkfac.curvature.together import gradients_of, summed_gradients
+from fxkfac.curvature.traced import Kind, prediction_kind, traceable, traced
 from fxkfac.graph.program import Tapped
 
 FLAVOURS = frozenset({"mc", "empirical"})
@@ -147,7 +147,7 @@ def _whole(
         collector.send_back(
             f, backpropagated_vectors(sink.settings.fisher, own, seen, y, None, 1, generator)
         )
-        slopes = partial(gradients_of, f, [asked[k] for k in wanted])
+        slopes = partial(gradients_of, f, [asked[k] for k in wanted], retain_graph=True)
         cotangent = likelihood.gradient(seen, y)
         slope = summed_gradients(slopes, cotangent, tapped.captured.underflows)
         with no_grad():

@@ -38,7 +38,7 @@ from fxkfac.graph.signature import Signature
 from fxkfac.graph.source import is_foreign
 from fxkfac.isolation import in_place_of
 
-DATA: Any = Tensor.data.__get__  # type: ignore[attr-defined]
+DATA: Any = Tensor.data.__get__  # type: ignore[attr-defined]  # a descriptor
 
 
 class Refusal(Exception):

@@ -73,16 +73,27 @@ Marked = Callable[[], AbstractContextManager[None]]  # in which a node is given 
 @contextmanager
 def whole_functions(marked: Marked) -> Iterator[None]:
     """Let `make_fx` record calls of custom Functions as what they are."""
-    inherited = Function.__dict__["apply"]
 
-    def apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
+    def apply(own: Callable[..., Any], cls: type[Function], *args: Any, **kwargs: Any) -> Any:
         tracing = get_proxy_mode() is not None
         if tracing and not kwargs and _can_be_whole(cls, args):
             with marked():
                 return _record(cls, args)
-        return inherited.__func__(cls, *args, **kwargs)
+        return own(cls, *args, **kwargs)
 
-    Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
+    with applied_by(apply):
+        yield
+
+
+@contextmanager
+def applied_by(apply: Callable[..., Any]) -> Iterator[None]:
+    """Have every Function applied by this, which is given torch's own way first."""
+    inherited = Function.__dict__["apply"]
+
+    def instead(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
+        return apply(inherited.__func__, cls, *args, **kwargs)
+
+    Function.apply = classmethod(instead)  # type: ignore[assignment, method-assign]
     try:
         yield
     finally:

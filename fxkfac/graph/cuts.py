@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from fxkfac.errors import CaptureError
 from fxkfac.graph.capture import DATA
+from fxkfac.graph.custom import applied_by
 from fxkfac.graph.ir import Source
 from fxkfac.graph.source import caller
 from fxkfac.graph.verify import FlatModel
@@ -146,19 +147,15 @@ def _hooks_of(model: Any, seen: _Cuts) -> Iterator[None]:
 @contextmanager
 def _functions(seen: _Cuts) -> Iterator[None]:
     """Have it note the user's custom Functions, too."""
-    inherited = Function.__dict__["apply"]
 
-    def apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
+    def apply(own: Callable[..., Any], cls: type[Function], *args: Any, **kwargs: Any) -> Any:
         if not cls.__module__.startswith("torch.") and _follows((args, kwargs)):
             seen.note(f"the custom autograd.Function {cls.__name__}", sys._getframe(1), True)
         before, seen.is_inside = seen.is_inside, True
         try:
-            return inherited.__func__(cls, *args, **kwargs)
+            return own(cls, *args, **kwargs)
         finally:
             seen.is_inside = before
 
-    Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
-    try:
+    with applied_by(apply):
         yield
-    finally:
-        Function.apply = inherited  # type: ignore[method-assign]

@@ -26,7 +26,7 @@ from fxkfac.graph.table import program_table
 from fxkfac.graph.tap import Sink, Taps
 from fxkfac.graph.verify import FlatModel, agrees
 from fxkfac.graph.watch import Watch, watch_for
-from fxkfac.isolation import apart, full_precision
+from fxkfac.isolation import full_precision, without_graph
 
 if TYPE_CHECKING:
     import networkx
@@ -203,7 +203,7 @@ class Program:
         """The same with the layouts that were found on the example."""
         require_gradients_on()
         leaves = self.signature.leaves(inputs)
-        tensors = [apart(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
+        tensors = [without_graph(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
         require_finite(tensors)
         n = self.signature.batch_size(tensors)
         called = self.signature.key(leaves, tensors)

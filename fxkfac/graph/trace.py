@@ -111,7 +111,7 @@ def compile_graph(
     refusals = dict.fromkeys(ABOVE_AUTOGRAD, cut.name) if cut else {}
     example = _to_capture(model.signature, tensors, dynamic)
     for name in _in_order(cut):
-        refusals.pop(name, None)
+        refusals.pop(name, None)  # of the one that comes last, and is tried after all
         try:
             with quietly():
                 captured = FRONT_ENDS[name](model.bound, model.signature, example)

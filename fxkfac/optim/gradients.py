@@ -15,7 +15,7 @@ from torch import Generator, Tensor, nn
 from fxkfac.curvature.batch import require_finite_prediction
 from fxkfac.curvature.likelihoods import Likelihood
 from fxkfac.curvature.step import require_finite_gradients, scaled
-from fxkfac.curvature.together import summed_gradients
+from fxkfac.curvature.together import gradients_of, summed_gradients
 from fxkfac.functional import FunctionalModel, split_inputs
 from fxkfac.graph.normal import Input
 from fxkfac.graph.program import Program
@@ -65,8 +65,8 @@ def loss_and_gradients(
         likelihood.validate(f, targets)
         total = total + likelihood.criterion(f, targets)
         count += float(likelihood.count(f, targets))
-        if leaves and run.prediction.requires_grad:
-            to_leaves = partial(_gradients_in, list(leaves.values()), run.prediction)
+        if leaves:
+            to_leaves = partial(gradients_of, run.prediction, list(leaves.values()))
             underflows = tapped.captured.underflows
             found = summed_gradients(to_leaves, likelihood.gradient(f, targets), underflows)
             for name, g in zip(leaves, found, strict=True):
@@ -76,12 +76,6 @@ def loss_and_gradients(
     gradients = {name: scaled(R, sums.get(name), state[name]) for name in wanted}
     require_finite_gradients(gradients)
     return R * total, gradients
-
-
-def _gradients_in(
-    leaves: Sequence[Tensor], prediction: Tensor, cotangent: Tensor
-) -> Sequence[Tensor | None]:
-    return torch.autograd.grad(prediction, leaves, cotangent, allow_unused=True)
 
 
 def unused(program: Program, data: Batches) -> set[str]:

@@ -54,7 +54,7 @@ def laplacian(
             f"x is {_described(x)}; expected points as a floating point tensor of shape (N, D)."
         )
     N, D = x.shape
-    if weights is not None and getattr(weights, "shape", None) != (D,):
+    if weights is not None and not (isinstance(weights, Tensor) and weights.shape == (D,)):
         raise OptionError(f"weights are {_described(weights)}; expected ({D},), x's axes.")
     axes = torch.eye(D, dtype=x.dtype, device=x.device).unsqueeze(1).expand(D, N, D)
     start = Jet(torch.cat([x[None], axes, torch.zeros_like(x)[None]]), weights)
