@@ -52,8 +52,8 @@ def flatten_names(params: Params, prefix: str = "") -> dict[str, Tensor]:
             flat[name] = value
         else:
             raise ParameterError(
-                f"params[{name!r}] is a {type(value).__name__}; expected a tensor, or a dict, list "
-                "or tuple of tensors. Pass what is not a tensor by closure instead."
+                f"params[{name!r}] is of type {type(value).__name__}; expected a tensor, or a "
+                "dict, list or tuple of tensors. Pass what is not a tensor by closure instead."
             )
     return flat
 

@@ -141,7 +141,7 @@ def sample(posterior: Posterior, number: int, generator: Generator) -> dict[str,
         Tensors in the parameters' own dtypes.
 
     Raises:
-        OptionError: As `fxkfac.operators.power` does.
+        OptionError: `number` is none, or as `fxkfac.operators.power` does.
     """
     shifts = operators.sample(posterior.precision, number, generator)
     assert isinstance(shifts, dict)

@@ -381,19 +381,19 @@ class TestData:
         torch.testing.assert_close(split.dense(), whole.dense())
 
     def test_what_is_no_pair(self, program):
-        with refuses(DataError, "a batch is a Tensor", "pair (inputs, targets)"):
+        with refuses(DataError, "a batch is of type Tensor", "pair (inputs, targets)"):
             fxkfac.kfac(program, CE(), [X])
-        with refuses(DataError, "a batch is a tuple", "pair (inputs, targets)"):
+        with refuses(DataError, "a batch is of type tuple", "pair (inputs, targets)"):
             fxkfac.kfac(program, CE(), [(X, Y, Y)])
         with refuses(DataError, "which has targets of type dict", "pair (inputs, targets)"):
             fxkfac.kfac(program, CE(), (X, {"y": Y}))
 
     def test_a_batch_in_the_middle_that_is_no_pair(self, program):
-        with refuses(DataError, "a batch is a dict", "pair (inputs, targets)"):
+        with refuses(DataError, "a batch is of type dict", "pair (inputs, targets)"):
             fxkfac.kfac(program, CE(), [(X, Y), {"x": X}])
 
     def test_what_is_no_data(self, program):
-        with refuses(DataError, "data is a int", "pair"):
+        with refuses(DataError, "data is of type int", "pair"):
             fxkfac.kfac(program, CE(), 5)
 
     @pytest.mark.parametrize("data", [X, 5, (X, Y, Y)], ids=["tensor", "int", "triple"])

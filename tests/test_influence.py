@@ -313,7 +313,7 @@ def test_sequences_of_two_lengths_are_refused_by_tokens():
 
 
 def test_factors_that_are_none(mlp):
-    with pytest.raises(errors.OptionError, match="factors is a dict; expected"):
+    with pytest.raises(errors.OptionError, match="factors is of type dict; expected"):
         mlp.scores({})
 
 

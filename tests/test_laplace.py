@@ -247,6 +247,13 @@ def test_the_same_noise_is_stretched_by_the_prior() -> None:
         torch.testing.assert_close(wide[name] - mean, 2 * (narrow[name] - mean), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("wrong", [-1, 1.5, None])
+def test_a_number_of_draws_is_whole(wrong: Any) -> None:
+    found, _ = network_posterior()
+    with pytest.raises(OptionError, match=r"number=.*expected a whole number of draws"):
+        laplace.sample(found, wrong, torch.Generator().manual_seed(0))
+
+
 @pytest.mark.parametrize("wrong", [0.0, -1.0, math.inf, math.nan])
 def test_a_prior_precision_is_positive(wrong: float) -> None:
     found, _ = network_posterior()
@@ -292,7 +299,7 @@ def test_an_average_is_of_no_number_of_data() -> None:
     _, x, y = network()
     average = fxkfac.RunningAverage()
     average.update(fxkfac.kfac(network_program(), nn.CrossEntropyLoss(), (x, y)))
-    with pytest.raises(OptionError, match=r"is a RunningAverage; expected what fxkfac\.kfac"):
+    with pytest.raises(OptionError, match=r"is of type RunningAverage; expected what fxkfac\.kfac"):
         laplace.posterior(average)
 
 

@@ -878,6 +878,9 @@ def traced_mlp() -> Program:
     ("options", "message"),
     [
         ({"lr": -0.1}, r"lr=-0\.1; expected zero or a positive"),
+        ({"lr": None}, "lr=None; expected zero or a positive"),
+        ({"damping": "0.1"}, "damping='0.1'; expected a positive"),
+        ({"momentum": None}, "momentum=None; expected a number from 0"),
         ({"adam_lr": -0.1}, r"adam_lr=-0\.1"),
         ({"momentum": 1.0}, r"momentum=1\.0; expected a number from 0"),
         ({"weight_decay": -1.0}, r"weight_decay=-1\.0"),

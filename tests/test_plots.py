@@ -184,6 +184,7 @@ class TestHeatmap:
         ("matrix", "options", "message"),
         [
             (torch.zeros(3, 2), {}, r"shape \(3, 2\); expected a square one"),
+            ([[1.0]], {}, "the matrix is of type list; expected a tensor"),
             (torch.zeros(3), {}, r"shape \(3,\); expected a square one"),
             (torch.zeros(3, 3), {"sizes": [2, 2]}, "have 4 rows, and the matrix 3"),
             (torch.zeros(3, 3), {"largest": -1.0}, "largest=-1.0; expected a positive number"),

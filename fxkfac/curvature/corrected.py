@@ -72,8 +72,8 @@ def uncorrected(curvature: Any) -> Factors:
         return curvature.factors
     if not isinstance(curvature, Factors):
         raise OptionError(
-            f"factors is a {type(curvature).__name__}; expected what fxkfac.kfac, fxkfac.ekfac or "
-            "fxkfac.kfoc returns, which knows of what data it is. Compute the factors of all data "
-            "by fxkfac.kfac."
+            f"factors is of type {type(curvature).__name__}; expected what fxkfac.kfac, "
+            "fxkfac.ekfac or fxkfac.kfoc returns, which knows of what data it is. Compute the "
+            "factors of all data by fxkfac.kfac."
         )
     return curvature

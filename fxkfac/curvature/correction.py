@@ -110,7 +110,8 @@ def alone(t: Tensor) -> Tensor:
 def _require_factors(factors: Any) -> None:
     if not isinstance(factors, Factors):
         raise OptionError(
-            f"factors is a {type(factors).__name__}; expected the Factors that fxkfac.kfac returns."
+            f"factors is of type {type(factors).__name__}; expected the Factors that "
+            "fxkfac.kfac returns."
         )
     if factors.settings.fisher == "forward-only":
         raise OptionError(

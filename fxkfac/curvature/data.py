@@ -22,8 +22,8 @@ def batches(data: Data, progress: bool = False) -> Iterator[tuple[Any, Tensor]]:
     source: Iterable[Any] = [data] if _is_pair(data) or _is_meant_for_one(data) else data
     if not isinstance(source, Iterable):
         raise DataError(
-            f"data is a {type(data).__name__}; expected one (inputs, targets) pair or an iterable "
-            "of such pairs, as a DataLoader is."
+            f"data is of type {type(data).__name__}; expected one (inputs, targets) pair or an "
+            "iterable of such pairs, as a DataLoader is."
         )
     empty = True
     for batch in _with_progress(source) if progress else source:
@@ -40,7 +40,7 @@ def pair(batch: Any) -> tuple[Any, Tensor]:
         of_two = isinstance(batch, tuple | list) and len(batch) == 2
         found = f"has targets of type {type(batch[1]).__name__}" if of_two else "is no pair"
         raise DataError(
-            f"a batch is a {type(batch).__name__}, which {found}; expected a pair (inputs, "
+            f"a batch is of type {type(batch).__name__}, which {found}; expected a pair (inputs, "
             "targets) whose targets are a tensor."
         )
     return batch[0], batch[1]

@@ -106,8 +106,8 @@ def _require_steps(steps: int, tolerance: float) -> None:
 def _require_again(data: Data) -> None:
     if hasattr(data, "__next__"):
         raise DataError(
-            f"data is a {type(data).__name__}, which one pass uses up; expected a pair, a list or "
-            "a DataLoader, since every step takes two passes."
+            f"data is of type {type(data).__name__}, which one pass uses up; expected a pair, a "
+            "list or a DataLoader, since every step takes two passes."
         )
 
 

@@ -264,7 +264,7 @@ def require_prediction(f: Any) -> None:
     """Raise `DataError` unless `f` is a floating tensor with at least one axis and element."""
     if not isinstance(f, Tensor):
         raise DataError(
-            f"the prediction is a {type(f).__name__}; expected a tensor. Wrap the model in a "
+            f"the prediction is of type {type(f).__name__}; expected a tensor. Wrap the model in a "
             "function that returns what the loss takes."
         )
     if not f.is_floating_point() or f.ndim == 0 or f.numel() == 0:

@@ -24,17 +24,19 @@ def require_keys(state: Mapping[str, Any], keys: Sequence[str]) -> None:
 
 def require_positive(name: str, value: Any) -> None:
     """Raise `OptionError` unless a number is positive."""
-    require(value > 0, f"{name}={value}; expected a positive number.")
+    require(isinstance(value, int | float) and value > 0, f"{name}={value!r}; expected a positive number.")
 
 
 def require_not_negative(name: str, value: Any) -> None:
     """Raise `OptionError` for a number below zero."""
-    require(value >= 0, f"{name}={value}; expected zero or a positive number.")
+    holds = isinstance(value, int | float) and value >= 0
+    require(holds, f"{name}={value!r}; expected zero or a positive number.")
 
 
 def require_fraction(name: str, value: Any) -> None:
     """Raise `OptionError` unless a number is a decay."""
-    require(0 <= value < 1, f"{name}={value}; expected a number from 0 to less than 1.")
+    holds = isinstance(value, int | float) and 0 <= value < 1
+    require(holds, f"{name}={value!r}; expected a number from 0 to less than 1.")
 
 
 def require_at_least_one(name: str, value: Any) -> None:

@@ -115,6 +115,8 @@ def heatmap(
 
 def _absolute(matrix: Tensor, sizes: Sequence[int]) -> Tensor:
     """|C| in float64 on the CPU."""
+    if not isinstance(matrix, Tensor):
+        raise OptionError(f"the matrix is of type {type(matrix).__name__}; expected a tensor.")
     shape = tuple(matrix.shape)
     if len(shape) != 2 or shape[0] != shape[1]:
         raise OptionError(f"the matrix has shape {shape}; expected a square one.")

@@ -487,9 +487,9 @@ class TestRefusals:
         dense = fxkfac.trace(seeded(mlp), rand(2, 4), structure={"2.*": "dense"})
         with pytest.raises(errors.MergeError, match=r"structures=.*2\.weight"):
             function(dense, CE, data, factors)
-        with pytest.raises(errors.OptionError, match="factors is a dict"):
+        with pytest.raises(errors.OptionError, match="factors is of type dict"):
             function(program, CE, data, dict(factors))
-        with pytest.raises(errors.OptionError, match="factors is a Corrected"):
+        with pytest.raises(errors.OptionError, match="factors is of type Corrected"):
             function(program, CE, data, fxkfac.ekfac(program, CE, data, factors))
 
     @pytest.mark.parametrize("function", [fxkfac.ekfac, fxkfac.kfoc])

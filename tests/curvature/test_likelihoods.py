@@ -530,7 +530,7 @@ REFUSED = {
     "mse nan": (MSE(), rand(3, 2), NAN, r"6 of 6 target values are NaN or Inf.*\(0, 0\)"),
     "mse empty": (MSE(), rand(0, 2), rand(0, 2), r"shape \(0, 2\); expected a floating tensor"),
     "mse not a tensor": (MSE(), rand(2), [0.0, 1.0], "targets are a list; expected a tensor"),
-    "mse no prediction": (MSE(), {"logits": 1}, rand(2), "prediction is a dict; expected a tensor"),
+    "mse no prediction": (MSE(), {"logits": 1}, rand(2), "is of type dict; expected a tensor"),
     "ce length": (CE(), rand(3, 4), classes(2), r"shape \(2,\).*of shape \(3,\)"),
     "ce axis": (CE(), rand(3, 2, 4), classes(3, 2), r"of shape \(3, 4\).*Classes lie on axis 1"),
     "ce dtype": (CE(), rand(3, 4), classes(3).int(), "dtype torch.int32"),

@@ -208,7 +208,7 @@ def test_a_batch_that_fails_adds_nothing_and_may_come_again(program, tmp_path):
             accumulation.add(x / 0, y)
         with pytest.raises(DataError):
             accumulation.add(x, y + 7)
-        with pytest.raises(DataError, match="a batch is a tuple"):
+        with pytest.raises(DataError, match="a batch is of type tuple"):
             accumulation.add(x, None)
         with pytest.raises(NonFiniteError, match=f"batch {accumulation.batches}"):
             accumulation.add(x * 1e200, y)

@@ -81,7 +81,7 @@ def _number(key: str, value: float) -> float:
         number = float(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise OptionError(
-            f"colour[{key!r}] is a {type(value).__name__}, {value!r:.60}; expected a number."
+            f"colour[{key!r}] is of type {type(value).__name__}, {value!r:.60}; expected a number."
         ) from error
     if not math.isfinite(number):
         raise NonFiniteError(

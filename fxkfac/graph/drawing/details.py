@@ -29,8 +29,8 @@ def details_of(model: FunctionalModel, details: Mapping[str, Mapping[str, Any]])
     for key, facts in details.items():
         if not isinstance(facts, Mapping):
             raise OptionError(
-                f"details[{key!r}] is a {type(facts).__name__}; expected a mapping from names to "
-                "numbers, texts or sequences of numbers."
+                f"details[{key!r}] is of type {type(facts).__name__}; expected a mapping from "
+                "names to numbers, texts or sequences of numbers."
             )
         of = found.setdefault(model.resolve(key), [])
         of += [_fact(f"details[{key!r}][{name!r}]", str(name), v) for name, v in facts.items()]
@@ -47,8 +47,8 @@ def _fact(place: str, name: str, value: Any) -> dict[str, Any]:
         numbers = [float(number) for number in value]
     except (TypeError, ValueError, RuntimeError) as error:
         raise OptionError(
-            f"{place} is a {type(value).__name__}, {value!r:.60}; expected a number, a text or a "
-            "sequence of numbers."
+            f"{place} is of type {type(value).__name__}, {value!r:.60}; expected a number, a text "
+            "or a sequence of numbers."
         ) from error
     if bad := sum(not math.isfinite(number) for number in numbers):
         raise NonFiniteError(

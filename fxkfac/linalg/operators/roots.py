@@ -90,8 +90,10 @@ def sample(
         number: How many.
         generator: What they are drawn from, on the operator's device.
 
-    Raises as `power`.
+    Raises as `power`, and `OptionError` unless the number is one.
     """
+    if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+        raise OptionError(f"number={number!r}; expected a whole number of draws, zero or more.")
     noise = torch.randn(
         number, *operator.shape, dtype=operator.dtype, device=operator.device, generator=generator
     )
