@@ -20,9 +20,10 @@ from fxkfac.curvature.factors import Factors
 from fxkfac.curvature.kfoc import kfoc
 from fxkfac.curvature.report import block_name
 from fxkfac.errors import BatchAxisError, OptionError
-from fxkfac.functional import FunctionalModel, Params, nest_names
+from fxkfac.functional import FunctionalModel, Params
 from fxkfac.graph.program import Program
 from fxkfac.graph.table import columns
+from fxkfac.parameters import nest_names
 
 LARGEST = 2**12  # entries of a block that is written out: five matrices of 128 MiB
 DIAGONAL = "exact diagonal"

@@ -20,9 +20,15 @@ from torch.utils import _pytree as pytree
 
 from fxkfac.errors import FxkfacError, ParameterError, UnknownParameter
 from fxkfac.isolation import Autocast, in_place_of, without_graph
-from fxkfac.parameters import canonical, require_alike, require_initialised
+from fxkfac.parameters import Params as Params
+from fxkfac.parameters import (
+    canonical,
+    flatten_names,
+    nest_names,
+    require_alike,
+    require_initialised,
+)
 
-Params = Mapping[str, Any] | list[Any] | tuple[Any, ...]  # tensors, nested by name or position
 Inputs = Any  # a tensor, a tuple or list of tensors, or a dict of keyword arguments
 
 
@@ -35,46 +41,9 @@ def prediction_of(output: Any) -> Tensor:
         raise FxkfacError(
             f"the model returns {type(output).__name__} with {len(tensors)} tensors; expected one "
             "tensor, the prediction that the loss takes, or a dict with one called 'logits'. Wrap "
-            "the model in a function or module "
-            "that returns that tensor alone."
+            "the model in a function or module that returns that tensor alone."
         )
     return tensors[0]
-
-
-def flatten_names(params: Params, prefix: str = "") -> dict[str, Tensor]:
-    """Flatten nested dicts, lists and tuples of tensors; keys and positions are joined by dots."""
-    flat: dict[str, Tensor] = {}
-    for key, value in _items(params):
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping | list | tuple):
-            flat |= flatten_names(value, f"{name}.")
-        elif isinstance(value, Tensor):
-            flat[name] = value
-        else:
-            raise ParameterError(
-                f"params[{name!r}] is of type {type(value).__name__}; expected a tensor, or a "
-                "dict, list or tuple of tensors. Pass what is not a tensor by closure instead."
-            )
-    return flat
-
-
-def nest_names(flat: Mapping[str, Tensor], like: Params, prefix: str = "") -> Any:
-    """Inverse of `flatten_names`: give the tensors in `flat` the nesting of `like`."""
-    nested = {
-        key: nest_names(flat, value, f"{prefix}{key}.")
-        if isinstance(value, Mapping | list | tuple)
-        else flat[f"{prefix}{key}"]
-        for key, value in _items(like)
-    }
-    if isinstance(like, Mapping):
-        return nested
-    if hasattr(like, "_fields"):  # a named tuple
-        return type(like)(*nested.values())
-    return type(like)(nested.values())
-
-
-def _items(params: Params) -> Iterable[tuple[Any, Any]]:
-    return params.items() if isinstance(params, Mapping) else enumerate(params)
 
 
 def split_inputs(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -172,8 +141,12 @@ class FunctionalModel:
     def override(self, params: Params | None) -> dict[str, Tensor]:
         """All parameters, with the user's `params` (possibly nested) in their place."""
         values = self.current()
+        given: dict[str, str] = {}
         for name, value in flatten_names(params or {}).items():
             canonical = self.resolve(name)
+            before = given.setdefault(canonical, name)
+            if before != name:
+                _require_one(values[canonical], value, (before, name))
             expected = values[canonical]
             if value.shape != expected.shape:
                 raise ParameterError(
@@ -187,6 +160,16 @@ class FunctionalModel:
                 )
             values[canonical] = without_graph(value)
         return values
+
+
+def _require_one(a: Tensor, b: Tensor, names: tuple[str, str]) -> None:
+    """Raise `ParameterError` unless both names of a tied parameter have the same values."""
+    if a.shape != b.shape or not bool((a == b).all()):
+        raise ParameterError(
+            f"params[{names[0]!r}] and params[{names[1]!r}] have different values, but were one "
+            "parameter when the model was bound; expected one tensor for both. Trace with tensors "
+            "of their own."
+        )
 
 
 def unknown(name: str, known: Iterable[str]) -> UnknownParameter:
@@ -266,6 +249,11 @@ def select(bound: FunctionalModel, patterns: str | Iterable[str]) -> set[str]:
     chosen: set[str] = set()
     names = [*bound.tensors, *bound.aliases]
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        if not isinstance(pattern, str):
+            raise ParameterError(
+                f"params holds a {type(pattern).__name__}; expected names of parameters, or shell "
+                "patterns, as named_parameters() calls them. Say ['2.weight'] or ['2.*']."
+            )
         matches = [n for n in names if n == pattern or fnmatchcase(n, pattern)]
         if not matches:
             raise unknown(pattern, names)

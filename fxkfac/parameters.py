@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fxkfac.errors import ParameterError
+
+Params = Mapping[str, Any] | list[Any] | tuple[Any, ...]  # tensors, nested by name or position
 
 
 def require_initialised(module: nn.Module) -> None:
@@ -52,3 +55,45 @@ def require_alike(selected: Mapping[str, Tensor]) -> None:
                 f"parameters have different {what}s ({found}); expected one {what}. "
                 f"Move them to one {what}, or select those of one {what} by `params`."
             )
+
+
+def flatten_names(params: Params, prefix: str = "") -> dict[str, Tensor]:
+    """Flatten nested dicts, lists and tuples of tensors; keys and positions are joined by dots."""
+    flat: dict[str, Tensor] = {}
+    for key, value in _items(params):
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping | list | tuple):
+            found = flatten_names(value, f"{name}.")
+        elif isinstance(value, Tensor):
+            found = {name: value}
+        else:
+            raise ParameterError(
+                f"params[{name!r}] is of type {type(value).__name__}; expected a tensor, or a "
+                "dict, list or tuple of tensors. Pass what is not a tensor by closure instead."
+            )
+        if twice := found.keys() & flat.keys():
+            raise ParameterError(
+                f"two tensors of params are called {min(twice)!r}, since keys are joined by dots; "
+                "expected a name for each. Call one of them otherwise."
+            )
+        flat |= found
+    return flat
+
+
+def nest_names(flat: Mapping[str, Tensor], like: Params, prefix: str = "") -> Any:
+    """Inverse of `flatten_names`: give the tensors in `flat` the nesting of `like`."""
+    nested = {
+        key: nest_names(flat, value, f"{prefix}{key}.")
+        if isinstance(value, Mapping | list | tuple)
+        else flat[f"{prefix}{key}"]
+        for key, value in _items(like)
+    }
+    if isinstance(like, Mapping):
+        return nested
+    if hasattr(like, "_fields"):  # a named tuple
+        return type(like)(*nested.values())
+    return type(like)(nested.values())
+
+
+def _items(params: Params) -> Iterable[tuple[Any, Any]]:
+    return params.items() if isinstance(params, Mapping) else enumerate(params)

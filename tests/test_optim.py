@@ -449,6 +449,25 @@ def test_natural_gradients_are_clipped_by_the_divergence(κ: float) -> None:
     assert_close(values(model), values(reference.model))
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_bias_that_goes_against_its_gradient_takes_from_the_divergence(seed: int) -> None:
+    """vᵀg is positive for a block; for one of its parameters it may not be."""
+    torch.manual_seed(seed)
+    model = nn.Linear(4, 3).double()
+    x, y = torch.randn(6, 4).double() + 1, torch.randint(3, (6,))
+    program = fxkfac.trace(model, x)
+    options = {"damping": 0.01, "damp": "block", "fisher": "type-2", "decay": 0.0}
+    optimizer = KFAC(program, CE, lr=0.5, momentum=0.0, kl_clip=1e-3, **options)
+    before = values(model)
+    g = dict(
+        zip(before, torch.autograd.grad(CE(model(x), y), list(model.parameters())), strict=True)
+    )
+    v = fxkfac.kfac(program, CE, (x, y)).solve(g, 0.01)
+    ν = (1e-3 / (0.25 * sum((v[n] * g[n]).sum() for n in g))) ** 0.5
+    optimizer.step(x, y)
+    assert_close(values(model), {n: before[n] - 0.5 * ν * v[n] for n in g})
+
+
 def test_several_batches_are_one() -> None:
     (x, y), runs = batch(n=12), []
     for data in (
@@ -1002,6 +1021,22 @@ def test_second_moments_are_those_of_the_loss(options: dict[str, Any]) -> None:
         optimizer.step(*batch())
         found.append(optimizer.preconditioner.bases["0.weight"].values)
     torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+def test_second_moments_are_over_the_reduction_of_their_own_batch() -> None:
+    """Also where that batch is smaller than the last one with factors."""
+    fixed = {"damp": "block", "ekfac": True, "fisher": "empirical", "decay": 0.0}
+    found = []
+    for interval in (1, 2):
+        model = mlp()
+        optimizer = KFAC(
+            fxkfac.trace(model, batch()[0]), CE, lr=0.0, factor_interval=interval,
+            inverse_interval=100, **fixed,
+        )  # fmt: skip
+        optimizer.step(*batch(n=64))
+        optimizer.step(*batch(n=4))
+        found.append(optimizer.preconditioner.bases["0.weight"].values)
+    torch.testing.assert_close(*found)
 
 
 def test_states_that_do_not_fit_are_refused() -> None:

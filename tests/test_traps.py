@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fxkfac
 from fxkfac import exact
-from fxkfac.errors import CaptureError
+from fxkfac.errors import BatchAxisError, CaptureError
 
 MSE, CE = nn.MSELoss, nn.CrossEntropyLoss
 close = torch.testing.assert_close
@@ -110,6 +110,24 @@ class TestTraps:
         assert [use.batch.axis for use in program.uses] == [program.uses[0].form.rows[1]] * 2
         factors = fxkfac.kfac(program, MSE(), (rand(5, 3, 2), rand(5, 3, 4)), sharing="reduce")
         assert not factors["U"].A.any()
+
+    @pytest.mark.parametrize(
+        ("there", "back"),
+        [
+            (lambda x: x.roll(1, 0), lambda h: h.roll(-1, 0)),
+            (lambda x: x.flip(0), lambda h: h.flip(0)),
+        ],
+        ids=["roll", "flip"],
+    )
+    def test_a_model_that_moves_the_data_itself(self, there, back):
+        """No prediction changes with another datum; but the rows of the bias are out of order."""
+
+        def model(params, x):
+            first, second = (torch.cat([x, there(x)]) + params["b"]).tanh().chunk(2)
+            return first + 2 * back(second)
+
+        with pytest.raises(BatchAxisError, match="no one axis of its output"):
+            fxkfac.kfac(fxkfac.trace(model, X, {"b": rand(4)}), MSE(), (X, rand(5, 4)))
 
     def test_dropout_does_not_hide_the_batch_axis(self):
         """It would be another one in each run of the experiment."""

@@ -23,7 +23,7 @@ from fxkfac.curvature.corrected import Corrected, uncorrected
 from fxkfac.curvature.data import Data, batches
 from fxkfac.curvature.factors import Factors, Settings
 from fxkfac.curvature.losses import likelihood_of
-from fxkfac.curvature.options import settings_again
+from fxkfac.curvature.options import require_program, settings_again
 from fxkfac.curvature.plan import require_same_terms
 from fxkfac.curvature.point import require_here
 from fxkfac.errors import DataError, MergeError, OptionError
@@ -133,6 +133,7 @@ def _scores(
     params: Params | None,
     memory: int,
 ) -> _Scores:
+    require_program(program)
     base = uncorrected(factors)
     state = program.state(params)
     reader = Reader(program, likelihood_of(loss), base.settings, state)

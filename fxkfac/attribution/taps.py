@@ -149,7 +149,7 @@ class Batch:
             Heard(use, term.scales[k], self.inputs[use], self._gradient(use).unsqueeze(0), None)
             for k, use in enumerate(term.uses)
         ]
-        (rows,) = rows_of(term, heard, self.n, 1, accurate_dtype(heard[0].g))
+        (rows,) = rows_of(term, heard, self.n, 1, accurate_dtype(heard[0].g), tokens=True)
         assert isinstance(rows, DatumRows)
         x, g = rows.x, rows.g.squeeze(3)
         groups = max(len(x), len(g))

@@ -56,7 +56,7 @@ class Accumulation:
         settings = settings_of(
             program, loss, fisher, sharing, mc_samples, separate_weight_and_bias, mask is not None
         )
-        source = generator or program.generator
+        source = program.generator if generator is None else generator
         self.over = FactorPass(program, likelihood, settings, params, mask, source, backend, memory)
 
     @property

@@ -98,11 +98,7 @@ class Pass(ABC, Generic[Sink, Total]):
     def __post_init__(self) -> None:
         self._forward = backend_of(self.backend)
         require_memory(self.memory)
-        if not isinstance(self.generator, Generator):
-            raise OptionError(
-                f"generator={self.generator!r}; expected a torch.Generator, such as "
-                "torch.Generator().manual_seed(0)."
-            )
+        require_generator(self.generator)
         self.state = self.program.state(self.params)
 
     @abstractmethod
@@ -229,6 +225,15 @@ def _named(number: int) -> Iterator[None]:
         yield
     except DataError as error:
         raise DataError(f"batch {number}: {error}") from None
+
+
+def require_generator(generator: Any) -> None:
+    """Raise `OptionError` unless it is one."""
+    if not isinstance(generator, Generator):
+        raise OptionError(
+            f"generator={generator!r}; expected a torch.Generator, such as "
+            "torch.Generator().manual_seed(0)."
+        )
 
 
 def require_finite_prediction(prediction: Tensor, number: int) -> None:

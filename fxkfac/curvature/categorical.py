@@ -14,11 +14,10 @@ from torch import Tensor
 
 from fxkfac.curvature.closed_form import ClosedForm
 from fxkfac.curvature.likelihoods import (
-    require_floating_like,
-    require_tensors,
     sum_rows,
     widen,
 )
+from fxkfac.curvature.targets import require_floating_like, require_tensors
 from fxkfac.errors import DataError, LossError
 from fxkfac.isolation import generator_on
 
@@ -44,6 +43,8 @@ class Categorical(ClosedForm):
                 f"CrossEntropyLoss has a class weight of {weight.min().item():g}; expected weights "
                 "≥ 0, since a negative one makes the loss concave."
             )
+        if not 0 <= label_smoothing <= 1:
+            raise LossError(f"label_smoothing={label_smoothing}; expected a number from 0 to 1.")
         self.reduction, self.weight = reduction, weight
         self.ignore_index, self.label_smoothing = ignore_index, label_smoothing
 

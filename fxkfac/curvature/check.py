@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fxkfac.curvature.data import batches
 from fxkfac.curvature.losses import likelihood_of, loss_value
+from fxkfac.curvature.options import require_program
 from fxkfac.errors import TapMismatch
 from fxkfac.functional import Params
 from fxkfac.graph.program import Program
@@ -41,7 +42,9 @@ def check(
             float32 where the model computes in less than float64 inside; where it computes in
             half precision or in TensorFloat-32, by more than four roundings in that, and than four
             times what one of parameters and data does to the model's own gradients.
+        OptionError, LossError, DataError: As `fxkfac.kfac`.
     """
+    require_program(program)
     ((inputs, targets),) = batches([data])
     likelihood = likelihood_of(loss)
     names = program.parameters

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from fxkfac.curvature.eigen import EigenBlock
 from fxkfac.curvature.report import Report
 from fxkfac.curvature.sharing import accurate_dtype
 from fxkfac.curvature.summarise import report_of
-from fxkfac.errors import OptionError, UnknownParameter
+from fxkfac.errors import OptionError, ParameterError, UnknownParameter
 from fxkfac.functional import unknown
 from fxkfac.isolation import full_precision
 from fxkfac.linalg import operators
@@ -53,8 +54,11 @@ class Curvature(Mapping[str, AnyBlock]):
 
         Raises:
             UnknownParameter: A name is not among the parameters covered.
+            ParameterError: A parameter is named twice.
         """
         chosen = [self._known(name) for name in names or self.shapes]
+        if twice := [name for name, times in Counter(chosen).items() if times > 1]:
+            raise ParameterError(f"the parameter {twice[0]!r} is named twice; name it once.")
         sizes = [torch.Size(self.shapes[name]).numel() for name in chosen]
         total = torch.zeros(
             sum(sizes), sum(sizes), dtype=accurate_dtype(self.like), device=self.like.device
@@ -68,6 +72,11 @@ class Curvature(Mapping[str, AnyBlock]):
         return total
 
     def _known(self, name: str) -> str:
+        if not isinstance(name, str):
+            raise ParameterError(
+                f"a name is of type {type(name).__name__}; expected text. Pass names one after the "
+                "other, as in dense('0.weight', '2.weight')."
+            )
         canonical = self.canonical(name)
         if canonical not in self.shapes:
             raise unknown(name, self.shapes)
@@ -86,13 +95,17 @@ class Curvature(Mapping[str, AnyBlock]):
                 is inverted without being written out; see there for others.
 
         Raises:
-            UnknownParameter: A block's other parameter has no gradient here.
+            UnknownParameter: A block's other parameter has no gradient here, or no parameter is
+                called so.
             OptionError: The damping is negative, or zero where a block is singular; or a gradient
-                is sparse.
+                is sparse, is none, or comes under two names of one parameter.
         """
-        names = [name for name in gradients if name in self.shapes]
-        operator = operators.damped(self.operator(*(names or gradients)), Damping(damping, damp))
-        return operators.solve(operator, {n: strided(n, gradients[n]) for n in names})
+        named = canonical_names(gradients, self.canonical)
+        covered = {name: own for own, name in named.items() if name in self.shapes}
+        operator = operators.damped(self.operator(*(covered or gradients)), Damping(damping, damp))
+        given = {name: strided(own, gradients[own]) for name, own in covered.items()}
+        solved = operators.solve(operator, given)
+        return {covered[name]: solved[name] for name in covered}
 
     @full_precision()
     def operator(self, *names: str) -> Named:
@@ -157,8 +170,24 @@ class OfBlocks(Curvature):
         return len(self.blocks)
 
 
+def canonical_names(names: Iterable[str], canonical: Callable[[str], str]) -> dict[str, str]:
+    """For every name the one by which blocks know it. Raises `OptionError` for two of one."""
+    found = {name: canonical(name) for name in names}
+    if len(set(found.values())) < len(found):
+        raise OptionError(
+            f"two of {list(found)} are names of one tied parameter; expected one gradient of each "
+            "parameter, under any of its names."
+        )
+    return found
+
+
 def strided(name: str, gradient: Tensor) -> Tensor:
-    """A gradient without its graph. Raises `OptionError` for one that is sparse."""
+    """A gradient without its graph. Raises `OptionError` for one that is sparse, or none."""
+    if not isinstance(gradient, Tensor):
+        raise OptionError(
+            f"the gradient of {name!r} is of type {type(gradient).__name__}; expected a tensor. "
+            "Leave out the parameters of its block, or take zeros where nothing came back."
+        )
     if gradient.layout is not torch.strided:
         raise OptionError(
             f"the gradient of {name!r} is of layout {gradient.layout}; expected a dense one, since "

@@ -108,7 +108,12 @@ def _shared(h: Heard) -> int:
 
 
 def rows_of(
-    term: TermPlan, heard: Sequence[Heard], data: int, vectors: int, dtype: torch.dtype
+    term: TermPlan,
+    heard: Sequence[Heard],
+    data: int,
+    vectors: int,
+    dtype: torch.dtype,
+    tokens: bool,
 ) -> Iterator[Rows]:
     """The rows of some data and vectors after those of others.
 
@@ -117,6 +122,7 @@ def rows_of(
         heard: Of each of its uses at which gradients arrive.
         data, vectors: How many at a time, at most.
         dtype: Of the rows.
+        tokens: Whether rows that are one-hot at all uses come by their tokens.
 
     Raises:
         BatchAxisError: It is not known whose row a row is.
@@ -130,7 +136,7 @@ def rows_of(
         for start in range(0, n, data):
             size = min(data, n - start)
             some = [read(start, size) for read in readers]
-            if counts_only(term):
+            if tokens and counts_only(term):
                 yield _token_rows(some, dtype)
             else:
                 uses = [_dense(s, h.scales, dtype) for s, h in zip(some, part, strict=True)]

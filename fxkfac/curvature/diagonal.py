@@ -119,6 +119,8 @@ def _for_one_datum(program: Program, inputs: Inputs) -> Captured:
 
 def by_datum(run: Run, t: Tensor) -> Tensor:
     """A tensor of the prediction's shape as (N, dim F)."""
+    if run.n == 1:  # the axis may have been squeezed
+        return t.reshape(1, -1)
     if run.tapped.prediction is None:
         raise BatchAxisError(
             f"no one axis of the prediction {tuple(t.shape)} holds the data in their order; "

@@ -12,6 +12,7 @@ from fxkfac.curvature.plan import TermPlan
 from fxkfac.errors import FxkfacError
 from fxkfac.linalg import operators
 from fxkfac.linalg.operators import Operator
+from fxkfac.linalg.operators.symmetric import rounded_squares
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,10 @@ class EigenTerm(Term):
 
     @property
     def operator(self) -> operators.Eigenbasis:
-        """Q diag(Λ) Qᵀ on arrays (group, in, out)."""
+        """Q diag(Λ) Qᵀ on arrays (group, in, out), with Λ that is zero where it is rounding."""
         Q_A = None if self.Q_A is None else _grouped(self.Q_A)
-        return operators.Eigenbasis(Q_A, _grouped(self.Q_B), _grouped(self.eigenvalues))
+        Λ = rounded_squares(_grouped(self.eigenvalues))
+        return operators.Eigenbasis(Q_A, _grouped(self.Q_B), Λ)
 
 
 def _grouped(t: Tensor) -> Tensor:

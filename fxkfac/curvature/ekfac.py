@@ -72,7 +72,8 @@ def ekfac(
     correction = Correction.of(program, loss, factors, params, mask, backend, memory)
     bases = _bases(factors)
     asked = {place: _asked(basis) for place, basis in bases.items()}
-    sums = correction.run(asked, data, generator or program.generator, progress)
+    source = program.generator if generator is None else generator
+    sums = correction.run(asked, data, source, progress)
     R = correction.scale(sums)
     found: dict[Place, Tensor] = {}
     for part in correction.parts:

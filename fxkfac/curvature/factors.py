@@ -100,8 +100,11 @@ class Factors(Curvature):
         return held[names[0]]
 
     def canonical(self, name: str) -> str:
-        """The name of a tied parameter that the blocks know it by."""
-        return self.model.aliases.get(name, name)
+        """The name of a tied parameter that the blocks know it by.
+
+        Raises `UnknownParameter` where nothing is called so.
+        """
+        return name if name in self.shapes else self.model.resolve(name)
 
     @property
     def reduction(self) -> float:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from fxkfac.curvature.batch import require_generator
 from fxkfac.curvature.blocks import Block, Kronecker
 from fxkfac.curvature.correct import Asked
 from fxkfac.curvature.corrected import Corrected
@@ -78,7 +79,8 @@ def kfoc(
     _require_steps(steps, tolerance)
     _require_again(data)
     correction = Correction.of(program, loss, factors, params, mask, backend, memory)
-    source = generator or program.generator
+    source = program.generator if generator is None else generator
+    require_generator(source)
     state = source.get_state()
     parts, pairs = correction.parts, _of_factors(factors)
     for _ in range(steps):

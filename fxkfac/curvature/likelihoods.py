@@ -17,6 +17,12 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from fxkfac.curvature.targets import (
+    require_finite,
+    require_labels,
+    require_prediction,
+    require_rows,
+)
 from fxkfac.errors import DataError, FxkfacError, LossError, NoDataError, NonFiniteError
 from fxkfac.isolation import own_randomness, seed_from
 
@@ -59,8 +65,10 @@ class Likelihood:
 
     def nll(self, prediction: Tensor, target: Target) -> Tensor:
         """c(f_n, y_n) for every row of axis 0, shape [N]: -log r(y_n | f_n) up to a constant."""
-        log_prob = self.distribution(prediction).log_prob(target)
-        return -sum_rows(log_prob)
+        distribution = self.distribution(prediction)
+        if isinstance(target, Tensor):
+            require_labels(distribution, target)
+        return -sum_rows(distribution.log_prob(target))
 
     def distribution(self, prediction: Tensor) -> Distribution:
         """The model's distribution r(· | f) of the target. Raises `LossError` if none is given."""
@@ -139,7 +147,7 @@ class Likelihood:
 
     def sampled_gradient(self, f: Tensor, y: Target, sampled: Target) -> Tensor:
         """The would-be gradient ∇_f c(f, ỹ), times √ of the weight of `y`. Section 2.5.3."""
-        return self.gradient(f, sampled)
+        return without_ignored(self, f, y, self.gradient(f, sampled))
 
     def labels(self, f: Tensor) -> Iterator[tuple[Tensor, Target]]:
         """Each label value, as (its probability at every site, a target that is it everywhere).
@@ -167,7 +175,10 @@ class Likelihood:
                     "many targets as predictions along axis 0."
                 )
         try:
-            self.nll(f.detach(), y)
+            rows = self.nll(f.detach(), y)
+            if isinstance(y, Tensor) and len(f) > 1 and rows.shape == f.shape[:1]:
+                alone = self.nll(f[:1].detach(), y[:1])
+                require_rows(type(self).__name__, rows, alone, f, y)
         except FxkfacError:
             raise
         except ValueError as error:  # torch.distributions: outside of the support
@@ -210,9 +221,15 @@ def derived_hessian_sqrt(
 
     def apply(v: Tensor) -> Tensor:
         rows = v.reshape(len(v), -1, 1).to(S.dtype)
-        return (S @ rows).reshape(v.shape).to(v.dtype)
+        return without_ignored(likelihood, f, y, (S @ rows).reshape(v.shape).to(v.dtype))
 
     return apply
+
+
+def without_ignored(likelihood: Likelihood, f: Tensor, y: Target, g: Tensor) -> Tensor:
+    """What is like `f`, with zeros at sites that count for nothing: there may be rounding."""
+    ignored = likelihood.ignored(f, y)
+    return g if ignored is None else g.masked_fill(ignored, 0.0)
 
 
 def row_hessians(likelihood: Likelihood, f: Tensor, y: Target) -> Tensor:
@@ -251,45 +268,3 @@ def sum_rows(values: Tensor) -> Tensor:
 def widen(t: Tensor) -> Tensor:
     """Half precision to float32: what follows sums, exponentiates, or finds eigenvalues."""
     return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
-
-
-def require_tensors(f: Any, y: Any) -> None:
-    """Raise `DataError` unless `f` is a prediction and `y` a tensor."""
-    require_prediction(f)
-    if not isinstance(y, Tensor):
-        raise DataError(f"the targets are a {type(y).__name__}; expected a tensor. Convert them.")
-
-
-def require_prediction(f: Any) -> None:
-    """Raise `DataError` unless `f` is a floating tensor with at least one axis and element."""
-    if not isinstance(f, Tensor):
-        raise DataError(
-            f"the prediction is of type {type(f).__name__}; expected a tensor. Wrap the model in a "
-            "function that returns what the loss takes."
-        )
-    if not f.is_floating_point() or f.ndim == 0 or f.numel() == 0:
-        raise DataError(
-            f"the prediction has dtype {f.dtype} and shape {tuple(f.shape)}; expected a floating "
-            "tensor with data along axis 0. Pass at least one datum."
-        )
-
-
-def require_finite(y: Tensor) -> None:
-    """Raise `DataError` if a floating target holds NaN or Inf."""
-    if y.is_floating_point() and not (finite := y.isfinite()).all():
-        place = tuple((~finite).nonzero()[0].tolist())
-        raise DataError(
-            f"{int((~finite).sum())} of {y.numel()} target values are NaN or Inf, the first at "
-            f"{place}; expected finite numbers. Remove or impute these data."
-        )
-
-
-def require_floating_like(f: Tensor, y: Tensor, loss: str) -> None:
-    """Raise `DataError` unless `y` is floating, finite, and of the shape of `f`."""
-    if y.shape != f.shape or not y.is_floating_point():
-        raise DataError(
-            f"targets of dtype {y.dtype} and shape {tuple(y.shape)} for {loss} of a prediction of "
-            f"shape {tuple(f.shape)}; expected floating targets of the prediction's shape. Convert "
-            "them by `.float()`, and reshape them rather than let them broadcast."
-        )
-    require_finite(y)

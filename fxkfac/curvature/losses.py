@@ -19,11 +19,10 @@ from fxkfac.curvature.categorical import Categorical
 from fxkfac.curvature.closed_form import ClosedForm
 from fxkfac.curvature.likelihoods import (
     Likelihood,
-    require_floating_like,
-    require_tensors,
     sum_rows,
     widen,
 )
+from fxkfac.curvature.targets import require_floating_like, require_tensors
 from fxkfac.curvature.wording import said, worded
 from fxkfac.errors import DataError, LossError
 from fxkfac.isolation import generator_on
@@ -40,8 +39,8 @@ def likelihood_of(loss: Any) -> Likelihood:
     if isinstance(loss, Likelihood):
         return loss
     for kind, make in TORCH_LOSSES.items():
-        # A subclass with its own forward is another loss.
-        if isinstance(loss, kind) and type(loss).forward is kind.forward:
+        # With a forward of its own, or hooks, it is another loss.
+        if isinstance(loss, kind) and _is_plain(loss, kind):
             if loss.reduction not in ("mean", "sum"):
                 raise LossError(
                     f"{kind.__name__} has reduction={loss.reduction!r}; expected 'mean' or 'sum', "
@@ -51,11 +50,19 @@ def likelihood_of(loss: Any) -> Likelihood:
     name = loss.__name__ if hasattr(loss, "__name__") else type(loss).__name__
     raise LossError(
         f"no likelihood is known for the loss {name}. There are: an instance of nn.MSELoss, "
-        "nn.CrossEntropyLoss, nn.BCEWithLogitsLoss. For another one, subclass "
+        "nn.CrossEntropyLoss, nn.BCEWithLogitsLoss, as torch has them, without hooks. For another "
+        "one, subclass "
         "fxkfac.Likelihood and define `nll(prediction, target)`, or pass "
         "Likelihood.from_distribution(fn), where fn turns a prediction into a torch.distributions "
         "object."
     )
+
+
+def _is_plain(loss: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a loss does what its class in torch does."""
+    hooks = (loss._forward_pre_hooks, loss._forward_hooks, loss._backward_hooks)
+    same = type(loss).forward is kind.forward and "forward" not in vars(loss)
+    return same and not any(hooks) and not loss._backward_pre_hooks
 
 
 def loss_value(loss: Any, prediction: Tensor, targets: Any) -> Tensor:
@@ -68,6 +75,8 @@ def loss_value(loss: Any, prediction: Tensor, targets: Any) -> Tensor:
 
 def loss_text(loss: Any) -> str:
     """A loss with all of its options: equal for two losses that are the same function."""
+    if not isinstance(loss, nn.Module):
+        loss = likelihood_of(loss)  # which says what is wrong with any other
     options = vars(loss) if isinstance(loss, Likelihood) else _module_options(loss)
     return f"{worded(type(loss))}({said(options)})"
 

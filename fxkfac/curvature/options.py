@@ -23,6 +23,7 @@ def settings_of(
     masked: bool,
 ) -> Settings:
     """How factors are computed. Raises `OptionError`."""
+    require_program(program)
     require_fisher(fisher)
     require_samples(mc_samples)
     if sharing not in SHARINGS:
@@ -38,6 +39,15 @@ def settings_of(
         {name: shapes[name] for name in structures},
         structures,
     )
+
+
+def require_program(program: Any) -> None:
+    """Raise `OptionError` unless it is one: a model is easily passed in its place."""
+    if not isinstance(program, Program):
+        raise OptionError(
+            f"program is of type {type(program).__name__}; expected what fxkfac.trace(model, "
+            "inputs) returns."
+        )
 
 
 def settings_again(program: Program, loss: Any, had: Settings, masked: bool) -> Settings:

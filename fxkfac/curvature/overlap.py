@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fxkfac.curvature.laid_out import lies_turned, overlapping
-from fxkfac.curvature.plan import BlockPlan
+from fxkfac.curvature.plan import BlockPlan, TermPlan
 from fxkfac.errors import UnsupportedUse
 from fxkfac.linalg.contraction import Formed, Rows, gradients
 
@@ -54,13 +54,20 @@ def parts_of(plan: BlockPlan) -> Iterator[Part]:
     Raises:
         UnsupportedUse: Terms have entries in common, and do not lie alike.
     """
-    steps = {step for term in plan.terms for use in term.uses for step in use.view.steps}
-    if len(plan.terms) == 1 and not steps & REPEATING:
+    if len(plan.terms) == 1 and not _may_repeat(plan.terms[0]):
         yield {(plan.name, 0): Lying()}
         return
     entries = [term.entries(plan.offsets) for term in plan.terms]
     for terms in overlapping(entries, plan.numel):
         yield _part(plan, terms, [entries[k] for k in terms])
+
+
+def _may_repeat(term: TermPlan) -> bool:
+    """Whether an entry may come twice: by a layout op, or in a weight and in a bias of it."""
+    biases = [column.bias for column in term.columns]
+    names = [name for use in (term.uses[0], *biases) for name in use.parameters]
+    steps = {step for use in (*term.uses, *biases) for step in use.view.steps}
+    return bool(steps & REPEATING) or len(set(names)) < len(names)
 
 
 def _part(plan: BlockPlan, terms: list[int], entries: list[Tensor]) -> Part:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fxkfac.curvature.diagonal import by_datum
 from fxkfac.curvature.likelihoods import Likelihood
-from fxkfac.errors import DataError
+from fxkfac.errors import DataError, OptionError
 from fxkfac.graph.ir import Use
 from fxkfac.graph.normal import normal_y
 from fxkfac.graph.program import Run
@@ -99,13 +99,19 @@ def read_mask(mask: Mask, inputs: Any, targets: Tensor, n: int) -> Tensor:
 
     Raises:
         DataError: There is no such input, or the mask is not (N, T).
+        OptionError: It is neither a keyword nor a function.
     """
     if isinstance(mask, str):
         if not isinstance(inputs, Mapping) or mask not in inputs:
             raise DataError(f"mask={mask!r}, but no input has this keyword; pass a function.")
         found = inputs[mask]
-    else:
+    elif callable(mask):
         found = mask(inputs, targets)
+    else:
+        raise OptionError(
+            f"mask is of type {type(mask).__name__}; expected the keyword of an input, or a "
+            "function of (inputs, targets), which is called for every batch."
+        )
     if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != n:
         shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise DataError(f"the mask is {shape}; expected a tensor (N, T) with N = {n}.")

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import networkx as nx
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from fxkfac.errors import MergeError
 from fxkfac.graph.ir import Use
 from fxkfac.graph.normal import normal_weight
+from fxkfac.linalg import checksum
 
 Scales = tuple[float, ...]  # of the rest of x̃ = (x, scales), one for each bias that has joined
 
@@ -35,6 +37,22 @@ class Column:
 
     bias: Use
     uses: tuple[Use | None, ...]
+
+
+class Place(NamedTuple):
+    """Which entries of which parameters a term is of.
+
+    Attributes:
+        parameters: Their names, weights first.
+        is_bias: Whether it is a bias by itself.
+        shape: Of (group, in, out), with the biases that have joined.
+        entries: A digest of which entry of the block is where in it.
+    """
+
+    parameters: tuple[str, ...]
+    is_bias: bool
+    shape: tuple[int, ...]
+    entries: str
 
 
 @dataclass(frozen=True)
@@ -86,6 +104,11 @@ class TermPlan:
         biases = [_in_block(c.bias, _join(c.bias), offsets) for c in self.columns]
         return torch.cat([weight, *(b.unsqueeze(1) for b in biases)], dim=1)
 
+    def place(self, offsets: dict[str, int]) -> Place:
+        """Which entries of its block it is of."""
+        entries = self.entries(offsets)
+        return Place(self.parameters, self.is_bias, tuple(entries.shape), checksum(entries))
+
 
 def _join(bias: Use) -> Tensor:
     assert bias.join is not None
@@ -127,10 +150,10 @@ class BlockPlan:
             total += torch.Size(shape).numel()
         return starts
 
-    @property
-    def structure(self) -> tuple[tuple[tuple[str, ...], bool, int], ...]:
-        """What must be equal for the sums of two graphs to be sums of the same terms."""
-        return tuple((t.parameters, t.is_bias, len(t.columns)) for t in self.terms)
+    @cached_property
+    def places(self) -> tuple[Place, ...]:
+        """Those of all terms: equal where the sums of two graphs are sums of the same terms."""
+        return tuple(term.place(self.offsets) for term in self.terms)
 
     @property
     def numel(self) -> int:
@@ -140,12 +163,21 @@ class BlockPlan:
 
 def require_same_terms(mine: Iterable[BlockPlan], others: Iterable[BlockPlan]) -> None:
     """Raise `MergeError` unless the sums of two graphs are sums of the same terms."""
-    if {p.name: p.structure for p in mine} != {p.name: p.structure for p in others}:
+    here, there = ({plan.name: plan for plan in plans} for plans in (mine, others))
+    if differ := [n for n in {**here, **there} if not _same_terms(here.get(n), there.get(n))]:
         raise MergeError(
-            "these factors and the others come from graphs that use the parameters in other "
-            "ways, as control flow that depends on shapes may make them; expected the same "
-            "uses. Compute factors for inputs of one shape at a time."
+            f"these factors and the others come from graphs that use {differ[:4]} in other ways "
+            "(other entries, as of a table of positions, another orientation, or not at all), as "
+            "control flow that depends on shapes may make them; expected the same uses. Compute "
+            "factors for inputs of one shape at a time, or trace with "
+            f"structure={{{differ[0]!r}: 'diagonal'}}, which adds up for all."
         )
+
+
+def _same_terms(mine: BlockPlan | None, other: BlockPlan | None) -> bool:
+    if mine is other:  # of one graph, as nearly always: entries are looked at for others alone
+        return True
+    return mine is not None and other is not None and mine.places == other.places
 
 
 def plan_blocks(

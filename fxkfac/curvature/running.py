@@ -62,9 +62,15 @@ class RunningAverage(Curvature):
                 both.
 
         Raises:
-            OptionError: There are no such parts, or the first update is not of both.
+            OptionError: There are no such parts, the first update is not of both, or these are no
+                factors.
             MergeError: The factors are of another program, or were computed with other settings.
         """
+        if not isinstance(factors, Factors):
+            raise OptionError(
+                f"factors is of type {type(factors).__name__}; expected the Factors that "
+                "fxkfac.kfac returns."
+            )
         if parts not in PARTS:
             raise OptionError(f"parts={parts!r}; expected 'AB', 'A' or 'B'.")
         if self._held is None:

@@ -215,7 +215,7 @@ def accurate_dtype(x: Tensor) -> torch.dtype:
 
 def written_out(rows: OneHotRows, dtype: torch.dtype) -> Float[Tensor, "1 batch shared size"]:
     """One-hot vectors as such."""
-    hot = rows.scale * F.one_hot(rows.indices, rows.size).to(dtype).unsqueeze(0)
+    hot = rows.scale * F.one_hot(rows.indices.long(), rows.size).to(dtype).unsqueeze(0)
     if rows.ignored is not None:
         hot[..., rows.ignored] = 0.0
     return hot

@@ -73,7 +73,7 @@ def step(
         program, loss, fisher, sharing, mc_samples, separate_weight_and_bias, mask is not None
     )
     likelihood = likelihood_of(loss)
-    source = generator or program.generator
+    source = program.generator if generator is None else generator
     over = _Steps(program, likelihood, settings, params, mask, source, backend, memory)
     return over.part(over.run(batches(data)))
 

@@ -7,6 +7,7 @@ of their own. The curvature of their sum is the sum of theirs: a sum of Kronecke
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import networkx as nx
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from fxkfac.curvature.blocks import Block, Dense, Diagonal
 from fxkfac.curvature.curvature import AnyBlock, Curvature, OfBlocks
-from fxkfac.errors import MergeError
+from fxkfac.errors import MergeError, UnknownParameter
+from fxkfac.functional import unknown
 
 
 def sum_of(*parts: Curvature) -> Total:
@@ -35,6 +37,11 @@ def sum_of(*parts: Curvature) -> Total:
         raise MergeError("there is nothing to sum; expected the factors of at least one loss.")
     shapes: dict[str, tuple[int, ...]] = {}
     for part in parts:
+        if not isinstance(part, Curvature):
+            raise MergeError(
+                f"a part is of type {type(part).__name__}; expected factors, one after the other: "
+                "sum_of(first, second)."
+            )
         for name, shape in part.shapes.items():
             if shapes.setdefault(name, tuple(shape)) != tuple(shape):
                 raise MergeError(
@@ -66,7 +73,13 @@ class Total(OfBlocks):
 
     def canonical(self, name: str) -> str:
         """The name of a tied parameter that the blocks know it by."""
-        return next((c for p in self.parts if (c := p.canonical(name)) in self.shapes), name)
+        found = dict[str, None]()
+        for part in self.parts:
+            with suppress(UnknownParameter):
+                found[part.canonical(name)] = None
+        if not found:
+            raise unknown(name, self.shapes)
+        return next((known for known in found if known in self.shapes), next(iter(found)))
 
 
 def _connected(blocks: Sequence[AnyBlock]) -> list[list[int]]:

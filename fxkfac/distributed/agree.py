@@ -89,7 +89,7 @@ def _asked(part: Part) -> dict[str, str]:
 
 
 def _structure(plan: BlockPlan) -> object:
-    return plan.structure, plan.shapes
+    return plan.places, plan.shapes
 
 
 def _layout(part: Part) -> dict[str, str]:

@@ -90,7 +90,7 @@ def _of_all(
     options: dict[str, Any],
 ) -> Any:
     workers = Workers.of(group)
-    source = generator or _own_generator(program, workers.place)
+    source = _own_generator(program, workers.place) if generator is None else generator
     part: Any
     try:
         part = function(program, loss, data, generator=source, **options)

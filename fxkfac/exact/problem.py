@@ -16,8 +16,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from fxkfac.curvature.backpropagation import backpropagated_vectors
-from fxkfac.curvature.likelihoods import Likelihood, require_prediction
+from fxkfac.curvature.likelihoods import Likelihood
 from fxkfac.curvature.losses import Gaussian, likelihood_of
+from fxkfac.curvature.targets import require_prediction
 from fxkfac.errors import DataError, NonFiniteError, OptionError, ParameterError
 from fxkfac.exact.data import Data, merge, size_of
 from fxkfac.exact.functions import jvp, vjp
@@ -92,7 +93,8 @@ class Problem:
             )
         if fisher == "type-1" and isinstance(self.likelihood, Gaussian):
             return lambda U: self.factor * U  # E[(f - ỹ)(f - ỹ)ᵀ] = I for ỹ ~ N(f, I)
-        vectors = self._vectors(fisher, mc_samples, generator or torch.Generator())
+        source = torch.Generator() if generator is None else generator
+        vectors = self._vectors(fisher, mc_samples, source)
 
         def outer(U: Tensor) -> Tensor:
             total = torch.zeros_like(U)

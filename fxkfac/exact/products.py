@@ -27,8 +27,9 @@ from fxkfac.exact.problem import (
     pose,
     predict,
 )
-from fxkfac.functional import FunctionalModel, Inputs, Params, flatten_names, nest_names
+from fxkfac.functional import FunctionalModel, Inputs, Params
 from fxkfac.isolation import full_precision
+from fxkfac.parameters import flatten_names, nest_names
 
 
 @full_precision()

@@ -26,7 +26,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
 from fxkfac.errors import ParameterError
-from fxkfac.functional import FunctionalModel, nest_names, prediction_of, split_inputs
+from fxkfac.functional import FunctionalModel, prediction_of, split_inputs
 from fxkfac.graph.cleanup import STOP, rebuild
 from fxkfac.graph.custom import whole_functions
 from fxkfac.graph.dependence import reach_output
@@ -35,8 +35,9 @@ from fxkfac.graph.packed import packing
 from fxkfac.graph.pure import is_functional
 from fxkfac.graph.recurrence import FUSED
 from fxkfac.graph.signature import Signature
-from fxkfac.graph.source import is_foreign
+from fxkfac.graph.source import is_users
 from fxkfac.isolation import in_place_of
+from fxkfac.parameters import nest_names
 
 DATA: Any = Tensor.data.__get__  # type: ignore[attr-defined]  # a descriptor
 
@@ -254,7 +255,7 @@ def _marked_here() -> AbstractContextManager[None]:
 
 
 def _trace_of(frame: FrameType | None) -> str:
-    while frame is not None and is_foreign(frame.f_code.co_filename):
+    while frame is not None and not is_users(frame.f_code.co_filename):
         frame = frame.f_back
     if frame is None:
         return ""

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from fxkfac.errors import CaptureError, FxkfacError
 from fxkfac.functional import FunctionalModel
 from fxkfac.graph.ir import Source
-from fxkfac.graph.source import caller, is_foreign
+from fxkfac.graph.source import caller, is_users
 from fxkfac.graph.verify import FlatModel
 
 SELECT = "choose by torch.where between both branches, or trace the branch that you mean"
@@ -134,7 +134,7 @@ def _own_error(model: FlatModel, tensors: list[Tensor]) -> list[Construct]:
         return []
     except Exception as error:
         frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-        own = [frame for frame in frames if not is_foreign(frame.f_code.co_filename)]
+        own = [frame for frame in frames if is_users(frame.f_code.co_filename)]
         said = f"the model's own {type(error).__name__}, {str(error).splitlines()[:1]},"
         return [Construct(said, caller(own[-1]) if own else None, INPUTS)]
     return []
@@ -175,7 +175,7 @@ def _custom(kind: type, source: Source | None) -> list[Construct]:
     if kind is CheckpointFunction:
         return [Construct("checkpoint(.., use_reentrant=True)", source, SAVED)]
     file = getattr(sys.modules.get(kind.__module__), "__file__", None) or ""
-    if is_foreign(file):
+    if not is_users(file):
         return []
     name = kind.__qualname__.rpartition("<locals>.")[2]
     return [Construct(f"the custom autograd.Function {name}", source, DETACH, of_gradients=True)]

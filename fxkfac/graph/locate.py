@@ -104,13 +104,20 @@ def locate(
         g = (before[use.tap], after[use.tap])
         pairs = [g, (first.outputs[use.tap].detach(), second.outputs[use.tap].detach())]
         axes.append(_batch_axis(use, pairs, (first.inputs[k], second.inputs[k]), other))
-        constant.append(axes[-1] is None and bool(g[0].any()) and close(*g, lowest))
+        alike = n > 1 and axes[-1] is None and bool(g[0].any())
+        constant.append(alike and close(*g, lowest))
     if at is not None and any(constant):
         datum = data_of(cotangent, at, n)
         one, rest = (first.gradients(f, cotangent * part) for part in (datum == 0, datum != 0))
-        shared = [n == 1 or _share_rows(u, one[u.tap], rest[u.tap]) for u in uses]
+        shared = [_share_rows(u, one[u.tap], rest[u.tap]) for u in uses]
         constant = [c and s for c, s in zip(constant, shared, strict=True)]
     return Located(at, tuple(axes), tuple(constant))
+
+
+def other_order(n: int) -> Tensor:
+    """Another order of n data, that a model which rolls or flips them itself does not keep."""
+    order = torch.arange(n, device="cpu")
+    return order.roll(1) if n < 3 else torch.cat([order[:-1].roll(1), order[-1:]])
 
 
 def _of_prediction(

@@ -87,6 +87,18 @@ def _transforms_closed() -> Iterator[None]:
             torch._C._exit_dual_level(0)
 
 
+@contextmanager
+def dispatch_kept() -> Iterator[None]:
+    """Give back the thread's dispatch keys: a front end that fails inside `vmap` leaves some out.
+
+    Then nothing gets a gradient any more. What has failed must be caught and let go inside, as the
+    frames of its traceback hold guards that change the keys when they are freed.
+    """
+    keys = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    with torch._C._ForceDispatchKeyGuard(*keys):
+        yield
+
+
 def _forward_mode_closed() -> bool:
     """Whether no forward-mode level is open, below Python's own count of them."""
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import linecache
 import re
+import sysconfig
 from functools import cache
 from pathlib import Path
 from types import FrameType
@@ -19,17 +20,24 @@ FOREIGN = (
     str(Path(einops.__file__).parent),
     str(Path(__file__).parent.parent),
 )
+STANDARD, PACKAGES = sysconfig.get_path("stdlib"), ("site-packages", "dist-packages")
 FRAME = re.compile(r'File "(?P<file>.+)", line (?P<line>\d+), in (?P<function>\S+)\n?(?P<code>.*)')
 
 
 def is_foreign(file: str) -> bool:
-    """Whether a file is torch's or fxkfac's, not the user's."""
+    """Whether a file is torch's or fxkfac's."""
     return file.startswith(FOREIGN) or file.startswith(("torch/", "<"))
+
+
+def is_users(file: str) -> bool:
+    """Whether a file is the user's own, or a package of theirs: not Python's library either."""
+    of_python = file.startswith(STANDARD) and not any(name in file for name in PACKAGES)
+    return not is_foreign(file) and not of_python
 
 
 def caller(frame: FrameType | None) -> Source | None:
     """The innermost line of the user's own code that runs now, from this frame on."""
-    while frame is not None and is_foreign(frame.f_code.co_filename):
+    while frame is not None and not is_users(frame.f_code.co_filename):
         frame = frame.f_back
     if frame is None:
         return None
@@ -43,7 +51,7 @@ def _frames(trace: str) -> tuple[Source, ...]:
     return tuple(
         Source(f["file"], int(f["line"]), f["function"], f["code"].strip())
         for f in found
-        if not is_foreign(f["file"])
+        if is_users(f["file"])
     )
 
 

@@ -24,7 +24,7 @@ from fxkfac.graph.lift import SUMMED
 from fxkfac.graph.locate import Located
 from fxkfac.graph.match import Matched, Unsupported, unsupported_message
 from fxkfac.graph.program import Program, Tapped
-from fxkfac.graph.quiet import quietly
+from fxkfac.graph.quiet import dispatch_kept, quietly
 from fxkfac.graph.record import record
 from fxkfac.graph.signature import BatchAxes, Signature, signature_of
 from fxkfac.graph.structure import Structures, structures_of
@@ -110,21 +110,18 @@ def compile_graph(
         cut = first_cut(model, tensors, model.bound.selected)
     refusals = dict.fromkeys(ABOVE_AUTOGRAD, cut.name) if cut else {}
     example = _to_capture(model.signature, tensors, dynamic)
+
+    def captured_by(name: str) -> Tapped:
+        captured = FRONT_ENDS[name](model.bound, model.signature, example)
+        return _compile(model, captured, tensors, dynamic, structures, cut)
+
     for name in _in_order(cut):
         refusals.pop(name, None)  # of the one that comes last, and is tried after all
-        try:
-            with quietly():
-                captured = FRONT_ENDS[name](model.bound, model.signature, example)
-                tapped = _compile(model, captured, tensors, dynamic, structures, cut)
-        except FxkfacError:
-            raise
-        except Refusal as reason:
-            refusals[name] = str(reason)
+        found = _tried(captured_by, name)
+        if isinstance(found, str):
+            refusals[name] = found
             continue
-        except Exception as error:  # front ends raise whatever their depths raise
-            refusals[name] = _shorten(error)
-            continue
-        tapped = replace(tapped, refusals=dict(refusals))
+        tapped = replace(found, refusals=dict(refusals))
         if not tapped.unsupported:
             return tapped
         if best is None or len(tapped.uncovered) < len(best.uncovered):
@@ -141,6 +138,20 @@ def compile_graph(
     with quietly():
         met = constructs_of(model, tensors)
     raise CaptureError(_capture_message(model.bound, refusals, met))
+
+
+def _tried(captured_by: Callable[[str], Tapped], name: str) -> Tapped | str:
+    """What a front end gives, or why it gives nothing."""
+    with dispatch_kept():
+        try:
+            with quietly():
+                return captured_by(name)
+        except FxkfacError:
+            raise
+        except Refusal as reason:
+            return str(reason)
+        except Exception as error:  # front ends raise whatever their depths raise
+            return _shorten(error)
 
 
 def _in_order(cut: Cut | None) -> list[str]:

@@ -20,7 +20,7 @@ from fxkfac.graph.coupling import Coupling, coupling
 from fxkfac.graph.dependence import depend_on
 from fxkfac.graph.derived import derived_weights
 from fxkfac.graph.ir import Example, Use
-from fxkfac.graph.locate import Located, locate
+from fxkfac.graph.locate import Located, locate, other_order
 from fxkfac.graph.match import Matched, match
 from fxkfac.graph.signature import near
 from fxkfac.graph.structure import Structures
@@ -163,7 +163,7 @@ def _locate(trial: Trial, uses: Sequence[Use]) -> tuple[tuple[Use, ...], Located
         lambda data, taps: run_graph(trial.captured, quiet, trial.state, data, taps),
         signature.permute,
         trial.data,
-        torch.arange(signature.batch_size(trial.data), device="cpu").roll(1),
+        other_order(signature.batch_size(trial.data)),
         uses,
         trial.generator,
         trial.captured.lowest,

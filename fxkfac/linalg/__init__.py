@@ -1,5 +1,6 @@
-"""Matrices without graphs: vectorisation, operators, sums over rows."""
+"""Matrices without graphs: vectorisation, operators, sums over rows, checksums."""
 
+from fxkfac.linalg.checksum import checksum
 from fxkfac.linalg.flatten import cvec, rvec
 from fxkfac.linalg.gram import Gram, add_gram, in_front, strip
 from fxkfac.linalg.kept import kept
@@ -13,6 +14,7 @@ __all__ = [
     "Windows",
     "add_gram",
     "add_patch_gram",
+    "checksum",
     "cvec",
     "in_front",
     "kept",

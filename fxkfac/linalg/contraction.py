@@ -79,9 +79,14 @@ class Squares:
     Q_A: Tensor | None
     Q_B: Tensor
 
+    @property
+    def tokens(self) -> bool:
+        """Whether A is a diagonal, so that one-hot rows need not be written out."""
+        return self.Q_A is None
+
     def order(self, sizes: Sizes) -> Order:
         """The cheapest order."""
-        return order_by_token(sizes) if self.Q_A is None else order_of_squares(sizes)
+        return order_by_token(sizes) if self.tokens else order_of_squares(sizes)
 
     def of(self, rows: Rows) -> Tensor:
         """The sum over some data."""
@@ -111,7 +116,7 @@ class Left:
 
     Attributes:
         B: Symmetric, (group, out, out).
-        tokens: Whether rows are one-hot.
+        tokens: Whether A is a diagonal, so that one-hot rows need not be written out.
     """
 
     B: Tensor
@@ -148,9 +153,14 @@ class Right:
 
     A: Tensor
 
+    @property
+    def tokens(self) -> bool:
+        """Whether A is a diagonal, so that one-hot rows need not be written out."""
+        return self.A.ndim == 1
+
     def order(self, sizes: Sizes) -> Order:
         """The cheapest order."""
-        return order_by_token(sizes) if self.A.ndim == 1 else order_of_products(sizes)
+        return order_by_token(sizes) if self.tokens else order_of_products(sizes)
 
     def of(self, rows: Rows) -> Tensor:
         """The sum over some data."""

@@ -46,8 +46,8 @@ class Order:
         S, V, i, o = sizes.shared, sizes.vectors, sizes.d_in, sizes.d_out
         of_x = S * i
         of_vector = S * o + (i * o if self.forms else 0)
-        vectors = min(V, max(1, largest // (group * of_vector)))
-        return max(1, largest // (group * (of_x + vectors * of_vector))), vectors
+        vectors = min(V, max(1, largest // max(group * of_vector, 1)))
+        return max(1, largest // max(group * (of_x + vectors * of_vector), 1)), vectors
 
 
 NAMES = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import inf
 from typing import Any
 
 from fxkfac.errors import OptionError
@@ -24,7 +25,8 @@ def require_keys(state: Mapping[str, Any], keys: Sequence[str]) -> None:
 
 def require_positive(name: str, value: Any) -> None:
     """Raise `OptionError` unless a number is positive."""
-    require(isinstance(value, int | float) and value > 0, f"{name}={value!r}; expected a positive number.")
+    holds = isinstance(value, int | float) and 0 < value < inf
+    require(holds, f"{name}={value!r}; expected a positive number.")
 
 
 def require_not_negative(name: str, value: Any) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
@@ -35,6 +35,14 @@ class _Deaf:
         """Let it go."""
 
 
+class Slope(NamedTuple):
+    """The loss of all data, its gradients, and R of these data."""
+
+    loss: Tensor
+    gradients: dict[str, Tensor]
+    reduction: float
+
+
 @full_precision()
 def loss_and_gradients(
     program: Program,
@@ -42,7 +50,7 @@ def loss_and_gradients(
     data: Batches,
     generator: Generator,
     wanted: Sequence[str],
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> Slope:
     """The loss of all data with its reduction, and its gradients in the parameters `wanted`.
 
     From the same state of the generator, dropout is that of `fxkfac.step` as long as that has
@@ -75,7 +83,7 @@ def loss_and_gradients(
     R = likelihood.reduction_factor(count)
     gradients = {name: scaled(R, sums.get(name), state[name]) for name in wanted}
     require_finite_gradients(gradients)
-    return R * total, gradients
+    return Slope(R * total, gradients, R)
 
 
 def unused(program: Program, data: Batches) -> set[str]:

@@ -169,9 +169,10 @@ class KFAC(Optimizer):
             p.advance(found.factors)
             return found.loss, found.gradients
         wanted = self.program.asked.selected
-        result = loss_and_gradients(self.program, p.likelihood, data, p.generator, wanted)
+        slope = loss_and_gradients(self.program, p.likelihood, data, p.generator, wanted)
         p.advance(None)
-        return result
+        p.reduction = slope.reduction
+        return slope.loss, slope.gradients
 
     def _follow_with_buffers(self, data: Batches) -> None:
         model = self.program.model
@@ -233,7 +234,7 @@ class KFAC(Optimizer):
         p, model = self.preconditioner, self.program.model
         again = torch.Generator(p.generator.device)
         again.set_state(drawn)
-        after, _ = loss_and_gradients(self.program, p.likelihood, data, again, ())
+        after = loss_and_gradients(self.program, p.likelihood, data, again, ()).loss
         now = held(self.program)
         step = {name: now[name].detach() - before[name] for name in gradients}
         again.set_state(drawn)

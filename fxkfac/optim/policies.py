@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fxkfac.exact import ggn_vector_product
-from fxkfac.functional import FunctionalModel, nest_names
+from fxkfac.functional import FunctionalModel
+from fxkfac.parameters import nest_names
 
 GOOD, BAD = 0.75, 0.25  # reduction ratios (Martens & Grosse 2015, Section 6.5)
 CHANGE = 19 / 20  # of the damping in one step
@@ -38,7 +39,8 @@ def kl_factor(
     """
     if kl_clip is None or not steps:
         return 1.0
-    total = torch.stack([lr**2 * (v * g).sum().abs() for lr, v, g in steps]).sum()
+    # A parameter's own part may be negative, as a bias' that has joined a weight; the sum is not.
+    total = torch.stack([lr**2 * (v * g).sum() for lr, v, g in steps]).sum().clamp_min(0.0)
     return (kl_clip / total).sqrt().clamp_max(1.0)  # of zero it is one
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from fxkfac.curvature.curvature import canonical_names
 from fxkfac.curvature.factors import Factors
 from fxkfac.curvature.kfac import kfac
 from fxkfac.curvature.losses import likelihood_of
@@ -58,6 +59,10 @@ class Preconditioner:
         generator: Source of random labels and dropout; its state is part of `state_dict`. Default:
             one of its own, which begins at PyTorch's seed.
 
+    Attributes:
+        reduction: R of the batch that gradients are of, for `ekfac`: updates with factors set it.
+            Set it before `solve` after one without, if that batch counts otherwise.
+
     Raises:
         OptionError: An argument is out of its range.
         LossError: The loss has no likelihood here.
@@ -92,7 +97,8 @@ class Preconditioner:
         self.settings = settings_of(
             program, loss, fisher, sharing, mc_samples, separate_weight_and_bias, mask is not None
         )
-        self.generator = generator or Generator().manual_seed(torch.initial_seed() % 2**63)
+        own = Generator().manual_seed(torch.initial_seed() % 2**63)
+        self.generator = own if generator is None else generator
         self.options: dict[str, Any] = {
             "fisher": fisher,
             "mc_samples": mc_samples,
@@ -105,7 +111,7 @@ class Preconditioner:
         }
         self.steps = 0
         self.average = RunningAverage(decay)
-        self._reduction = 1.0  # R of the last factors
+        self.reduction = 1.0
         self.bases: dict[str, Basis] = {}
         self._inverses: dict[str, tuple[Basis, float, Inverses]] = {}  # of which basis and damping
         self._layouts = layouts(program, self.settings, self.split)
@@ -159,7 +165,7 @@ class Preconditioner:
                     "structure='skip' for it."
                 )
             self.average.update(factors)
-            self._reduction = factors.reduction
+            self.reduction = factors.reduction
         if self.steps % self.inverse_interval == 0:
             self._decompose()
         self.steps += 1
@@ -184,24 +190,31 @@ class Preconditioner:
                 moments first: where `gradients` are clipped, say. Default: `gradients`.
 
         Raises:
-            UnknownParameter: A parameter of one of the blocks has a gradient and another one none.
-            OptionError: A gradient is sparse.
+            UnknownParameter: A parameter of one of the blocks has a gradient and another one none,
+                or no parameter is called so.
+            OptionError: A gradient is sparse, is none, or comes under two names of one parameter.
             FxkfacError: There was no update yet.
         """
         if self.steps == 0:
             raise FxkfacError("there are no factors yet; call `update(inputs, targets)` first.")
-        natural = dict(gradients)
+        given, first = self._by_name(gradients), of_batch and self._by_name(of_batch)
+        natural = dict(given)
         for name, layout in self._layouts.items():
-            if not set(layout.params) & set(gradients):
+            if not set(layout.params) & set(given):
                 continue
             basis = self.bases[name]
-            G = layout.matrix(gradients, basis.inputs.dtype)
+            G = layout.matrix(given, basis.inputs.dtype)
             if self.ekfac and layout.kind == "product":
-                own = G if of_batch is None else layout.matrix(of_batch, G.dtype)
-                basis = self.bases[name] = basis.observe(own, self._reduction, self.decay)
+                own = layout.matrix(first, G.dtype) if first else G
+                basis = self.bases[name] = basis.observe(own, self.reduction, self.decay)
             solved = layout.parameters(self._solved(name, basis, G))
-            natural |= {n: part.to(gradients[n].dtype) for n, part in solved.items()}
-        return natural
+            natural |= {n: part.to(given[n].dtype) for n, part in solved.items()}
+        return dict(zip(gradients, natural.values(), strict=True))
+
+    def _by_name(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same in the same order, by the names by which the blocks know their parameters."""
+        known = canonical_names(gradients, self.program.model.resolve)
+        return {known[name]: g for name, g in gradients.items()}
 
     def _solved(self, name: str, basis: Basis, G: Tensor) -> Tensor:
         if not basis.split:
@@ -230,7 +243,7 @@ class Preconditioner:
             "steps": self.steps,
             "damping": self.damping,
             "generator": self.generator.get_state(),
-            "reduction": self._reduction,
+            "reduction": self.reduction,
             "average": saved.of_average(self.average),
             "bases": {name: saved.of_basis(basis) for name, basis in self.bases.items()},
         }
@@ -250,7 +263,7 @@ class Preconditioner:
             self._require_fit(name, basis)
         self.steps, self.damping = state["steps"], state["damping"]
         self.generator.set_state(state["generator"].cpu())
-        self._reduction = state["reduction"]
+        self.reduction = state["reduction"]
         self.average = saved.to_average(
             state["average"], self.program, self.settings, self.likelihood, self.decay, device
         )

@@ -20,7 +20,7 @@ from fxkfac.curvature.schedule import Schedule
 from fxkfac.errors import MergeError
 from fxkfac.functional import Params
 from fxkfac.graph.program import Program
-from fxkfac.persistence.checksum import checksum
+from fxkfac.linalg import checksum
 from fxkfac.persistence.container import Header, StrPath, read
 from fxkfac.persistence.description import MOST, describe, matching
 from fxkfac.persistence.factors import heading, pack_number, unpack_number

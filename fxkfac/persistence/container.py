@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fxkfac.errors import FileError
-from fxkfac.persistence.checksum import checksum
+from fxkfac.linalg import checksum
 
 Header = dict[str, Any]  # what JSON holds
 Tensors = dict[str, Tensor]

@@ -11,19 +11,17 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
 from fxkfac.curvature.factors import Settings
 from fxkfac.curvature.options import settings_of
-from fxkfac.curvature.plan import BlockPlan, TermPlan
+from fxkfac.curvature.plan import BlockPlan, Place, TermPlan
 from fxkfac.curvature.schedule import Schedule, schedule_of
 from fxkfac.curvature.sharing import accurate_dtype
 from fxkfac.errors import MergeError
 from fxkfac.graph.ir import Use
 from fxkfac.graph.program import Program
-from fxkfac.persistence.checksum import checksum
 
 Description = dict[str, Any]  # what JSON holds
 MOST = 4  # differences that a message lists
@@ -54,23 +52,16 @@ def fingerprint(description: Description) -> str:
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
 
 
-_known: WeakKeyDictionary[BlockPlan, Description] = WeakKeyDictionary()
-
-
 def _block(plan: BlockPlan) -> Description:
-    """One block; made once, as all entries of its parameters are looked at."""
-    if plan not in _known:
-        terms = [_term(term, plan.offsets) for term in plan.terms]
-        _known[plan] = {"parameters": list(plan.parameters), "terms": terms}
-    return _known[plan]
+    terms = [_term(*pair) for pair in zip(plan.terms, plan.places, strict=True)]
+    return {"parameters": list(plan.parameters), "terms": terms}
 
 
-def _term(term: TermPlan, offsets: dict[str, int]) -> Description:
-    entries = term.entries(offsets)
+def _term(term: TermPlan, place: Place) -> Description:
     return {
-        "parameters": list(term.parameters),
-        "group in out": list(entries.shape),
-        "entries": checksum(entries),
+        "parameters": list(place.parameters),
+        "group in out": list(place.shape),
+        "entries": place.entries,
         # Of the different ones: a longer sequence may have more uses, in the same way.
         "scales": sorted(map(list, set(term.scales))),
         "batch axes": sorted({_batch_axis(use) for use in term.uses}),

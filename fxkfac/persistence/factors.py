@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fxkfac.curvature.factors import Factors, Product
 from fxkfac.curvature.losses import likelihood_of
+from fxkfac.curvature.options import require_program
 from fxkfac.curvature.running import RunningAverage
 from fxkfac.errors import OptionError
 from fxkfac.graph.program import Program
@@ -100,6 +101,7 @@ def load(path: StrPath, program: Program, loss: Any) -> Any:
         FileError: There is no such file, it is damaged or no whole file, or holds something else.
         MergeError: It is of another program or loss; the message says what differs.
     """
+    require_program(program)
     header, tensors = read(path, (KIND, AVERAGE), program.like.device)
     factors = _unpacked_factors(header, tensors, program, loss)
     if header["kind"] == KIND:

@@ -128,6 +128,16 @@ CASES = {
         lambda: nn.Sequential(nn.Embedding(7, 4), nn.Tanh(), nn.Linear(4, 3)),
         classes(N, C=7), classes(N),
     ),
+    "tokens reduce": Case(
+        Tokens, classes(N, 6, C=7), classes(N, 6), kfac={"sharing": "reduce"}
+    ),
+    "one token reduce": Case(
+        lambda: nn.Sequential(nn.Embedding(7, 4), nn.Tanh(), nn.Linear(4, 3)),
+        classes(N, C=7), classes(N), kfac={"sharing": "reduce"},
+    ),
+    "two tables reduce": Case(
+        two_tables, classes(N, 5, C=5), classes(N), kfac={"sharing": "reduce"}
+    ),
     "two tables": Case(two_tables, classes(N, 5, C=5), classes(N)),
     "twice": Case(twice, rand(N, 4), rand(N, 3).sigmoid(), BCE),
     "time major": Case(
@@ -471,6 +481,53 @@ class TestPadding:
 def plain():
     program, data = fxkfac.trace(seeded(mlp), rand(2, 4)), (rand(N, 4), classes(N))
     return program, data, fxkfac.kfac(program, CE, data)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: nn.functional.linear(x, m.W, m.W[:, 1]).tanh(),
+        lambda m, x: (x @ m.W + m.W[0]).tanh(),
+        lambda m, x: (x @ m.W + torch.cat([m.b, m.b])).tanh(),
+    ],
+    ids=["a column", "a row", "a bias twice"],
+)
+@pytest.mark.parametrize("correct", [fxkfac.ekfac, fxkfac.kfoc])
+def test_a_bias_with_entries_that_come_twice_is_refused(correct: Any, forward: Any) -> None:
+    model = seeded(lambda: Made(forward, W=(4, 4), b=(2,)))
+    data = rand(N, 4), rand(N, 4)
+    program = fxkfac.trace(model, data[0])
+    with pytest.raises(errors.UnsupportedUse, match="come several times"):
+        correct(program, MSE, data, fxkfac.kfac(program, MSE, data))
+
+
+@pytest.mark.parametrize("correct", [fxkfac.ekfac, fxkfac.kfoc])
+def test_a_weight_without_columns(correct: Any) -> None:
+    """It has a block without entries; the others are those of a model without it."""
+    data = rand(N, 4), classes(N)
+    blocks = []
+    for forward in (lambda m, x: torch.cat([x @ m.W, x], 1) @ m.V, lambda m, x: x @ m.V):
+        model = seeded(lambda f=forward: Made(f, W=(4, 0), V=(4, 3)))  # type: ignore[misc]
+        program = fxkfac.trace(model, data[0], unsupported="skip")
+        blocks.append(correct(program, CE, data, fxkfac.kfac(program, CE, data))["V"].dense())
+    torch.testing.assert_close(*blocks)
+
+
+def test_a_singular_block_is_singular() -> None:
+    """One class too many, as softmax has: Λ holds squares of rounding, which are zeros."""
+    model, data = seeded(lambda: nn.Linear(4, 3)), (rand(40, 4), classes(40))
+    program = fxkfac.trace(model, data[0])
+    factors = fxkfac.kfac(program, CE, data)
+    corrected = fxkfac.ekfac(program, CE, data, factors)
+    operator = corrected.operator()
+    assert fxkfac.operators.summary(operator).rank == 10
+    assert fxkfac.operators.logdet(operator) == -torch.inf
+    assert fxkfac.operators.condition(operator) == torch.inf
+    gradients = {name: rand(*p.shape) for name, p in model.named_parameters()}
+    with pytest.raises(errors.OptionError, match="the operator is singular"):
+        corrected.solve(gradients, damping=0.0)
+    with pytest.raises(errors.OptionError, match="the operator is singular"):
+        fxkfac.influence(program, CE, corrected, data, data, 0.0)
 
 
 class TestRefusals:

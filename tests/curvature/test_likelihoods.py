@@ -6,6 +6,7 @@ import torch.distributions as D
 from torch import nn
 from torch.autograd.functional import hessian as autograd_hessian
 
+import fxkfac
 from fxkfac.curvature.likelihoods import Likelihood
 from fxkfac.curvature.losses import Bernoulli, Categorical, Gaussian, likelihood_of
 from fxkfac.errors import DataError, LossError, NonFiniteError
@@ -581,3 +582,110 @@ class TestValidation:
         likelihood.validate(f, y)  # one batch may hold padding only
         with pytest.raises(DataError, match="every target is ignored"):
             likelihood.reduction_factor(likelihood.count(f, y))
+
+
+class Cosh(Likelihood):
+    def nll(self, prediction, target):
+        return (prediction - target).cosh().log().flatten(1).sum(1)
+
+
+class Rate(Likelihood):
+    def distribution(self, prediction):
+        return D.Poisson(prediction.exp())
+
+
+class TestNothingIsBroadcast:
+    @pytest.mark.parametrize("shapes", [((8, 1), (8,)), ((8, 3), (8, 1)), ((8, 3), (8, 1, 3))])
+    def test_labels_of_a_distribution(self, shapes):
+        f, y = rand(*shapes[0]), torch.ones(shapes[1], dtype=F64)
+        with pytest.raises(DataError, match=r"targets of shape .* for a Poisson of shape"):
+            Rate().validate(f, y)
+
+    def test_targets_that_an_nll_couples(self):
+        with pytest.raises(LossError, match=r"Cosh\.nll gives .* for it alone; expected the same"):
+            Cosh().validate(rand(8, 1), rand(8, seed=1))
+        Cosh().validate(rand(8, 1), rand(8, 1, seed=1))
+
+    def test_distributions_with_events(self):
+        make = Likelihood.from_distribution(lambda f: D.Independent(D.Normal(f, 1.0), 1))
+        make.validate(rand(5, 3), rand(5, 3, seed=1))
+        Likelihood.from_distribution(lambda f: D.Categorical(logits=f)).validate(
+            rand(5, 3), classes(5, C=3)
+        )
+
+
+class TestTorchLossesThatAreOtherFunctions:
+    def test_hooks(self):
+        loss = MSE()
+        loss.register_forward_hook(lambda module, inputs, output: 2 * output)
+        with pytest.raises(LossError, match="without hooks"):
+            likelihood_of(loss)
+
+    def test_a_forward_of_its_own(self):
+        loss = MSE()
+        loss.forward = lambda f, y: (f - y).abs().mean()
+        with pytest.raises(LossError, match="no likelihood is known for the loss MSELoss"):
+            likelihood_of(loss)
+
+    def test_label_smoothing_beyond_one(self):
+        with pytest.raises(LossError, match=r"label_smoothing=1\.5"):
+            likelihood_of(CE(label_smoothing=1.5))
+
+
+class Padded(Likelihood):
+    """Cross-entropy that ignores a class, as one would write it."""
+
+    def nll(self, prediction, target):
+        return nn.functional.cross_entropy(prediction, target, reduction="none").flatten(1).sum(1)
+
+    def count(self, f, y):
+        return float((y != -100).sum())
+
+    def event_axes(self, f):
+        return (1,)
+
+    def ignored(self, f, y):
+        return (y == -100).unsqueeze(1)
+
+    def ignores(self, y):
+        return bool((y == -100).any())
+
+    def distribution(self, prediction):
+        return D.Categorical(logits=prediction.movedim(1, -1))
+
+
+class TestIgnoredSitesOfAUsersLikelihood:
+    @pytest.fixture
+    def made(self):
+        torch.manual_seed(0)
+        inside = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).to(F64)
+        x = rand(9, 5, 4)
+        y = classes(9, 5, C=3)
+        y[:, 3:] = -100
+
+        class Positions(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.inside = inside
+
+            def forward(self, x):
+                return self.inside(x).transpose(1, 2)
+
+        return fxkfac.trace(Positions(), x), (x, y)
+
+    @pytest.mark.parametrize("fisher", ["type-2", "empirical"])
+    def test_rows_and_factors_are_those_of_cross_entropy(self, made, fisher):
+        program, data = made
+        expected = fxkfac.kfac(program, CE(), data, fisher=fisher)
+        found = fxkfac.kfac(program, Padded(), data, fisher=fisher)
+        assert found.products["inside.0.weight"][0].rows == 27
+        for name, block in expected.items():
+            torch.testing.assert_close(found[name].A, block.A)
+            torch.testing.assert_close(found[name].B, block.B, rtol=1e-7, atol=1e-9)
+
+    def test_no_gradient_of_a_drawn_label_arrives_at_them(self, made):
+        y, f = made[1][1], rand(9, 3, 5)
+        likelihood, source = Padded(), torch.Generator().manual_seed(0)
+        sampled = likelihood.sample(f, source)
+        assert not likelihood.sampled_gradient(f, y, sampled)[..., 3:].any()
+        assert not torch.stack(list(likelihood.hessian_columns(f, y)))[..., 3:].any()

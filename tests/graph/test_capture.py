@@ -264,6 +264,21 @@ class TestTheCallersState:
             fxkfac.trace(model, X, {"W": rand(4, 3)})
         close(torch.func.jvp(torch.sin, (X,), (X,))[1], X.cos() * X)
 
+    @pytest.mark.parametrize("act", [torch.sin, F.silu])
+    def test_a_failure_inside_a_hessian_leaves_gradients_on(self, act):
+        """Symbolic `make_fx` fails inside the two transforms, and has left dispatch keys out."""
+
+        def model(params, x):
+            def laplacian(row):
+                return torch.func.hessian(lambda r: act(r @ params["W"]).sum())(row).trace()
+
+            return torch.vmap(laplacian)(x).unsqueeze(1)
+
+        program = fxkfac.trace(model, X, {"W": rand(4, 3)})
+        assert "make_fx (symbolic)" in program.tapped.refusals
+        proves(program, X, rand(5, 1))
+        assert (rand(3).requires_grad_() * 2).requires_grad
+
     def test_gradients_and_flags_are_left_alone(self):
         model = seeded(normed).eval()
         model[0].bias.requires_grad_(False)

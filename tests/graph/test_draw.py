@@ -266,7 +266,7 @@ def test_a_tied_parameter_may_have_any_of_its_names():
         ({"0.weight": float("nan")}, NonFiniteError, r"0\.weight'\] is nan.*Leave"),
         ({"0.weight": float("inf")}, NonFiniteError, r"is inf.*finite"),
         ({"0.weight": "large"}, OptionError, r"str, 'large'; expected a number"),
-        ({"0.weight": torch.ones(2)}, OptionError, r"a Tensor.*expected a number"),
+        ({"0.weight": torch.ones(2)}, OptionError, r"of type Tensor.*expected a number"),
         ({}, OptionError, "empty mapping.*Leave it out"),
         ([1.0], OptionError, "list; expected a mapping"),
     ],

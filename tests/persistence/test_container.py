@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fxkfac.errors import FileError
+from fxkfac.linalg.checksum import CHUNK, ODD, checksum
 from fxkfac.persistence import container
-from fxkfac.persistence.checksum import CHUNK, ODD, checksum
 from fxkfac.persistence.container import read, write
 
 CPU = torch.device("cpu")

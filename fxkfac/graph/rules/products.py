@@ -212,9 +212,15 @@ def broadcast(call: Call, name: str, scale: float = 1.0) -> Form:
 
 
 def aligned(call: Call, name: str) -> str:
-    """The axes of an operand that broadcasts to the output: `1` where it has length one only."""
+    """The axes of an operand that broadcasts to the output: `1` where it has length one only.
+
+    The first axis of an output is one of rows even where it is of length one, for a single datum.
+    """
     shape, y_shape = call.shape(name), call.y_shape
     own = len(y_shape) - len(shape)
     y = rows(len(y_shape)).split()[own:]
     pairs = zip(y, y_shape[own:], shape, strict=True)
-    return " ".join(a if n == m else "1" for a, m, n in pairs)
+    tokens = [a if n == m else "1" for a, m, n in pairs]
+    if own == 0 and len(shape) > 1 and shape[0] == 1:
+        tokens[0] = "1"
+    return " ".join(tokens)

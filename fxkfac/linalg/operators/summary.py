@@ -20,7 +20,7 @@ from fxkfac.linalg.operators.entries import trace
 from fxkfac.linalg.operators.factored import Eigenbasis, Kronecker
 from fxkfac.linalg.operators.named import public
 from fxkfac.linalg.operators.spectra import eigenvalues, of_blocks
-from fxkfac.linalg.operators.symmetric import ROUNDING, factor_eigenvalues
+from fxkfac.linalg.operators.symmetric import factor_eigenvalues
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -100,7 +100,7 @@ class Summaries:
             case Placed() if not operator.repeats:
                 return joined([self.of(operator.operator), _zeros(operator)])
             case Eigenbasis():
-                λ = _squares(eigenvalues(operator), operator.numel).detach().cpu().double()
+                λ = eigenvalues(operator).detach().cpu().double()
                 return _Factor.of(λ.view(1, -1), λ.sum().view(1)).joined()
             case _:
                 λ = eigenvalues(operator).detach().cpu().double()
@@ -115,13 +115,6 @@ class Summaries:
             found = _Factor.of(λ, entries.detach().cpu().double().sum(-1))
             self._known[key] = factor, found  # while it is held, no other one is at its address
         return self._known[key][1]
-
-
-def _squares(λ: Float[Tensor, " d"], d: int) -> Float[Tensor, " d"]:
-    """Eigenvalues that are sums of squares, as EKFAC's; rounding comes squared, too."""
-    rounding = ROUNDING * torch.finfo(λ.dtype).eps
-    largest = λ.max() if d else 0.0
-    return torch.where(λ <= rounding**2 * d * largest, 0.0, λ)
 
 
 def _zeros(operator: Placed) -> Summary:

@@ -68,6 +68,17 @@ def _rounded(λ: Float[Tensor, "*group d"], dtype: torch.dtype) -> Float[Tensor,
     return torch.where(λ <= _rounding(λ) * largest, 0.0, λ).to(dtype)
 
 
+def rounded_squares(λ: Float[Tensor, "group d_in d_out"]) -> Float[Tensor, "group d_in d_out"]:
+    """Eigenvalues that are sums of squares, as EKFAC's are, without what is rounding.
+
+    It comes squared, too, beside the largest of the group.
+    """
+    if not λ.numel():
+        return λ
+    rounding = (ROUNDING * torch.finfo(λ.dtype).eps) ** 2 * λ[0].numel()
+    return torch.where(λ <= rounding * λ.amax((1, 2), keepdim=True), 0.0, λ)
+
+
 def is_regular(λ: Float[Tensor, "*group d"]) -> bool:
     """Whether no eigenvalue is zero up to rounding beside the largest one of its matrix."""
     if not λ.numel():
