@@ -162,7 +162,8 @@ def linearised(posterior: Posterior, draws: Draws, inputs: Inputs) -> Tensor:
         inputs: One batch.
 
     Raises:
-        UnknownParameter: The draws are not of the posterior's parameters.
+        UnknownParameter, ParameterError: The draws are not of the posterior's parameters, or have
+            other shapes.
         OptionError: The model draws random numbers itself, as dropout does in training.
     """
     mean = posterior.mean
@@ -188,7 +189,7 @@ def predictions(posterior: Posterior, draws: Draws, inputs: Inputs) -> Tensor:
         posterior, draws, inputs: As of `fxkfac.laplace.linearised`.
 
     Raises:
-        UnknownParameter, OptionError: As `fxkfac.laplace.linearised` does.
+        UnknownParameter, ParameterError, OptionError: As `fxkfac.laplace.linearised` does.
     """
 
     def predicted(draw: dict[str, Tensor]) -> Tensor:
@@ -203,6 +204,13 @@ def _of_each(posterior: Posterior, draws: Draws, together: Run, alone: Run) -> T
     if set(draws) != set(names):
         raise UnknownParameter(f"draws of {list(draws)}; expected one of each of {names}.")
     held = {name: draws[name] for name in names}
+    shapes = {tuple(t.shape[:1]) for t in held.values()}
+    if len(shapes) > 1 or any(t.shape[1:] != posterior.mean[n].shape for n, t in held.items()):
+        raise ParameterError(
+            f"draws of shapes {[tuple(t.shape) for t in held.values()]}; expected as many of each, "
+            f"of (number, *shape) with shapes {[tuple(t.shape) for t in posterior.mean.values()]}. "
+            "A draw by itself is one of number 1."
+        )
     before = torch.get_rng_state()
     try:
         return torch.func.vmap(together)(held).detach()

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fxkfac
 from fxkfac import laplace, operators
-from fxkfac.errors import OptionError, ParameterError, UnknownParameter
+from fxkfac.errors import OptionError, ParameterError, UnknownParameter, UnsupportedUse
 
 N, IN, OUT, PRECISION = 7, 3, 2, 0.7
 
@@ -370,6 +370,25 @@ def test_models_with_ops_that_have_no_rule(name: str) -> None:
     slope = (plus - minus) / (2 * step)
     linear = laplace.linearised(found, draws, x)
     torch.testing.assert_close(linear - model(x).detach(), slope, rtol=1e-5, atol=1e-6)
+
+
+def test_draws_of_other_shapes_are_refused() -> None:
+    found, x = network_posterior()
+    draws = laplace.sample(found, 2, torch.Generator().manual_seed(0))
+    for wrong in ({n: t[0] for n, t in draws.items()}, {**draws, "0.bias": draws["0.bias"][:1]}):
+        for predict in (laplace.linearised, laplace.predictions):
+            with pytest.raises(ParameterError, match="expected as many of each"):
+                predict(found, wrong, x)
+
+
+def test_ops_without_a_second_derivative_are_named() -> None:
+    model = nn.Sequential(nn.EmbeddingBag(5, 3), nn.Tanh(), nn.Linear(3, 2))
+    x, y = torch.randint(0, 5, (4, 3)), torch.randint(0, 2, (4,))
+    factors = fxkfac.kfac(fxkfac.trace(model, x), nn.CrossEntropyLoss(), (x, y))
+    found = laplace.posterior(factors)
+    draws = laplace.sample(found, 2, torch.Generator().manual_seed(0))
+    with pytest.raises(UnsupportedUse, match=r"_embedding_bag_backward.*expected ops whose"):
+        laplace.linearised(found, draws, x)
 
 
 def test_a_model_that_draws_numbers_is_refused() -> None:

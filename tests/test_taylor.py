@@ -1,5 +1,6 @@
 """The forward Laplacian against nested autodiff."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -114,6 +115,15 @@ class TestEqualsAutodiff:
     )  # fmt: skip
     def test_of_positive_numbers(self, function):
         same(lambda x: function((x @ rand(2, 3, seed=5)).square() + 0.5), rand(N, 2))
+
+    @pytest.mark.parametrize("at", [0.0, 1e-9, 1e-3, 0.0954, 0.0956, 0.7, -2.5])
+    def test_sinc(self, at):
+        """Near zero the quotient has no digits left: so against the integral of cos(x s)."""
+        nodes, weights = (torch.tensor(t) for t in np.polynomial.legendre.leggauss(40))
+        s, w = (nodes + 1) / 2 * torch.pi, weights / 2
+        jet = fxkfac.laplacian(torch.sinc, torch.tensor([[at]], dtype=F64))
+        close(jet.value, (w * torch.cos(at * s)).sum().view(1, 1))
+        close(jet.laplacian, -(w * s**2 * torch.cos(at * s)).sum().view(1, 1))
 
     def test_powers_at_zero(self):
         out = laplacian(lambda x: (x**2 + x**1 + x**0).sum(-1), torch.zeros(N, 2, dtype=F64))

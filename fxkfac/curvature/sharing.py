@@ -194,8 +194,8 @@ def known(use: Use) -> BatchAxis:
             f"{', '.join(use.parameters)} enters {use.op}{at}, and no one axis of its output "
             f"{use.y_shape} holds the data in their order; expected (outer · N · inner) on one "
             "axis. Use fxkfac.kfac with sharing='expand' and separate_weight_and_bias=False, which "
-            "need none, or select other "
-            "parameters."
+            "need none, or select other parameters; or, where the example has sent no row there, "
+            "as to one of several experts, trace with data that send some."
         )
     return use.batch
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from fxkfac.errors import OptionError
+from fxkfac.errors import OptionError, UnsupportedUse
 from fxkfac.linalg import cvec, rvec
 
 FLATTENINGS: dict[str, Callable[[Tensor], Tensor]] = {"rvec": rvec, "cvec": cvec}
@@ -93,11 +93,21 @@ def vjp(
 
 
 def jvp(out: Tensor, inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> Tensor:
-    """J v for a computed `out`: Jᵀ u is linear in u, and its VJP in u is J. Definition 6."""
+    """J v for a computed `out`: Jᵀ u is linear in u, and its VJP in u is J. Definition 6.
+
+    Raises `UnsupportedUse` where PyTorch has no derivative of an op's backward pass.
+    """
     u = torch.zeros_like(out, requires_grad=True)
     pulled = vjp(out, inputs, u, create_graph=True)
     paired = torch.stack([(p * t).sum() for p, t in zip(pulled, tangents, strict=True)]).sum()
-    return vjp(paired, [u], torch.ones_like(paired))[0]
+    try:
+        return vjp(paired, [u], torch.ones_like(paired))[0]
+    except NotImplementedError as error:
+        raise UnsupportedUse(
+            f"{str(error).rstrip('.')}; expected ops whose backward pass has a derivative in "
+            "PyTorch. Build the model of others, as of nn.Embedding and a sum in the place of "
+            "nn.EmbeddingBag."
+        ) from error
 
 
 def order(shapes: Sequence[torch.Size], vec: str) -> Tensor:

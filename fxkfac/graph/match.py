@@ -273,8 +273,11 @@ def unsupported_message(unsupported: Sequence[Unsupported]) -> str:
     """What an error says about uses without normal form."""
     listed = "\n".join(f"  {u}" for u in unsupported[:8])
     more = f"\n  and {len(unsupported) - 8} more" if len(unsupported) > 8 else ""
+    number = f"{len(unsupported)} uses have" if len(unsupported) > 1 else "One use has"
     return (
-        f"{len(unsupported)} uses have no normal form (group, in, out):\n{listed}{more}\n"
+        f"{number} no normal form (group, in, out):\n{listed}{more}\n"
         "Trace with unsupported='diagonal' for the exact diagonal of these parameters, with "
-        "unsupported='skip' to leave them out, or select others by `params`."
+        "unsupported='skip' to leave them out, or select others by `params`. Where a weight is "
+        f"computed from them, structure={{{unsupported[0].parameters[0]!r}: 'derived'}} gives that "
+        "weight a block."
     )

@@ -9,20 +9,36 @@ import torch
 from torch._ops import OpOverload
 from torch.fx import Node
 
+from fxkfac.errors import OptionError
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def register(table: dict[OpOverload, F], *overloads: OpOverload) -> Callable[[F], F]:
-    """Put a function into a table under one or more overloads. Doing so twice is an error."""
+    """Put a function into a table under one or more overloads.
+
+    One of another name is not replaced; one of the same is, as where a cell runs again.
+    """
+    for overload in overloads:
+        if not isinstance(overload, OpOverload):
+            raise OptionError(
+                f"{overload!r} is of type {type(overload).__name__}; expected an overload of an "
+                "op, such as torch.ops.aten.linear.default."
+            )
 
     def put(function: F) -> F:
         for overload in overloads:
-            if overload in table:
-                raise ValueError(f"{overload} has a rule already: {table[overload].__name__}")
+            held = table.get(overload)
+            if held is not None and _place(held) != _place(function):
+                raise OptionError(f"{overload} has a rule already: {held.__name__}")
             table[overload] = function
         return function
 
     return put
+
+
+def _place(function: Callable[..., Any]) -> tuple[str, str]:
+    return function.__module__, function.__qualname__
 
 
 def draws(target: Any) -> bool:

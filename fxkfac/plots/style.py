@@ -31,7 +31,7 @@ def axes_or_new(ax: Axes | None, width: float = 6.0, height: float = 4.0) -> Axe
     except ImportError as error:
         raise FxkfacError(
             "fxkfac.plots needs Matplotlib, which is not installed; install it by "
-            "`pip install fxkfac[plots]` or `pip install matplotlib`."
+            "`pip install matplotlib`."
         ) from error
     return Figure(figsize=(width, height), layout="constrained").add_subplot()
 

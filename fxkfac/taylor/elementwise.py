@@ -118,6 +118,22 @@ def _erf(v: Tensor) -> Derivatives:
     return torch.erf(v), first, -2 * v * first
 
 
+def _sinc(v: Tensor) -> Derivatives:
+    """Near zero by its series, where the second derivative of PyTorch's own is zero."""
+    u = math.pi * v
+    near = u.abs() < 0.3
+    x = torch.where(near, 1.0, u)
+    slope = (torch.cos(x) - torch.sin(x) / x) / x
+    first, second = torch.zeros_like(v), torch.zeros_like(v)
+    for k in range(7, 0, -1):  # Σ (−1)ᵏ u²ᵏ / (2k + 1)!, below rounding from here on
+        c = (-1) ** k / math.factorial(2 * k + 1)
+        first = first * u**2 + 2 * k * c
+        second = second * u**2 + 2 * k * (2 * k - 1) * c
+    first = torch.where(near, u * first, slope)
+    second = torch.where(near, second, -torch.sin(x) / x - 2 * slope / x)
+    return torch.sinc(v), math.pi * first, math.pi**2 * second
+
+
 def _pow(v: Tensor, p: float) -> Derivatives:
     """A coefficient of zero must not meet a negative power of zero."""
     first = p * v ** (p - 1) if p else torch.zeros_like(v)
@@ -138,6 +154,7 @@ CLOSED: dict[str, Callable[..., Derivatives]] = {
     "sin": _sin,
     "cos": _cos,
     "erf": _erf,
+    "sinc": _sinc,
     "pow": _pow,
     "square": lambda v: (v * v, 2 * v, torch.full_like(v, 2.0)),
     "relu": lambda v: (torch.relu(v), (v > 0).to(v.dtype), None),
@@ -145,7 +162,7 @@ CLOSED: dict[str, Callable[..., Derivatives]] = {
 }
 BY_JVP = """
     acos acosh asin asinh atan atanh celu clamp cosh elu erfc exp2 expm1 hardtanh leaky_relu log10
-    log1p log2 log_sigmoid logsigmoid mish selu sinc sinh softsign tan tanhshrink
+    log1p log2 log_sigmoid logsigmoid mish selu sinh softsign tan tanhshrink
 """
 RULES: dict[str, Callable[..., Any]] = dict.fromkeys([*CLOSED, *BY_JVP.split()], elementwise)
 del RULES["pow"]  # its exponent may be the jet: see products

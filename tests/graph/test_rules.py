@@ -10,7 +10,7 @@ from torch._ops import OpOverload
 
 import fxkfac
 from fxkfac import rules
-from fxkfac.errors import UnsupportedUse
+from fxkfac.errors import OptionError, UnsupportedUse
 from fxkfac.graph.form import BatchAxis, Form
 from fxkfac.graph.rules import RULES, Call, Operand, registry, rule
 
@@ -29,6 +29,25 @@ def test_registering_twice_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"aten\.linear\.default has a rule already: linear"):
         rule(torch.ops.aten.linear.default)(again)
     assert before == RULES
+
+
+def test_a_rule_of_the_same_name_takes_its_place() -> None:
+    """As where the cell of a notebook runs again."""
+    overload = torch.ops.aten.cummax.default
+    for _ in range(2):
+
+        @rule(overload)
+        def mine(call: Call, operand: Operand) -> Form:
+            raise AssertionError
+
+    assert RULES[overload] is mine
+    del RULES[overload]
+
+
+@pytest.mark.parametrize("wrong", [torch.ops.aten.linear, "aten.linear", None])
+def test_a_rule_is_for_an_overload(wrong: object) -> None:
+    with pytest.raises(OptionError, match="expected an overload of an op"):
+        rule(wrong)  # type: ignore[arg-type]
 
 
 def test_a_form_tells_the_kinds_of_its_axes_from_where_their_names_occur() -> None:

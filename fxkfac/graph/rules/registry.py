@@ -78,7 +78,7 @@ def rule(*overloads: OpOverload) -> Callable[[Rule], Rule]:
         `NotLinear` with the reason.
 
     Raises:
-        ValueError: An overload has a rule already.
+        OptionError: An overload has a rule of another name already, or it is none.
     """
     return register(RULES, *overloads)
 

@@ -27,8 +27,7 @@ def to_scipy(operator: Operator) -> LinearOperator:
         from scipy.sparse.linalg import LinearOperator
     except ImportError as error:
         raise FxkfacError(
-            "to_scipy needs SciPy, which is not installed; install it by "
-            "`pip install fxkfac[examples]` or `pip install scipy`."
+            "to_scipy needs SciPy, which is not installed; install it by `pip install scipy`."
         ) from error
 
     def columns(of: Operator, x: ndarray) -> ndarray:
