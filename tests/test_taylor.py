@@ -169,6 +169,7 @@ class TestEqualsAutodiff:
             lambda h: torch.einsum("oi,ni->no", rand(2, 6), h),
             lambda h: torch.einsum("ni,oi", h, rand(2, 6)),
             lambda h: torch.addmm(rand(2), h, rand(6, 2), beta=2, alpha=3),
+            lambda h: torch.addmm(h, rand(1, 4).expand(len(h), 4), rand(4, 6), beta=2, alpha=3),
             lambda h: torch.narrow(-h, 1, 1, 2).cumsum(1).flip(1),
             lambda h: sum(column * k for k, column in enumerate(h.T)),
             lambda h: h @ rand(6),

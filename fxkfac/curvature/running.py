@@ -64,7 +64,8 @@ class RunningAverage(Curvature):
         Raises:
             OptionError: There are no such parts, the first update is not of both, or these are no
                 factors.
-            MergeError: The factors are of another program, or were computed with other settings.
+            MergeError: The factors are of other parameters, or of other entries or orientations of
+                them, or were computed with other settings.
         """
         if not isinstance(factors, Factors):
             raise OptionError(

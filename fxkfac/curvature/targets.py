@@ -65,14 +65,17 @@ def require_labels(distribution: Distribution, target: Tensor) -> None:
 
 
 def require_rows(name: str, rows: Tensor, alone: Tensor, f: Tensor, y: Tensor) -> None:
-    """Raise `LossError` unless the first row by itself is worth what it is among the others."""
+    """Raise `LossError` unless the first row by itself is worth what it is among the others.
+
+    What has another shape for it alone, as where each datum has a weight, tells nothing.
+    """
     tolerance = torch.finfo(f.dtype).eps ** 0.5
-    if alone.shape != (1,) or not torch.allclose(
+    if alone.shape == (1,) and not torch.allclose(
         alone, rows[:1], rtol=tolerance, atol=tolerance, equal_nan=True
     ):
         raise LossError(
-            f"{name}.nll gives {rows[0].item():.4g} for the first datum of "
-            f"{len(f)}, and {alone.flatten()[:1].tolist()} for it alone; expected the same, since "
-            "data are independent. Look for targets of another shape than the prediction, which "
-            f"broadcast: they have {tuple(y.shape)} and {tuple(f.shape)}."
+            f"{name}.nll gives {rows[0].item():.4g} for the first of {len(f)} data, and "
+            f"{alone.item():.4g} for it alone; expected the same, since data are independent. Look "
+            f"for targets that broadcast: they have shape {tuple(y.shape)}, and the prediction "
+            f"{tuple(f.shape)}."
         )

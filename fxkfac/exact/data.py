@@ -14,6 +14,8 @@ from fxkfac.errors import DataError
 Data = Any
 """(inputs, targets) with a tensor of targets, or an iterable of (inputs, targets).
 
+N is the length of axis 0 of the first input: data along another axis would be counted by that.
+
 Targets that are not a tensor (for a likelihood of the user's own) come as `[(inputs, targets)]`.
 """
 

@@ -47,7 +47,8 @@ def hessian(
     Args:
         model: A module, or a function `f(params, *inputs)`.
         loss: As of `fxkfac.kfac`; its reduction decides R.
-        data: One (inputs, targets), or an iterable of such pairs, which counts as one data set.
+        data: One (inputs, targets), or an iterable of such pairs, which counts as one data set;
+            N is the length of axis 0 of the first input.
         names: Which block: a name; a list, for the matrix of these parameters joined; a tuple of
             two, for the mixed block, rows of the first and columns of the second; or `None`, for
             all parameters that require gradients.

@@ -115,14 +115,14 @@ def _placeholder(
     return place
 
 
-def written(old: Tensor, new: Tensor) -> Tensor:
+def copy_(old: Tensor, new: Tensor) -> Tensor:
     """What `old.copy_(new)` leaves: the functional `aten.copy` has no derivative of its own."""
     return new.to(old.dtype).expand_as(old)
 
 
 def _copy(graph: Graph, node: Node, copies: Mapping[Node, Node], stop: bool) -> Node:
     if node.target is aten.copy.default:
-        return graph.call_function(written, (copies[node.args[0]], copies[node.args[1]]))  # type: ignore[index]
+        return graph.call_function(copy_, (copies[node.args[0]], copies[node.args[1]]))  # type: ignore[index]
     copy = graph.node_copy(node, copies.__getitem__)
     copy.target = RENAMED.get(node.target, node.target)
     if node.target is aten.slice_scatter.default:

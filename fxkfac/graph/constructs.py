@@ -135,7 +135,8 @@ def _own_error(model: FlatModel, tensors: list[Tensor]) -> list[Construct]:
     except Exception as error:
         frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
         own = [frame for frame in frames if is_users(frame.f_code.co_filename)]
-        said = f"the model's own {type(error).__name__}, {str(error).splitlines()[:1]},"
+        first = next(iter(str(error).splitlines()), "")
+        said = f"the model's own {type(error).__name__} ({first})"
         return [Construct(said, caller(own[-1]) if own else None, INPUTS)]
     return []
 

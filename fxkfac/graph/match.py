@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -252,7 +253,8 @@ def _require_einsum(form: Form) -> None:
 
 def op_name(node: Node) -> str:
     """`aten.linear` for `aten.linear.default`; other overloads keep their name."""
-    return str(node.target).removesuffix(".default")
+    own = node.target.__name__ if isinstance(node.target, FunctionType) else str(node.target)
+    return own.removesuffix(".default")
 
 
 def _refuse(node: Node, chain: Chain, parameters: Mapping[Node, str], reason: str) -> Unsupported:

@@ -78,8 +78,9 @@ def linear(func: Any, input: Any, weight: Any, bias: Any = None) -> Jet:
 
 def addmm(func: Any, bias: Any, a: Any, b: Any, *, beta: Any = 1, alpha: Any = 1) -> Jet:
     """beta·bias + alpha·(a @ b)."""
-    product = matmul(func, a, b)
-    product = product if alpha == 1 else multiply(func, product, alpha)
+    of_points = isinstance(a, Jet) or isinstance(b, Jet)
+    product = matmul(func, a, b) if of_points else a @ b  # the bias alone may depend on them
+    product = product * alpha if alpha != 1 else product
     return add(func, product, bias, alpha=beta)
 
 

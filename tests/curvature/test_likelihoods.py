@@ -606,6 +606,15 @@ class TestNothingIsBroadcast:
             Cosh().validate(rand(8, 1), rand(8, seed=1))
         Cosh().validate(rand(8, 1), rand(8, 1, seed=1))
 
+    def test_weights_of_data(self):
+        class Weighted(Cosh):
+            weights = torch.rand(8, dtype=F64, generator=torch.Generator().manual_seed(0))
+
+            def nll(self, prediction, target):
+                return self.weights * super().nll(prediction, target)
+
+        Weighted().validate(rand(8, 2), rand(8, 2, seed=1))
+
     def test_distributions_with_events(self):
         make = Likelihood.from_distribution(lambda f: D.Independent(D.Normal(f, 1.0), 1))
         make.validate(rand(5, 3), rand(5, 3, seed=1))

@@ -188,7 +188,7 @@ def test_a_model_that_does_not_run_itself():
         return y @ params["W"][:3]  # HERE: shapes
 
     said = refused(model, X, P)
-    assert "own RuntimeError, ['mat1 and mat2 shapes cannot be multiplied (5x4 and 3x4)']" in said
+    assert "own RuntimeError (mat1 and mat2 shapes cannot be multiplied (5x4 and 3x4))" in said
     assert f"at {__file__}:{line_of('shapes')} in model" in said
     assert "inputs with which the model runs" in said
 
