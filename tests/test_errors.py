@@ -55,6 +55,16 @@ def refuses(kind, *said):
         assert part in str(info.value), f"{part!r} is not in:\n{info.value}"
 
 
+def test_an_error_of_the_models_own_says_at_which_batch():
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+    x, y = torch.randn(9, 4), torch.randint(0, 2, (9,))
+    program = fxkfac.trace(model, x)
+    batches = [(x[:8], y[:8]), (x[8:], y[8:])]
+    with pytest.raises(ValueError, match="more than 1 value per channel") as info:
+        fxkfac.kfac(program, nn.CrossEntropyLoss(), batches, fisher="mc")
+    assert "That was batch 1." in info.value.__notes__
+
+
 def mlp():
     return nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3))
 

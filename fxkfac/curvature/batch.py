@@ -220,11 +220,14 @@ class Pass(ABC, Generic[Sink, Total]):
 
 @contextmanager
 def _named(number: int) -> Iterator[None]:
-    """Say of which batch the data are wrong."""
+    """Say of which batch the data are wrong, or at which one the model itself has failed."""
     try:
         yield
     except DataError as error:
         raise DataError(f"batch {number}: {error}") from None
+    except Exception as error:
+        error.add_note(f"That was batch {number}.")
+        raise
 
 
 def require_generator(generator: Any) -> None:
