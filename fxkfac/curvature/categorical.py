@@ -13,10 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxkfac.curvature.closed_form import ClosedForm
-from fxkfac.curvature.likelihoods import (
-    sum_rows,
-    widen,
-)
+from fxkfac.curvature.likelihoods import sum_rows, widen
 from fxkfac.curvature.targets import require_floating_like, require_tensors
 from fxkfac.errors import DataError, LossError
 from fxkfac.isolation import generator_on

@@ -117,9 +117,15 @@ class Corrector(Receiver):
             self.orders[place] = order
         data, vectors = (min(sizes) for sizes in zip(*at_once, strict=True))
         each = [
-            rows_of(self._terms[p], heard, data, vectors, a.start.dtype, a.statistic.tokens)
+            rows_of(
+                self._terms[p],
+                heard,
+                data,
+                vectors,
+                self.asked[p].start.dtype,
+                self.asked[p].statistic.tokens,
+            )
             for p, heard in of_terms.items()
-            for a in [self.asked[p]]
         ]
         for rows in zip(*each, strict=True):
             yield dict(zip(of_terms, rows, strict=True))

@@ -12,7 +12,7 @@ from fxkfac.curvature.correct import Asked, CorrectionPass, TermSums, places
 from fxkfac.curvature.corrected import Corrected
 from fxkfac.curvature.curvature import AnyBlock
 from fxkfac.curvature.data import Data, batches
-from fxkfac.curvature.factors import Factors, Product, Settings
+from fxkfac.curvature.factors import Factors, Product, Settings, require_factors
 from fxkfac.curvature.likelihoods import Likelihood
 from fxkfac.curvature.losses import likelihood_of
 from fxkfac.curvature.options import settings_again
@@ -49,7 +49,8 @@ class Correction:
     ) -> Correction:
         """Refuse what does not go together; see `fxkfac.ekfac`."""
         likelihood = likelihood_of(loss)
-        _require_factors(factors)
+        require_factors(factors)
+        _require_gradients(factors)
         had = factors.settings
         _require_same(had, settings_again(program, loss, had, mask is not None))
         require_here(factors.point, program.state(params))
@@ -107,12 +108,7 @@ def alone(t: Tensor) -> Tensor:
     return t[0] if t.ndim == 3 and len(t) == 1 else t
 
 
-def _require_factors(factors: Any) -> None:
-    if not isinstance(factors, Factors):
-        raise OptionError(
-            f"factors is of type {type(factors).__name__}; expected the Factors that "
-            "fxkfac.kfac returns."
-        )
+def _require_gradients(factors: Factors) -> None:
     if factors.settings.fisher == "forward-only":
         raise OptionError(
             "these factors have fisher='forward-only', which sends nothing back, but corrections "

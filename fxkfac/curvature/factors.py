@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from fxkfac.curvature.likelihoods import Likelihood
 from fxkfac.curvature.plan import BlockPlan, TermPlan, require_same_terms
 from fxkfac.curvature.point import Point
 from fxkfac.curvature.sharing import accurate_dtype
-from fxkfac.errors import MergeError
+from fxkfac.errors import MergeError, OptionError
 from fxkfac.functional import FunctionalModel, unknown
 
 
@@ -188,6 +189,15 @@ class Factors(Curvature):
                 for name, products in self.products.items()
             },
             exact={name: mine * e + theirs * other.exact[name] for name, e in self.exact.items()},
+        )
+
+
+def require_factors(factors: Any) -> None:
+    """Raise `OptionError` unless they are those of one computation, without corrections."""
+    if not isinstance(factors, Factors):
+        raise OptionError(
+            f"factors is of type {type(factors).__name__}; expected the Factors that fxkfac.kfac "
+            "returns."
         )
 
 

@@ -39,7 +39,7 @@ class Column:
     uses: tuple[Use | None, ...]
 
 
-class Place(NamedTuple):
+class Identity(NamedTuple):
     """Which entries of which parameters a term is of.
 
     Attributes:
@@ -104,10 +104,10 @@ class TermPlan:
         biases = [_in_block(c.bias, _join(c.bias), offsets) for c in self.columns]
         return torch.cat([weight, *(b.unsqueeze(1) for b in biases)], dim=1)
 
-    def place(self, offsets: dict[str, int]) -> Place:
+    def identity(self, offsets: dict[str, int]) -> Identity:
         """Which entries of its block it is of."""
         entries = self.entries(offsets)
-        return Place(self.parameters, self.is_bias, tuple(entries.shape), checksum(entries))
+        return Identity(self.parameters, self.is_bias, tuple(entries.shape), checksum(entries))
 
 
 def _join(bias: Use) -> Tensor:
@@ -151,9 +151,9 @@ class BlockPlan:
         return starts
 
     @cached_property
-    def places(self) -> tuple[Place, ...]:
+    def identities(self) -> tuple[Identity, ...]:
         """Those of all terms: equal where the sums of two graphs are sums of the same terms."""
-        return tuple(term.place(self.offsets) for term in self.terms)
+        return tuple(term.identity(self.offsets) for term in self.terms)
 
     @property
     def numel(self) -> int:
@@ -177,7 +177,7 @@ def require_same_terms(mine: Iterable[BlockPlan], others: Iterable[BlockPlan]) -
 def _same_terms(mine: BlockPlan | None, other: BlockPlan | None) -> bool:
     if mine is other:  # of one graph, as nearly always: entries are looked at for others alone
         return True
-    return mine is not None and other is not None and mine.places == other.places
+    return mine is not None and other is not None and mine.identities == other.identities
 
 
 def plan_blocks(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fxkfac.curvature.curvature import AnyBlock, Curvature
-from fxkfac.curvature.factors import Factors, Product, require_same_computation
+from fxkfac.curvature.factors import Factors, Product, require_factors, require_same_computation
 from fxkfac.curvature.sharing import accurate_dtype
 from fxkfac.errors import FxkfacError, OptionError
 from fxkfac.functional import unknown
@@ -67,11 +67,7 @@ class RunningAverage(Curvature):
             MergeError: The factors are of other parameters, or of other entries or orientations of
                 them, or were computed with other settings.
         """
-        if not isinstance(factors, Factors):
-            raise OptionError(
-                f"factors is of type {type(factors).__name__}; expected the Factors that "
-                "fxkfac.kfac returns."
-            )
+        require_factors(factors)
         if parts not in PARTS:
             raise OptionError(f"parts={parts!r}; expected 'AB', 'A' or 'B'.")
         if self._held is None:

@@ -73,13 +73,14 @@ class Total(OfBlocks):
 
     def canonical(self, name: str) -> str:
         """The name of a tied parameter that the blocks know it by."""
-        found = dict[str, None]()
+        known: str | None = None
         for part in self.parts:
             with suppress(UnknownParameter):
-                found[part.canonical(name)] = None
-        if not found:
+                if (known := part.canonical(name)) in self.shapes:
+                    return known
+        if known is None:
             raise unknown(name, self.shapes)
-        return next((known for known in found if known in self.shapes), next(iter(found)))
+        return known
 
 
 def _connected(blocks: Sequence[AnyBlock]) -> list[list[int]]:

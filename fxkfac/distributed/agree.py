@@ -89,7 +89,7 @@ def _asked(part: Part) -> dict[str, str]:
 
 
 def _structure(plan: BlockPlan) -> object:
-    return plan.places, plan.shapes
+    return plan.identities, plan.shapes
 
 
 def _layout(part: Part) -> dict[str, str]:

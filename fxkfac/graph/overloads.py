@@ -29,7 +29,7 @@ def register(table: dict[OpOverload, F], *overloads: OpOverload) -> Callable[[F]
     def put(function: F) -> F:
         for overload in overloads:
             held = table.get(overload)
-            if held is not None and _place(held) != _place(function):
+            if held is not None and _full_name(held) != _full_name(function):
                 raise OptionError(f"{overload} has a rule already: {held.__name__}")
             table[overload] = function
         return function
@@ -37,7 +37,7 @@ def register(table: dict[OpOverload, F], *overloads: OpOverload) -> Callable[[F]
     return put
 
 
-def _place(function: Callable[..., Any]) -> tuple[str, str]:
+def _full_name(function: Callable[..., Any]) -> tuple[str, str]:
     return function.__module__, function.__qualname__
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fxkfac.curvature.factors import Settings
 from fxkfac.curvature.options import settings_of
-from fxkfac.curvature.plan import BlockPlan, Place, TermPlan
+from fxkfac.curvature.plan import BlockPlan, Identity, TermPlan
 from fxkfac.curvature.schedule import Schedule, schedule_of
 from fxkfac.curvature.sharing import accurate_dtype
 from fxkfac.errors import MergeError
@@ -53,15 +53,15 @@ def fingerprint(description: Description) -> str:
 
 
 def _block(plan: BlockPlan) -> Description:
-    terms = [_term(*pair) for pair in zip(plan.terms, plan.places, strict=True)]
+    terms = [_term(*pair) for pair in zip(plan.terms, plan.identities, strict=True)]
     return {"parameters": list(plan.parameters), "terms": terms}
 
 
-def _term(term: TermPlan, place: Place) -> Description:
+def _term(term: TermPlan, identity: Identity) -> Description:
     return {
-        "parameters": list(place.parameters),
-        "group in out": list(place.shape),
-        "entries": place.entries,
+        "parameters": list(identity.parameters),
+        "group in out": list(identity.shape),
+        "entries": identity.entries,
         # Of the different ones: a longer sequence may have more uses, in the same way.
         "scales": sorted(map(list, set(term.scales))),
         "batch axes": sorted({_batch_axis(use) for use in term.uses}),

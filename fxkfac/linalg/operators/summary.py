@@ -17,7 +17,7 @@ from torch import Tensor
 from fxkfac.linalg.operators.base import Operator
 from fxkfac.linalg.operators.composed import BlockDiagonal, Placed
 from fxkfac.linalg.operators.entries import trace
-from fxkfac.linalg.operators.factored import Eigenbasis, Kronecker
+from fxkfac.linalg.operators.factored import Kronecker
 from fxkfac.linalg.operators.named import public
 from fxkfac.linalg.operators.spectra import eigenvalues, of_blocks
 from fxkfac.linalg.operators.symmetric import factor_eigenvalues
@@ -99,9 +99,6 @@ class Summaries:
                 return joined(of_blocks(self.of, operator))
             case Placed() if not operator.repeats:
                 return joined([self.of(operator.operator), _zeros(operator)])
-            case Eigenbasis():
-                λ = eigenvalues(operator).detach().cpu().double()
-                return _Factor.of(λ.view(1, -1), λ.sum().view(1)).joined()
             case _:
                 λ = eigenvalues(operator).detach().cpu().double()
                 total = trace(operator).detach().cpu().double()
