@@ -8,12 +8,12 @@ from __future__ import annotations
 import inspect
 from pathlib import Path
 
-from fxkfac.curvature.backpropagation import FISHERS
-from fxkfac.curvature.losses import TORCH_LOSSES
 from fxkfac.graph.capture import FRONT_ENDS
 from fxkfac.graph.decompositions import DECOMPOSITIONS
 from fxkfac.graph.rules import RULES
 from fxkfac.graph.view import LAYOUT_OPS
+from fxkfac.likelihoods.backpropagation import FISHERS
+from fxkfac.likelihoods.losses import TORCH_LOSSES
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- made by docs/make_tables.py -->", "<!-- end -->"

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 import fxkfac.exact as exact
+from fxkfac.curvature.corrections.ekfac import ekfac
+from fxkfac.curvature.corrections.kfoc import kfoc
 from fxkfac.curvature.curvature import AnyBlock, Curvature
 from fxkfac.curvature.data import Data
-from fxkfac.curvature.ekfac import ekfac
 from fxkfac.curvature.factors import Factors
-from fxkfac.curvature.kfoc import kfoc
 from fxkfac.curvature.report import block_name
 from fxkfac.errors import BatchAxisError, OptionError
 from fxkfac.functional import FunctionalModel, Params

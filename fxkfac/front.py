@@ -9,14 +9,12 @@ from fxkfac.comparison import layer_errors
 from fxkfac.curvature.accumulation import Accumulation
 from fxkfac.curvature.blocks import Block, Dense, Diagonal, Kronecker
 from fxkfac.curvature.check import check
-from fxkfac.curvature.corrected import Corrected
+from fxkfac.curvature.corrections.corrected import Corrected
+from fxkfac.curvature.corrections.ekfac import ekfac
+from fxkfac.curvature.corrections.kfoc import kfoc
 from fxkfac.curvature.eigen import EigenBlock
-from fxkfac.curvature.ekfac import ekfac
 from fxkfac.curvature.factors import Factors
 from fxkfac.curvature.kfac import kfac
-from fxkfac.curvature.kfoc import kfoc
-from fxkfac.curvature.likelihoods import Likelihood
-from fxkfac.curvature.losses import likelihood_of
 from fxkfac.curvature.report import Report
 from fxkfac.curvature.running import RunningAverage
 from fxkfac.curvature.spectra import spectra
@@ -27,6 +25,8 @@ from fxkfac.graph import rules
 from fxkfac.graph.coverage import Coverage
 from fxkfac.graph.program import Program
 from fxkfac.graph.trace import trace
+from fxkfac.likelihoods.base import Likelihood
+from fxkfac.likelihoods.losses import likelihood_of
 from fxkfac.linalg import operators
 from fxkfac.persistence import load, resume, save
 from fxkfac.taylor import Taylor, laplacian

@@ -22,7 +22,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fxkfac.curvature.corrected import Corrected, uncorrected
+from fxkfac.curvature.corrections.corrected import Corrected, uncorrected
 from fxkfac.curvature.factors import Factors
 from fxkfac.curvature.point import require_here
 from fxkfac.errors import OptionError, ParameterError, UnknownParameter

@@ -10,7 +10,6 @@ from torch import nn
 
 import fxkfac
 from fxkfac import errors
-from fxkfac.curvature.likelihoods import Likelihood
 from fxkfac.errors import (
     BatchAxisError,
     CaptureError,
@@ -26,6 +25,7 @@ from fxkfac.errors import (
     UnknownParameter,
     UnsupportedUse,
 )
+from fxkfac.likelihoods.base import Likelihood
 
 F64 = torch.float64
 MSE, CE, BCE = nn.MSELoss, nn.CrossEntropyLoss, nn.BCEWithLogitsLoss

@@ -11,8 +11,6 @@ from einops import rearrange
 from torch import nn
 
 from fxkfac import exact
-from fxkfac.curvature.likelihoods import Likelihood
-from fxkfac.curvature.losses import Categorical, Gaussian, likelihood_of
 from fxkfac.errors import (
     DataError,
     FxkfacError,
@@ -23,6 +21,8 @@ from fxkfac.errors import (
     UnknownParameter,
 )
 from fxkfac.exact import cvec, rvec
+from fxkfac.likelihoods.base import Likelihood
+from fxkfac.likelihoods.losses import Categorical, Gaussian, likelihood_of
 
 F64 = torch.float64
 MSE, CE, BCE = nn.MSELoss, nn.CrossEntropyLoss, nn.BCEWithLogitsLoss

@@ -23,8 +23,8 @@ from zoo import ZOO
 import fxkfac
 from fxkfac import errors
 from fxkfac.attribution import rows, solve
-from fxkfac.curvature.losses import likelihood_of
 from fxkfac.graph.verify import FlatModel
+from fxkfac.likelihoods.losses import likelihood_of
 
 F64 = torch.float64
 CE, MSE = nn.CrossEntropyLoss(), nn.MSELoss()

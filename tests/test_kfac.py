@@ -10,8 +10,8 @@ from torch import nn
 
 import fxkfac
 from fxkfac import exact
-from fxkfac.curvature.likelihoods import Likelihood
 from fxkfac.errors import FxkfacError
+from fxkfac.likelihoods.base import Likelihood
 
 MSE, CE, BCE = nn.MSELoss, nn.CrossEntropyLoss, nn.BCEWithLogitsLoss
 close = torch.testing.assert_close

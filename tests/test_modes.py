@@ -11,9 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import fxkfac
-from fxkfac.curvature.losses import likelihood_of
 from fxkfac.curvature.together import enlarged, reduced
 from fxkfac.errors import NonFiniteError
+from fxkfac.likelihoods.losses import likelihood_of
 from fxkfac.optim.gradients import loss_and_gradients
 
 CE, MSE = nn.CrossEntropyLoss, nn.MSELoss

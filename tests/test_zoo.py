@@ -17,8 +17,8 @@ from zoo import SPELLINGS, ZOO, Entry
 
 import fxkfac
 from fxkfac import errors
-from fxkfac.curvature.losses import likelihood_of
 from fxkfac.graph.verify import FlatModel
+from fxkfac.likelihoods.losses import likelihood_of
 
 TRACED = 4  # batch size at which everything is traced
 RIGHT = {name: e for name, e in ZOO.items() if e.expected == "right"}

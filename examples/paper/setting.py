@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import fxkfac
-from fxkfac.curvature.backpropagation import backpropagated_vectors
+from fxkfac.likelihoods.backpropagation import backpropagated_vectors
 
 
 def rand(*shape: int, seed: int = 0) -> Tensor:

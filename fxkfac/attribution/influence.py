@@ -19,10 +19,9 @@ from torch.utils.data import RandomSampler, SubsetRandomSampler, WeightedRandomS
 from fxkfac.attribution.rows import Formed, Rows, TokenRows, chunks
 from fxkfac.attribution.solve import Exact, Solved, Solver, solvers_of
 from fxkfac.attribution.taps import Batch, Reader
-from fxkfac.curvature.corrected import Corrected, uncorrected
+from fxkfac.curvature.corrections.corrected import Corrected, uncorrected
 from fxkfac.curvature.data import Data, batches
 from fxkfac.curvature.factors import Factors, Settings
-from fxkfac.curvature.losses import likelihood_of
 from fxkfac.curvature.options import require_program, settings_again
 from fxkfac.curvature.plan import require_same_terms
 from fxkfac.curvature.point import require_here
@@ -30,6 +29,7 @@ from fxkfac.errors import DataError, MergeError, OptionError
 from fxkfac.functional import Params
 from fxkfac.graph.program import Program
 from fxkfac.isolation import full_precision
+from fxkfac.likelihoods.losses import likelihood_of
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -15,11 +15,9 @@ import torch
 from torch import Tensor
 
 from fxkfac.attribution.rows import Formed, Rows, TokenRows
-from fxkfac.curvature.backpropagation import sites_of
 from fxkfac.curvature.datum import Heard, require_independent, rows_of
 from fxkfac.curvature.diagonal import positions_in_datum
 from fxkfac.curvature.factors import Settings
-from fxkfac.curvature.likelihoods import Likelihood
 from fxkfac.curvature.perdatum import datum_gradients
 from fxkfac.curvature.plan import TermPlan
 from fxkfac.curvature.schedule import Schedule, counts_only, schedule_of
@@ -31,6 +29,8 @@ from fxkfac.graph.normal import Input, OneHotRows, detached, normal_x, normal_y
 from fxkfac.graph.program import Program, Run, Tapped
 from fxkfac.graph.tap import Taps
 from fxkfac.isolation import is_finite, not_finite, own_randomness
+from fxkfac.likelihoods.backpropagation import sites_of
+from fxkfac.likelihoods.base import Likelihood
 from fxkfac.linalg.contraction import DatumRows
 
 

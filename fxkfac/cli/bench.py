@@ -19,12 +19,12 @@ from fxkfac.cli.output import Result, note
 from fxkfac.cli.target import Target, read_target, require_data
 from fxkfac.cli.tracing import program_of
 from fxkfac.curvature.kfac import kfac
-from fxkfac.curvature.losses import loss_value
 from fxkfac.curvature.step import step
 from fxkfac.errors import FxkfacError, OptionError
 from fxkfac.functional import prediction_of
 from fxkfac.graph.program import Program
 from fxkfac.graph.table import columns
+from fxkfac.likelihoods.losses import loss_value
 from fxkfac.measure import Peak, Ratio, interleaved, later_peak, seconds_of, warning
 
 FISHERS = ("mc", "empirical", "type-2")

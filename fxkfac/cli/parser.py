@@ -74,7 +74,7 @@ class Choices:
         return word in tuple(self)
 
 
-FISHERS = Choices("fxkfac.curvature.backpropagation", "FISHERS")
+FISHERS = Choices("fxkfac.likelihoods.backpropagation", "FISHERS")
 SHARINGS = Choices("fxkfac.curvature.sharing", "SHARINGS")
 POLICIES = Choices("fxkfac.graph.structure", "POLICIES")
 

@@ -13,10 +13,10 @@ from fxkfac.cli.output import Result
 from fxkfac.cli.progress import Shown
 from fxkfac.cli.target import Target, read_target, require_data
 from fxkfac.cli.tracing import program_of
-from fxkfac.curvature.corrected import Corrected
-from fxkfac.curvature.ekfac import ekfac
+from fxkfac.curvature.corrections.corrected import Corrected
+from fxkfac.curvature.corrections.ekfac import ekfac
+from fxkfac.curvature.corrections.kfoc import kfoc
 from fxkfac.curvature.factors import Factors
-from fxkfac.curvature.kfoc import kfoc
 from fxkfac.graph.program import Program
 from fxkfac.persistence import load
 

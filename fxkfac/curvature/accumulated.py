@@ -9,13 +9,13 @@ from typing import Any
 from torch import Tensor
 
 from fxkfac.curvature.factors import Factors, Product, Settings, divisor, scale_of
-from fxkfac.curvature.likelihoods import Likelihood
 from fxkfac.curvature.moments import InputSums, Moment
 from fxkfac.curvature.plan import TermPlan, require_same_terms
 from fxkfac.curvature.schedule import Schedule
 from fxkfac.functional import FunctionalModel
 from fxkfac.graph.normal import normal_weight
 from fxkfac.isolation import are_finite
+from fxkfac.likelihoods.base import Likelihood
 
 
 @dataclass

@@ -9,13 +9,13 @@ from torch import Generator, Tensor
 from fxkfac.curvature.data import pair
 from fxkfac.curvature.factor_pass import FactorPass
 from fxkfac.curvature.factors import Factors
-from fxkfac.curvature.losses import likelihood_of
 from fxkfac.curvature.options import settings_of
 from fxkfac.curvature.padding import Mask
 from fxkfac.errors import DataError
 from fxkfac.functional import Params
 from fxkfac.graph.program import Program
 from fxkfac.isolation import full_precision
+from fxkfac.likelihoods.losses import likelihood_of
 
 
 class Accumulation:

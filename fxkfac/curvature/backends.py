@@ -9,18 +9,18 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Generator, Tensor
 
-from fxkfac.curvature.closed_form import ClosedForm
 from fxkfac.curvature.collect import Collector
-from fxkfac.curvature.compiled import Compiled, compiled
-from fxkfac.curvature.inside import is_fixed, is_open
-from fxkfac.curvature.likelihoods import Likelihood
-from fxkfac.curvature.parts import Values
+from fxkfac.curvature.inductor.compiled import Compiled, compiled
+from fxkfac.curvature.inductor.inside import is_fixed, is_open
+from fxkfac.curvature.inductor.parts import Values
+from fxkfac.curvature.inductor.traced import Kind
+from fxkfac.curvature.inductor.whole import Objective, Outcome, Whole, is_whole, whole
 from fxkfac.curvature.receive import Receiver
 from fxkfac.curvature.together import gradients_of, summed_gradients
-from fxkfac.curvature.traced import Kind
-from fxkfac.curvature.whole import Objective, Outcome, Whole, is_whole, whole
 from fxkfac.errors import OptionError
 from fxkfac.graph.program import Program, Run, Tapped
+from fxkfac.likelihoods.base import Likelihood
+from fxkfac.likelihoods.closed_form import ClosedForm
 
 
 class Slope(NamedTuple):

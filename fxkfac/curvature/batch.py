@@ -12,10 +12,8 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 from torch import Generator, Tensor
 
 from fxkfac.curvature.backends import Backend, Differentiable, Forward, backend_of
-from fxkfac.curvature.backpropagation import BY_POSITION, backpropagated_vectors, sends_back
 from fxkfac.curvature.diagonal import positions_in_datum
 from fxkfac.curvature.factors import Settings
-from fxkfac.curvature.likelihoods import Likelihood
 from fxkfac.curvature.padding import Mask, Padding, ignored_positions, read_mask
 from fxkfac.curvature.receive import Receiver
 from fxkfac.curvature.schedule import Schedule, schedule_of
@@ -24,6 +22,8 @@ from fxkfac.errors import DataError, FxkfacError, NonFiniteError, OptionError
 from fxkfac.functional import Params
 from fxkfac.graph.program import Program, Run, Tapped
 from fxkfac.isolation import is_finite, own_randomness, seed_from
+from fxkfac.likelihoods.backpropagation import BY_POSITION, backpropagated_vectors, sends_back
+from fxkfac.likelihoods.base import Likelihood
 
 
 class Sums(Protocol):

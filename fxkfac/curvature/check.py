@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from fxkfac.curvature.data import batches
-from fxkfac.curvature.losses import likelihood_of, loss_value
 from fxkfac.curvature.options import require_program
 from fxkfac.errors import TapMismatch
 from fxkfac.functional import Params
@@ -20,6 +19,7 @@ from fxkfac.graph.program import Program
 from fxkfac.graph.tap import Taps
 from fxkfac.graph.verify import FlatModel, tap_gradients
 from fxkfac.isolation import full_precision, own_randomness
+from fxkfac.likelihoods.losses import likelihood_of, loss_value
 
 
 @full_precision()

@@ -12,7 +12,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fxkfac.curvature.backpropagation import sends_back
 from fxkfac.curvature.images import Image, image_sums
 from fxkfac.curvature.moments import InputSums, Moment
 from fxkfac.curvature.perdatum import exact_moment
@@ -34,6 +33,7 @@ from fxkfac.curvature.together import of_each
 from fxkfac.graph.form import BatchAxis
 from fxkfac.graph.ir import Use
 from fxkfac.graph.normal import Input, normal_y
+from fxkfac.likelihoods.backpropagation import sends_back
 
 
 @dataclass(kw_only=True)

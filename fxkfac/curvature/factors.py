@@ -14,12 +14,12 @@ from torch import Tensor
 
 from fxkfac.curvature.blocks import Block, Dense, Diagonal, Kronecker
 from fxkfac.curvature.curvature import AnyBlock, Curvature
-from fxkfac.curvature.likelihoods import Likelihood
 from fxkfac.curvature.plan import BlockPlan, TermPlan, require_same_terms
 from fxkfac.curvature.point import Point
 from fxkfac.curvature.sharing import accurate_dtype
 from fxkfac.errors import MergeError, OptionError
 from fxkfac.functional import FunctionalModel, unknown
+from fxkfac.likelihoods.base import Likelihood
 
 
 @dataclass(frozen=True)

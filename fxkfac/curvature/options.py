@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from fxkfac.curvature.backpropagation import require_fisher, require_samples
 from fxkfac.curvature.factors import Settings
-from fxkfac.curvature.losses import loss_text
 from fxkfac.curvature.sharing import SHARINGS
 from fxkfac.errors import OptionError
 from fxkfac.graph.program import Program
 from fxkfac.graph.structure import EXACT, NONE
+from fxkfac.likelihoods.backpropagation import require_fisher, require_samples
+from fxkfac.likelihoods.losses import loss_text
 
 
 def settings_of(

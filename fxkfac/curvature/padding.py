@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from fxkfac.curvature.diagonal import by_datum
-from fxkfac.curvature.likelihoods import Likelihood
 from fxkfac.errors import DataError, OptionError
 from fxkfac.graph.ir import Use
 from fxkfac.graph.normal import normal_y
 from fxkfac.graph.program import Run
+from fxkfac.likelihoods.base import Likelihood
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -16,7 +16,6 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from fxkfac.curvature.backpropagation import has_several
 from fxkfac.curvature.factors import Settings
 from fxkfac.curvature.padding import Padding
 from fxkfac.curvature.schedule import Schedule
@@ -34,6 +33,7 @@ from fxkfac.curvature.together import (
 )
 from fxkfac.graph.ir import Use
 from fxkfac.graph.normal import Input, Routed, detached
+from fxkfac.likelihoods.backpropagation import has_several
 
 Key = TypeVar("Key")
 Part = TypeVar("Part")

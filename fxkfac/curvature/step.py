@@ -14,13 +14,13 @@ from fxkfac.curvature.backends import Differentiable
 from fxkfac.curvature.data import Data, batches
 from fxkfac.curvature.factor_pass import FactorPass
 from fxkfac.curvature.factors import Factors, scale_of
-from fxkfac.curvature.losses import likelihood_of
 from fxkfac.curvature.options import settings_of
 from fxkfac.curvature.padding import Mask
 from fxkfac.errors import NonFiniteError
 from fxkfac.functional import Params
 from fxkfac.graph.program import Program
 from fxkfac.isolation import full_precision, not_finite
+from fxkfac.likelihoods.losses import likelihood_of
 
 
 @dataclass(frozen=True)

@@ -15,15 +15,15 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
-from fxkfac.curvature.backpropagation import backpropagated_vectors
-from fxkfac.curvature.likelihoods import Likelihood
-from fxkfac.curvature.losses import Gaussian, likelihood_of
-from fxkfac.curvature.targets import require_prediction
 from fxkfac.errors import DataError, NonFiniteError, OptionError, ParameterError
 from fxkfac.exact.data import Data, merge, size_of
 from fxkfac.exact.functions import jvp, vjp
 from fxkfac.functional import FunctionalModel, Inputs, Params, bind, prediction_of
 from fxkfac.isolation import own_randomness
+from fxkfac.likelihoods.backpropagation import backpropagated_vectors
+from fxkfac.likelihoods.base import Likelihood
+from fxkfac.likelihoods.losses import Gaussian, likelihood_of
+from fxkfac.likelihoods.targets import require_prediction
 
 Model = nn.Module | Callable[..., Any]
 Loss = nn.Module | Likelihood

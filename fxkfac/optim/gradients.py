@@ -13,13 +13,13 @@ import torch
 from torch import Generator, Tensor, nn
 
 from fxkfac.curvature.batch import require_finite_prediction
-from fxkfac.curvature.likelihoods import Likelihood
 from fxkfac.curvature.step import require_finite_gradients, scaled
 from fxkfac.curvature.together import gradients_of, summed_gradients
 from fxkfac.functional import FunctionalModel, split_inputs
 from fxkfac.graph.normal import Input
 from fxkfac.graph.program import Program
 from fxkfac.isolation import full_precision, in_place_of, own_randomness, seed_from
+from fxkfac.likelihoods.base import Likelihood
 
 Batches = Sequence[tuple[Any, Any]]
 

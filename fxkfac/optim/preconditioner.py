@@ -15,13 +15,13 @@ from torch import Generator, Tensor
 from fxkfac.curvature.curvature import canonical_names
 from fxkfac.curvature.factors import Factors
 from fxkfac.curvature.kfac import kfac
-from fxkfac.curvature.losses import likelihood_of
 from fxkfac.curvature.options import settings_of
 from fxkfac.curvature.padding import Mask
 from fxkfac.curvature.running import RunningAverage
 from fxkfac.errors import FxkfacError, MergeError
 from fxkfac.graph.program import Program
 from fxkfac.isolation import full_precision
+from fxkfac.likelihoods.losses import likelihood_of
 from fxkfac.optim import saved
 from fxkfac.optim.basis import Basis, Inverses, basis_of, eigh_once
 from fxkfac.optim.checks import require, require_at_least_one, require_keys, require_positive

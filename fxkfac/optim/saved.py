@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from fxkfac.curvature.factors import Factors, Product, Settings
-from fxkfac.curvature.likelihoods import Likelihood
 from fxkfac.curvature.running import RunningAverage
 from fxkfac.errors import OptionError
 from fxkfac.graph.program import Program
+from fxkfac.likelihoods.base import Likelihood
 from fxkfac.optim.basis import Basis
 from fxkfac.optim.layout import plans_of
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from fxkfac.curvature.factors import Factors, Product
-from fxkfac.curvature.losses import likelihood_of
 from fxkfac.curvature.options import require_program
 from fxkfac.curvature.running import RunningAverage
 from fxkfac.errors import OptionError
 from fxkfac.graph.program import Program
+from fxkfac.likelihoods.losses import likelihood_of
 from fxkfac.persistence.container import FORMAT, Header, StrPath, read
 from fxkfac.persistence.description import Description, describe, fingerprint, matching
 

@@ -6,10 +6,10 @@ import torch.distributions as D
 from torch import nn
 from torch.autograd.functional import hessian as autograd_hessian
 
-from fxkfac.curvature.backpropagation import FISHERS, backpropagated_vectors
-from fxkfac.curvature.likelihoods import Likelihood
-from fxkfac.curvature.losses import Gaussian, likelihood_of
 from fxkfac.errors import LossError, OptionError
+from fxkfac.likelihoods.backpropagation import FISHERS, backpropagated_vectors
+from fxkfac.likelihoods.base import Likelihood
+from fxkfac.likelihoods.losses import Gaussian, likelihood_of
 
 F64 = torch.float64
 

@@ -14,8 +14,9 @@ from torch import nn
 from zoo import ZOO
 
 import fxkfac
-from fxkfac.curvature import backends, inside, moments, parts, whole
-from fxkfac.curvature.inside import is_fixed, is_open
+from fxkfac.curvature import backends, moments
+from fxkfac.curvature.inductor import inside, parts, whole
+from fxkfac.curvature.inductor.inside import is_fixed, is_open
 from fxkfac.curvature.padding import Padding
 from fxkfac.errors import DataError, FxkfacError, OptionError
 

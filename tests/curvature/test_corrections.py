@@ -191,7 +191,7 @@ def exact_block(case: Case, model: nn.Module, names: list[str], fisher: str) -> 
         return J.T @ H.reshape(f.numel(), -1) @ J
     slope = torch.autograd.functional.jacobian(lambda at: case.loss(at, case.y), f)
     # The loss is R Σ c, so that its gradient is R times each datum's own.
-    likelihood = fxkfac.curvature.losses.likelihood_of(case.loss)
+    likelihood = fxkfac.likelihoods.losses.likelihood_of(case.loss)
     R = likelihood.reduction_factor(likelihood.count(f, case.y))
     own = (slope.reshape(f.shape[0], -1, 1) * J.view(f.shape[0], -1, J.shape[1])).sum(1)
     return own.T @ own / R

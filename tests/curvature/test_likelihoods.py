@@ -7,10 +7,10 @@ from torch import nn
 from torch.autograd.functional import hessian as autograd_hessian
 
 import fxkfac
-from fxkfac.curvature.likelihoods import Likelihood
-from fxkfac.curvature.losses import Bernoulli, Categorical, Gaussian, likelihood_of
 from fxkfac.errors import DataError, LossError, NonFiniteError
 from fxkfac.isolation import own_randomness
+from fxkfac.likelihoods.base import Likelihood
+from fxkfac.likelihoods.losses import Bernoulli, Categorical, Gaussian, likelihood_of
 
 F64 = torch.float64
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from zoo import ZOO, Made
 
 import fxkfac
-from fxkfac.curvature import fit, perdatum
+from fxkfac.curvature import perdatum
+from fxkfac.curvature.corrections import fit
 
 CE, MSE = nn.CrossEntropyLoss(), nn.MSELoss()
 N = 4

@@ -8,9 +8,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import fxkfac
-from fxkfac.curvature import parts
-from fxkfac.curvature.losses import Categorical, Gaussian
+from fxkfac.curvature.inductor import parts
 from fxkfac.errors import DataError
+from fxkfac.likelihoods.losses import Categorical, Gaussian
 
 X, Y = rand(9, 5), classes(9)
 BACKENDS = ("inductor", "eager")

@@ -8,9 +8,9 @@ from drawn import rand
 from torch import distributions, nn
 
 import fxkfac
-from fxkfac.curvature.losses import loss_text
-from fxkfac.curvature.wording import worded
 from fxkfac.errors import MergeError
+from fxkfac.likelihoods.losses import loss_text
+from fxkfac.likelihoods.wording import worded
 
 of = fxkfac.Likelihood.from_distribution
 

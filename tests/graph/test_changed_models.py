@@ -12,7 +12,7 @@ from torch import nn
 from torch.func import functional_call
 
 import fxkfac
-from fxkfac.curvature import parts
+from fxkfac.curvature.inductor import parts
 from fxkfac.errors import CaptureError, DataError, ParameterError
 from fxkfac.graph.constants import constant_key
 

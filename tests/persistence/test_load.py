@@ -15,8 +15,8 @@ from torch import nn
 from zoo import ZOO
 
 import fxkfac
-from fxkfac.curvature.losses import likelihood_of
 from fxkfac.errors import FileError, MergeError
+from fxkfac.likelihoods.losses import likelihood_of
 from fxkfac.persistence.container import read
 
 CE, MSE = nn.CrossEntropyLoss, nn.MSELoss

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from fxkfac.curvature.collect import Collector
 from fxkfac.curvature.images import Image
+from fxkfac.curvature.inductor.parts import Values
 from fxkfac.curvature.moments import InputSums, Moment
 from fxkfac.curvature.padding import Padding
-from fxkfac.curvature.parts import Values
 from fxkfac.curvature.plan import Scales
 from fxkfac.curvature.receive import Receiver
 from fxkfac.curvature.schedule import Schedule

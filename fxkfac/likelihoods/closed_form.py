@@ -13,7 +13,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from fxkfac.curvature.likelihoods import Likelihood, widen
+from fxkfac.likelihoods.base import Likelihood, widen
 
 
 class ClosedForm(Likelihood):

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fxkfac.curvature import perdatum
 from fxkfac.curvature.batch import Batch, Pass
+from fxkfac.curvature.corrections.overlap import Part, Place, whole
 from fxkfac.curvature.datum import Heard, require_independent, rows_of, sizes_of
-from fxkfac.curvature.overlap import Part, Place, whole
 from fxkfac.curvature.padding import Padding
 from fxkfac.curvature.plan import BlockPlan, TermPlan, require_same_terms
 from fxkfac.curvature.receive import Awaited, Receiver

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fxkfac.curvature.overlap import Part, Place, over
+from fxkfac.curvature.corrections.overlap import Part, Place, over
 from fxkfac.linalg.contraction import Squares
 from fxkfac.linalg.operators.products import unrotated
 

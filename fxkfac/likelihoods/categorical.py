@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxkfac.curvature.closed_form import ClosedForm
-from fxkfac.curvature.likelihoods import sum_rows, widen
-from fxkfac.curvature.targets import require_floating_like, require_tensors
 from fxkfac.errors import DataError, LossError
 from fxkfac.isolation import generator_on
+from fxkfac.likelihoods.base import sum_rows, widen
+from fxkfac.likelihoods.closed_form import ClosedForm
+from fxkfac.likelihoods.targets import require_floating_like, require_tensors
 
 
 class Categorical(ClosedForm):

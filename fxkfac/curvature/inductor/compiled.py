@@ -22,10 +22,10 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from fxkfac.curvature.collect import Collector
-from fxkfac.curvature.inside import GradientPieces, InputPieces, recording
-from fxkfac.curvature.parts import Part, Values, names_of, nodes_in, part_of, read
+from fxkfac.curvature.inductor.inside import GradientPieces, InputPieces, recording
+from fxkfac.curvature.inductor.parts import Part, Values, names_of, nodes_in, part_of, read
+from fxkfac.curvature.inductor.traced import Kind, prediction_kind, traceable, traced
 from fxkfac.curvature.together import gradients_of
-from fxkfac.curvature.traced import Kind, prediction_kind, traceable, traced
 from fxkfac.graph.normal import Input, detached
 from fxkfac.graph.program import Tapped
 from fxkfac.graph.tap import Taps

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fxkfac.curvature.overlap import Part, Place, over
+from fxkfac.curvature.corrections.overlap import Part, Place, over
 
 Pair = tuple[Tensor, Tensor]  # A and B of one term, with their group axis
 Pairs = Mapping[Place, Pair]

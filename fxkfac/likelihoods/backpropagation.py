@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxkfac.curvature.likelihoods import Likelihood, hessian_root
 from fxkfac.errors import OptionError
 from fxkfac.isolation import generator_on
+from fxkfac.likelihoods.base import Likelihood, hessian_root
 
 
 def backpropagated_vectors(

@@ -8,20 +8,20 @@ from typing import Any
 
 from torch import Generator, Tensor
 
-from fxkfac.curvature.correct import Asked, CorrectionPass, TermSums, places
-from fxkfac.curvature.corrected import Corrected
+from fxkfac.curvature.corrections.corrected import Corrected
+from fxkfac.curvature.corrections.datum_pass import Asked, CorrectionPass, TermSums, places
+from fxkfac.curvature.corrections.overlap import Part, Place, parts_of
 from fxkfac.curvature.curvature import AnyBlock
 from fxkfac.curvature.data import Data, batches
 from fxkfac.curvature.factors import Factors, Product, Settings, require_factors
-from fxkfac.curvature.likelihoods import Likelihood
-from fxkfac.curvature.losses import likelihood_of
 from fxkfac.curvature.options import settings_again
-from fxkfac.curvature.overlap import Part, Place, parts_of
 from fxkfac.curvature.padding import Mask
 from fxkfac.curvature.point import require_here
 from fxkfac.errors import MergeError, OptionError
 from fxkfac.functional import Params
 from fxkfac.graph.program import Program
+from fxkfac.likelihoods.base import Likelihood
+from fxkfac.likelihoods.losses import likelihood_of
 
 
 @dataclass(frozen=True)

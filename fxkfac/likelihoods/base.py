@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from fxkfac.curvature.targets import (
+from fxkfac.errors import DataError, FxkfacError, LossError, NoDataError, NonFiniteError
+from fxkfac.isolation import own_randomness, seed_from
+from fxkfac.likelihoods.targets import (
     require_finite,
     require_labels,
     require_prediction,
     require_rows,
 )
-from fxkfac.errors import DataError, FxkfacError, LossError, NoDataError, NonFiniteError
-from fxkfac.isolation import own_randomness, seed_from
 
 Target = Any  # a tensor, as `nll` takes it
 

@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from fxkfac.curvature.correct import Asked
-from fxkfac.curvature.corrected import Corrected
-from fxkfac.curvature.correction import Correction, alone, products_of
+from fxkfac.curvature.corrections.common import Correction, alone, products_of
+from fxkfac.curvature.corrections.corrected import Corrected
+from fxkfac.curvature.corrections.datum_pass import Asked
+from fxkfac.curvature.corrections.fit import nearest_eigenvalues
+from fxkfac.curvature.corrections.overlap import Place
 from fxkfac.curvature.data import Data
 from fxkfac.curvature.eigen import EigenBlock, EigenTerm
 from fxkfac.curvature.factors import Factors
-from fxkfac.curvature.fit import nearest_eigenvalues
-from fxkfac.curvature.overlap import Place
 from fxkfac.curvature.padding import Mask
 from fxkfac.functional import Params
 from fxkfac.graph.program import Program

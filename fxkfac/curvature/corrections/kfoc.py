@@ -20,13 +20,13 @@ from torch import Generator, Tensor
 
 from fxkfac.curvature.batch import require_generator
 from fxkfac.curvature.blocks import Block, Kronecker
-from fxkfac.curvature.correct import Asked
-from fxkfac.curvature.corrected import Corrected
-from fxkfac.curvature.correction import Correction, alone, products_of, shape_of
+from fxkfac.curvature.corrections.common import Correction, alone, products_of, shape_of
+from fxkfac.curvature.corrections.corrected import Corrected
+from fxkfac.curvature.corrections.datum_pass import Asked
+from fxkfac.curvature.corrections.nearest import Pair, Pairs, explained, with_left, with_right
+from fxkfac.curvature.corrections.overlap import Place
 from fxkfac.curvature.data import Data
 from fxkfac.curvature.factors import Factors
-from fxkfac.curvature.nearest import Pair, Pairs, explained, with_left, with_right
-from fxkfac.curvature.overlap import Place
 from fxkfac.curvature.padding import Mask
 from fxkfac.errors import DataError, OptionError
 from fxkfac.functional import Params

@@ -15,17 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxkfac.curvature.categorical import Categorical
-from fxkfac.curvature.closed_form import ClosedForm
-from fxkfac.curvature.likelihoods import (
+from fxkfac.errors import DataError, LossError
+from fxkfac.isolation import generator_on
+from fxkfac.likelihoods.base import (
     Likelihood,
     sum_rows,
     widen,
 )
-from fxkfac.curvature.targets import require_floating_like, require_tensors
-from fxkfac.curvature.wording import said, worded
-from fxkfac.errors import DataError, LossError
-from fxkfac.isolation import generator_on
+from fxkfac.likelihoods.categorical import Categorical
+from fxkfac.likelihoods.closed_form import ClosedForm
+from fxkfac.likelihoods.targets import require_floating_like, require_tensors
+from fxkfac.likelihoods.wording import said, worded
 
 __all__ = ["Bernoulli", "Categorical", "Gaussian", "likelihood_of"]
 

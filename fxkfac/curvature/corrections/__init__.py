@@ -1,0 +1,1 @@
+"""Further passes over the data that bring factors nearer to the exact blocks."""

@@ -1,0 +1,1 @@
+"""Passes over the data as compiled code."""
