@@ -22,7 +22,7 @@ from zoo import ZOO
 
 import fxkfac
 from fxkfac import errors
-from fxkfac.attribution import rows, solve
+from fxkfac.attribution import products, solve
 from fxkfac.graph.verify import FlatModel
 from fxkfac.likelihoods.losses import likelihood_of
 
@@ -207,7 +207,7 @@ def test_one_test_datum_meets_the_rows_one_by_one(case):
 
 
 def test_chunks_of_one_datum(case, monkeypatch):
-    monkeypatch.setattr(rows, "LARGEST_CHUNK", 1)
+    monkeypatch.setattr(products, "LARGEST_CHUNK", 1)
     factors = case.factors()
     assert_scores(case.scores(factors), case.expected(factors))
 

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
-from fxkfac.attribution.rows import Formed, Rows, TokenRows, chunks
-from fxkfac.attribution.solve import Exact, Solved, Solver, solvers_of
+from fxkfac.attribution.solve import Solved, Solver, solvers_of
 from fxkfac.attribution.taps import Batch, Reader
 from fxkfac.curvature.corrections.corrected import Corrected, uncorrected
 from fxkfac.curvature.data import Data, batches
@@ -30,6 +29,7 @@ from fxkfac.functional import Params
 from fxkfac.graph.program import Program
 from fxkfac.isolation import full_precision
 from fxkfac.likelihoods.losses import likelihood_of
+from fxkfac.linalg.rows import Rows, chunks
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -202,9 +202,9 @@ class _Scores:
         largest = self.memory // self.factors.like.element_size()
         for batch in self._read("test", test):
             rows = {name: self._rows(batch, name) for name in self.solvers}
-            for start, size in chunks(batch.n, numel, largest):
+            for start, size in chunks(batch.n, largest // max(numel, 1)):
                 solved = {
-                    name: self._solved(name, [r.some(start, size) for r in of_block])
+                    name: tuple(self.solvers[name].solve([r.some(start, size) for r in of_block]))
                     for name, of_block in rows.items()
                     if of_block
                 }
@@ -218,18 +218,12 @@ class _Scores:
         require_same_terms(batch.schedule.blocks, self.factors.plans.values())
         return batch
 
-    def _rows(self, batch: Batch, name: str) -> list[Rows | TokenRows | Formed]:
+    def _rows(self, batch: Batch, name: str) -> list[Rows]:
         """Of every term of a block; none for a parameter that nothing uses."""
         if name in batch.blocks:
             return [batch.term(term) for term in batch.blocks[name]]
         formed = batch.exact(name)
         return [] if formed is None else [formed]
-
-    def _solved(self, name: str, rows: list[Any]) -> tuple[Solved, ...]:
-        solver = self.solvers[name]
-        if isinstance(solver, Exact):
-            return (solver.solve(rows[0]),)
-        return tuple(solver.solve(rows))
 
     def _products(self, batch: Batch, group: list[Part]) -> Float[Tensor, "n m"]:
         like = self.factors.like

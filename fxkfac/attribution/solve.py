@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fxkfac.attribution.rows import Formed, Rows, TokenRows
+from fxkfac.attribution.products import own, own_at, products, products_at
 from fxkfac.curvature.blocks import Block, Kronecker
 from fxkfac.curvature.curvature import AnyBlock, Curvature
 from fxkfac.curvature.eigen import EigenBlock, EigenTerm
 from fxkfac.errors import UnsupportedUse
 from fxkfac.linalg import operators
 from fxkfac.linalg.operators import Damping, Eigenbasis, Operator
+from fxkfac.linalg.rows import Rows, TokenRows
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -31,21 +32,18 @@ class Solved:
     """(C + λ I)⁻¹ G_m of some data, in the form of one term's gradients.
 
     Attributes:
-        P: (m, group, in, out); (m, chosen, out) for tokens; (m, numel) for an exact block.
+        P: (m, group, in, out); (m, chosen, out) for tokens; (m, 1, numel, 1) for an exact block.
         chosen: The tokens whose rows P holds.
     """
 
     P: Tensor
     chosen: Int[Tensor, " chosen"] | None = None
 
-    def products(self, rows: Rows | TokenRows | Formed) -> Float[Tensor, "n m"]:
+    def products(self, rows: Rows) -> Float[Tensor, "n m"]:
         """⟨G_n, P_m⟩ for all pairs."""
-        if isinstance(rows, Formed):
-            return rows.G @ self.P.mT
-        if isinstance(rows, Rows):
-            return rows.products(self.P)
-        assert self.chosen is not None
-        return rows.products(self.P, self.chosen)
+        if isinstance(rows, TokenRows) and self.chosen is not None:
+            return products_at(rows, self.P, self.chosen)
+        return products(rows, self.P)
 
 
 @dataclass(frozen=True)
@@ -61,20 +59,15 @@ class Term:
         assert isinstance(inverse, Eigenbasis)
         return Term(inverse)
 
-    def solve(self, rows: Rows | TokenRows) -> Solved:
+    def solve(self, rows: Rows) -> Solved:
         """For the gradients of some data; those of one-hot rows for their own tokens alone."""
-        if isinstance(rows, Rows):
-            return Solved(self._solve(rows.formed()))
         basis = self.inverse
-        if basis.Q_A is not None:  # rows were summed before A was, which is then no diagonal
-            chosen = torch.arange(basis.shape[1], device=basis.like.device)
-            return Solved(self._solve(rows.formed(chosen).unsqueeze(1))[:, 0], chosen)
+        # Where rows were summed before A was, that is no diagonal: all tokens have a share.
+        if not isinstance(rows, TokenRows) or basis.Q_A is not None:
+            return Solved(operators.product(basis, own(rows)))
         assert basis.Q_B is not None
         chosen, Q_B = rows.tokens.unique(), basis.Q_B[0]
-        return Solved((rows.formed(chosen) @ Q_B * basis.eigenvalues[0, chosen]) @ Q_B.mT, chosen)
-
-    def _solve(self, G: Float[Tensor, "m group d_in d_out"]) -> Tensor:
-        return operators.product(self.inverse, G)
+        return Solved((own_at(rows, chosen) @ Q_B * basis.eigenvalues[0, chosen]) @ Q_B.mT, chosen)
 
 
 @dataclass(frozen=True)
@@ -88,7 +81,7 @@ class Terms:
         """Numbers in one datum's gradient."""
         return sum(basis.inverse.numel for basis in self.bases)
 
-    def solve(self, rows: list[Rows | TokenRows]) -> list[Solved]:
+    def solve(self, rows: list[Rows]) -> list[Solved]:
         """For each term by itself."""
         return [basis.solve(r) for basis, r in zip(self.bases, rows, strict=True)]
 
@@ -110,22 +103,13 @@ class Whole:
         """Numbers in one datum's gradient, and in what its terms have of it."""
         return self.inverse.numel + sum(entries.numel() for entries in self.entries)
 
-    def solve(self, rows: list[Rows | TokenRows]) -> list[Solved]:
+    def solve(self, rows: list[Rows]) -> list[Solved]:
         """For the gradients of all terms together."""
-        G = self.inverse.like.new_zeros(len(rows[0]), self.inverse.numel)
+        G = self.inverse.like.new_zeros(rows[0].n, self.inverse.numel)
         for r, entries in zip(rows, self.entries, strict=True):
-            tokens = torch.arange(entries.shape[1], device=entries.device)
-            part = r.formed(tokens) if isinstance(r, TokenRows) else r.formed()
-            G = G.index_add(1, entries.flatten(), part.flatten(1).to(G.dtype))
+            G = G.index_add(1, entries.flatten(), own(r).flatten(1).to(G.dtype))
         P = operators.product(self.inverse, G)
-        found = []
-        for r, entries in zip(rows, self.entries, strict=True):
-            if isinstance(r, TokenRows):
-                tokens = torch.arange(entries.shape[1], device=entries.device)
-                found.append(Solved(P[:, entries[0]], tokens))
-            else:
-                found.append(Solved(P[:, entries]))
-        return found
+        return [Solved(P[:, entries]) for entries in self.entries]
 
 
 @dataclass(frozen=True)
@@ -139,9 +123,11 @@ class Exact:
         """Numbers in one datum's gradient."""
         return self.inverse.numel
 
-    def solve(self, rows: Formed) -> Solved:
-        """For the gradients of some data."""
-        return Solved(operators.product(self.inverse, rows.G.to(self.inverse.like.dtype)))
+    def solve(self, rows: list[Rows]) -> list[Solved]:
+        """For the gradients of some data, of the one kind that there is."""
+        (r,) = rows
+        G = own(r).flatten(1).to(self.inverse.like.dtype)
+        return [Solved(operators.product(self.inverse, G).view(r.n, 1, -1, 1))]
 
 
 Solver = Terms | Whole | Exact

@@ -14,24 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxkfac.attribution.rows import Formed, Rows, TokenRows
 from fxkfac.curvature.datum import Heard, require_independent, rows_of
 from fxkfac.curvature.diagonal import positions_in_datum
 from fxkfac.curvature.factors import Settings
 from fxkfac.curvature.perdatum import datum_gradients
 from fxkfac.curvature.plan import TermPlan
-from fxkfac.curvature.schedule import Schedule, counts_only, schedule_of
-from fxkfac.curvature.sharing import accurate_dtype, known
+from fxkfac.curvature.schedule import Schedule, schedule_of
+from fxkfac.curvature.sharing import accurate_dtype
 from fxkfac.curvature.together import enlarged, reduced
 from fxkfac.errors import BatchAxisError, DataError, NonFiniteError, UnsupportedUse
 from fxkfac.graph.ir import Use
-from fxkfac.graph.normal import Input, OneHotRows, detached, normal_x, normal_y
+from fxkfac.graph.normal import Input, detached
 from fxkfac.graph.program import Program, Run, Tapped
 from fxkfac.graph.tap import Taps
 from fxkfac.isolation import is_finite, not_finite, own_randomness
 from fxkfac.likelihoods.backpropagation import sites_of
 from fxkfac.likelihoods.base import Likelihood
-from fxkfac.linalg.contraction import DatumRows
+from fxkfac.linalg.rows import Formed, Rows
 
 
 @dataclass(frozen=True)
@@ -141,19 +140,14 @@ class Batch:
         """The terms of every block that has any."""
         return {block.name: block.terms for block in self.schedule.blocks}
 
-    def term(self, term: TermPlan) -> Rows | TokenRows:
+    def term(self, term: TermPlan) -> Rows:
         """The rows of one term."""
-        if counts_only(term):
-            return self._tokens(term)
         heard = [
             Heard(use, term.scales[k], self.inputs[use], self._gradient(use).unsqueeze(0), None)
             for k, use in enumerate(term.uses)
         ]
         (rows,) = rows_of(term, heard, self.n, 1, accurate_dtype(heard[0].g), tokens=True)
-        assert isinstance(rows, DatumRows)
-        x, g = rows.x, rows.g.squeeze(3)
-        groups = max(len(x), len(g))
-        return Rows(x.expand(groups, -1, -1, -1), g.expand(groups, -1, -1, -1))
+        return rows
 
     def exact(self, name: str) -> Formed | None:
         """The gradients of a parameter with an exact block; `None` where nothing uses it."""
@@ -161,27 +155,10 @@ class Batch:
             return None
         uses = self.schedule.exact[name]
         parts = datum_gradients(name, uses, self.inputs.__getitem__, self._gradient)
-        return Formed(torch.cat(list(parts)))
+        return Formed(torch.cat(list(parts)).view(1, self.n, -1, 1, 1))
 
     def _gradient(self, use: Use) -> Tensor:
         return self.gradients[use.tap]
-
-    def _tokens(self, term: TermPlan) -> TokenRows:
-        tokens, gradients = [], []
-        for use in term.uses:
-            x = normal_x(use, self.inputs[use], known(use))
-            assert isinstance(x, OneHotRows)
-            g = x.scale * _accurate(normal_y(use, self._gradient(use), known(use))[0])
-            at = x.indices.expand(g.shape[:2])
-            if x.ignored is not None:
-                g = g * (at != x.ignored).unsqueeze(-1)
-            tokens.append(at)
-            gradients.append(g)
-        return TokenRows(torch.cat(tokens, 1), torch.cat(gradients, 1))
-
-
-def _accurate(g: Tensor) -> Tensor:
-    return g.to(accurate_dtype(g))
 
 
 def _require_apart(tapped: Tapped) -> None:

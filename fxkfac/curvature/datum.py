@@ -25,7 +25,8 @@ from fxkfac.graph.axes import axis_tokens
 from fxkfac.graph.ir import Use
 from fxkfac.graph.normal import Input, OneHotRows, normal_x, normal_y
 from fxkfac.graph.program import Tapped
-from fxkfac.linalg.contraction import DatumRows, Rows, Sizes, TokenRows
+from fxkfac.linalg.orders import Sizes
+from fxkfac.linalg.rows import DatumRows, Rows, TokenRows, chunks
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -132,9 +133,8 @@ def rows_of(
         if term.is_bias:
             yield _bias_rows(term, part, dtype)
             continue
-        n, readers = _size(part[0]), [_reader(h) for h in part]
-        for start in range(0, n, data):
-            size = min(data, n - start)
+        readers = [_reader(h) for h in part]
+        for start, size in chunks(_size(part[0]), data):
             some = [read(start, size) for read in readers]
             if tokens and counts_only(term):
                 yield _token_rows(some, dtype)

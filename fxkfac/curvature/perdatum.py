@@ -8,16 +8,20 @@ whatever weight sharing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fxkfac.curvature.sharing import accurate_dtype, known
+from fxkfac.curvature.datum import Heard, rows_of
+from fxkfac.curvature.plan import TermPlan
+from fxkfac.curvature.sharing import accurate_dtype, summed_gradient
 from fxkfac.graph.ir import Use
-from fxkfac.graph.normal import Input, OneHotRows, normal_weight, normal_x, normal_y
-from fxkfac.graph.program import Program, Tapped
-from fxkfac.graph.structure import EXACT
+from fxkfac.graph.normal import Input, normal_weight
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 LARGEST_CHUNK = 2**24  # numbers in the gradients that are held at once
 
@@ -39,26 +43,6 @@ def exact_moment(
     return total if structure == "dense" else total.view(shape)
 
 
-def exact_names(
-    program: Program, tapped: Tapped, structures: Mapping[str, str]
-) -> tuple[list[str], list[str]]:
-    """Parameters with exact blocks: those whose taps tell each datum's gradient, and the others.
-
-    One that nothing uses is neither: its block is zero. Where the data are coupled, no gradient is
-    one datum's own. The other way looks whether they are, and refuses that; a scale that nobody
-    asked an exact block for is taken as everything in KFAC then is.
-    """
-    names = [name for name, kind in structures.items() if kind in EXACT]
-    used = {p for u in tapped.uses for p in u.parameters}
-    unknown = {p for u in tapped.uses if u.batch is None for p in u.parameters}
-    names = [name for name in names if name in used or name in tapped.uncovered]
-    lost = unknown | set(tapped.uncovered)
-    if tapped.coupled or tapped.alike:
-        chosen = program.structures_for(tapped)
-        lost |= {name for name in names if not chosen[name].is_scale}
-    return [n for n in names if n not in lost], [n for n in names if n in lost]
-
-
 def zero_moment(shape: tuple[int, ...], structure: str, like: Tensor) -> Tensor:
     """Where the sum over the data begins, for a parameter of this shape."""
     numel = torch.Size(shape).numel()
@@ -71,48 +55,29 @@ def datum_gradients(
     uses: Sequence[Use],
     inputs: Callable[[Use], Input],
     gradients: Callable[[Use], Tensor],
-) -> Iterator[Tensor]:
-    """(chunk, numel): the gradients of some of the data after those of others."""
-    gs = [normal_y(u, gradients(u), known(u)) for u in uses]
-    xs = [normal_x(u, inputs(u), known(u)) for u in uses]
-    n = gs[0].shape[1]
+) -> Iterator[Float[Tensor, "data numel"]]:
+    """The gradients of some of the data after those of others."""
     largest = max(u.view.numel for u in uses)
-    chunk = max(1, LARGEST_CHUNK // max(largest, 1))
-    for start in range(0, n, chunk):
-        size = min(chunk, n - start)
-        parts = [
-            _own(name, u, _some(x, start, size), g.narrow(1, start, size))
-            for u, x, g in zip(uses, xs, gs, strict=True)
-        ]
+    data = max(1, LARGEST_CHUNK // max(largest, 1))
+    each = [_of_use(name, u, inputs(u), gradients(u), data) for u in uses]
+    for parts in zip(*each, strict=True):
         yield torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
 
 
-def _some(x: Tensor | OneHotRows | None, start: int, size: int) -> Tensor | OneHotRows | None:
-    """The rows of some of the data; an input that is the same for all data stays as it is."""
-    if isinstance(x, OneHotRows):
-        if x.indices.shape[0] == 1:
-            return x
-        return OneHotRows(x.indices.narrow(0, start, size), x.size, x.ignored, x.scale)
-    return x if x is None or x.shape[1] == 1 else x.narrow(1, start, size)
-
-
-def _own(name: str, use: Use, x: Tensor | OneHotRows | None, g: Tensor) -> Tensor:
+def _of_use(name: str, use: Use, x: Input, g: Tensor, data: int) -> Iterator[Tensor]:
     """One use's part of every datum's gradient of one parameter, (n, numel)."""
-    g = g.to(accurate_dtype(g))
-    groups, n, shared, out = g.shape
-    if isinstance(x, OneHotRows):
-        at = x.indices.expand(n, shared)
-        if x.ignored is not None:
-            g = g * (at != x.ignored).unsqueeze(-1)
-        G = g.new_zeros(n, x.size, out)
-        G = G.scatter_add(1, at.unsqueeze(-1).expand(n, shared, out), x.scale * g[0])
-    elif x is None:
-        G = use.form.scale * g.sum(2).movedim(0, 1)
-    else:
-        groups = max(groups, len(x))
-        x = x.to(g.dtype).expand(groups, n, shared, -1)
-        G = torch.einsum("gnsi,gnso->ngio", x, g.expand(groups, -1, -1, -1))
     entries = normal_weight(use).flatten().to(g.device)
-    flat = g.new_zeros(n, use.view.numel).index_add(1, entries, G.flatten(1))
     sizes = [torch.Size(shape).numel() for shape in use.view.shapes]
-    return dict(zip(use.parameters, flat.split(sizes, dim=1), strict=True))[name]
+    for G in _entries_of_use(use, x, g, data):
+        flat = G.new_zeros(len(G), use.view.numel).index_add(1, entries, G)
+        yield dict(zip(use.parameters, flat.split(sizes, dim=1), strict=True))[name]
+
+
+def _entries_of_use(use: Use, x: Input, g: Tensor, data: int) -> Iterator[Tensor]:
+    """(n, group · in · out), of so many data at a time."""
+    if use.is_bias:
+        yield from summed_gradient(use, g).split(data)
+        return
+    heard = Heard(use, (), x, g.unsqueeze(0), None)
+    for rows in rows_of(TermPlan((use,)), [heard], data, 1, accurate_dtype(g), tokens=True):
+        yield rows.formed().movedim(1, 0).flatten(1)

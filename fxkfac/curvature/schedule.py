@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from fxkfac.curvature.images import Images, input_images, output_images
-from fxkfac.curvature.perdatum import exact_names
 from fxkfac.curvature.plan import BlockPlan, TermPlan, plan_blocks
 from fxkfac.graph.axes import axis_lengths
 from fxkfac.graph.form import OneHot
 from fxkfac.graph.ir import Use
 from fxkfac.graph.normal import normal_weight
 from fxkfac.graph.program import Program, Tapped
+from fxkfac.graph.structure import EXACT
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +92,7 @@ def _schedule(
     apart = frozenset(name for name, kind in structures.items() if kind != "kronecker")
     blocks = plan_blocks(tapped.uses, separate_weight_and_bias, apart)
     terms = tuple(term for block in blocks for term in block.terms)
-    from_taps, from_graph = exact_names(program, tapped, structures)
+    from_taps, from_graph = _exact_names(program, tapped, structures)
     places: dict[Use, list[tuple[int, int]]] = {}
     for k, term in enumerate(terms):
         for place, use in enumerate(term.uses):
@@ -114,6 +114,26 @@ def _schedule(
         {use: names for use, names in exact_of.items() if names},
         tuple(from_graph),
     )
+
+
+def _exact_names(
+    program: Program, tapped: Tapped, structures: Mapping[str, str]
+) -> tuple[list[str], list[str]]:
+    """Parameters with exact blocks: those whose taps tell each datum's gradient, and the others.
+
+    One that nothing uses is neither: its block is zero. Where the data are coupled, no gradient is
+    one datum's own. The other way looks whether they are, and refuses that; a scale that nobody
+    asked an exact block for is taken as everything in KFAC then is.
+    """
+    names = [name for name, kind in structures.items() if kind in EXACT]
+    used = {p for u in tapped.uses for p in u.parameters}
+    unknown = {p for u in tapped.uses if u.batch is None for p in u.parameters}
+    names = [name for name in names if name in used or name in tapped.uncovered]
+    lost = unknown | set(tapped.uncovered)
+    if tapped.coupled or tapped.alike:
+        chosen = program.structures_for(tapped)
+        lost |= {name for name in names if not chosen[name].is_scale}
+    return [n for n in names if n not in lost], [n for n in names if n in lost]
 
 
 def counts_only(term: TermPlan) -> bool:

@@ -139,13 +139,18 @@ def reduced_output(use: Use, g: Tensor, kept: Kept) -> Float[Tensor, "group batc
 
 def bias_output(term: TermPlan, use: Use, g: Tensor) -> Float[Tensor, "1 batch numel"]:
     """Every datum's gradient of a bias by itself: Σ_s g, at the places of its entries."""
-    rows = accurate(normal_y(use, g, known(use))).sum(2)  # (group, batch, out)
-    flat = use.form.scale * rows.movedim(0, 1).flatten(1)
+    flat = summed_gradient(use, g)
     places, numel = _bias_places(term, use)
     _require_formable(term, numel)
     if places is not None:
         flat = flat.new_zeros(len(flat), numel).index_add(1, places.to(flat.device), flat)
     return flat.unsqueeze(0)
+
+
+def summed_gradient(use: Use, g: Tensor) -> Float[Tensor, "batch group_d_out"]:
+    """Every datum's gradient of a bias by one of its uses: Σ_s g, in the order of its entries."""
+    rows = accurate(normal_y(use, g, known(use))).sum(2)
+    return use.form.scale * rows.movedim(0, 1).flatten(1)
 
 
 def _by_datum(x: Tensor) -> Float[Tensor, "group batch shared d"]:

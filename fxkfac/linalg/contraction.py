@@ -16,55 +16,10 @@ import torch
 from torch import Tensor
 
 from fxkfac.linalg.orders import Order, Sizes, order_by_token, order_of_products, order_of_squares
+from fxkfac.linalg.rows import DatumRows, Formed, Rows, TokenRows
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
-
-
-@dataclass(frozen=True)
-class DatumRows:
-    """Inputs and gradients of some data, with so many rows for each; c stands for the vectors."""
-
-    x: Float[Tensor, "group n shared d_in"]
-    g: Float[Tensor, "group n shared c d_out"]
-
-    @property
-    def sizes(self) -> Sizes:
-        """Lengths of the axes."""
-        _, _, shared, vectors, d_out = self.g.shape
-        return Sizes(shared, vectors, self.x.shape[-1], d_out)
-
-
-@dataclass(frozen=True)
-class TokenRows:
-    """The same where inputs are one-hot: the rows of G that are not zero.
-
-    Attributes:
-        places: For each, n · size + i where it is row i of datum n's G; no two are equal.
-        g: The rows.
-        size: How many rows G has.
-        n: Number of data.
-    """
-
-    places: Int[Tensor, " rows"]
-    g: Float[Tensor, "rows c d_out"]
-    size: int
-    n: int
-
-    @property
-    def tokens(self) -> Int[Tensor, " rows"]:
-        """For each, which row of its datum's G it is."""
-        return self.places.remainder(self.size)
-
-
-@dataclass(frozen=True)
-class Formed:
-    """The gradients themselves, where each is a sum over several kinds of rows."""
-
-    G: Float[Tensor, "group n d_in c d_out"]
-
-
-Rows = DatumRows | TokenRows | Formed
+    from jaxtyping import Float
 
 
 @dataclass(frozen=True)
@@ -102,7 +57,7 @@ class Squares:
         if not order.forms:
             # Σ_c comes before the product: x is the same for all vectors.
             return x.squeeze(2).square().mT @ g.squeeze(2).square().sum(2)
-        return self._squared(gradients(DatumRows(x, g)), order.x_first, order.g_first)
+        return self._squared(DatumRows(x, g).formed(), order.x_first, order.g_first)
 
     def _squared(self, G: Tensor, x_turned: bool = False, g_turned: bool = False) -> Tensor:
         G = G if g_turned else _times(G, self.Q_B)
@@ -132,7 +87,7 @@ class Left:
             each = (_times(rows.g.unsqueeze(0), self.B)[0] * rows.g).sum((1, 2))
             return _by_token(rows, each)
         if isinstance(rows, Formed) or self.order(rows.sizes).forms:
-            G = gradients(rows)
+            G = rows.formed()
             turned = _times(G, self.B)
             if self.tokens:
                 return (turned * G).sum((0, 1, 3, 4))
@@ -168,7 +123,7 @@ class Right:
             scaled = self.A[rows.tokens].view(-1, 1, 1) * rows.g
             return (scaled.flatten(0, 1).mT @ rows.g.flatten(0, 1)).unsqueeze(0)
         if isinstance(rows, Formed) or self.order(rows.sizes).forms:
-            G = gradients(rows)
+            G = rows.formed()
             return torch.einsum("gnivo,gnivp->gop", G, _from_left(self.A, G))
         P = _times(rows.x, self.A) @ rows.x.mT  # x A xᵀ
         product = (P @ rows.g.flatten(3)).unflatten(-1, rows.g.shape[3:])
@@ -177,17 +132,6 @@ class Right:
 
 
 Statistic = Squares | Left | Right
-
-
-def gradients(rows: Rows) -> Float[Tensor, "group n d_in c d_out"]:
-    """G = Σ_s x gᵀ of every datum and vector."""
-    if isinstance(rows, Formed):
-        return rows.G
-    if isinstance(rows, TokenRows):
-        G = rows.g.new_zeros(rows.n * rows.size, *rows.g.shape[1:])
-        return G.index_add(0, rows.places, rows.g).view(1, rows.n, rows.size, *rows.g.shape[1:])
-    G = rows.x.mT @ rows.g.flatten(3)
-    return G.unflatten(-1, rows.g.shape[3:])
 
 
 def _times(

@@ -4,9 +4,9 @@ import pytest
 import torch
 from drawn import rand
 
-from fxkfac.linalg import contraction
-from fxkfac.linalg.contraction import DatumRows, Formed, Left, Right, Squares, TokenRows
+from fxkfac.linalg.contraction import Left, Right, Squares
 from fxkfac.linalg.orders import Sizes, order_of_products, order_of_squares
+from fxkfac.linalg.rows import DatumRows, Formed, TokenRows
 
 # (shared, vectors, in, out), and the order that is the cheapest one there
 SQUARES = {
@@ -104,8 +104,8 @@ def test_gradients_that_are_formed():
     formed = Formed(gradients(r).movedim(2, 3))
     for statistic in (Squares(Q_A, Q_B), Left(B), Right(A)):
         torch.testing.assert_close(statistic.of(formed), statistic.of(r))
-    hot = TokenRows(torch.tensor([0, 3, 8, 6, 5]), rand(5, 2, 4), 5, 2)
-    formed = Formed(contraction.gradients(hot))
+    hot = TokenRows(torch.tensor([0, 3, 5, 6, 8]), rand(5, 2, 4), 5, 2)
+    formed = Formed(hot.formed())
     a = rand(5, seed=4).square()
     for statistic in (Squares(None, Q_B[:1]), Left(B[:1], tokens=True), Right(a)):
         torch.testing.assert_close(statistic.of(formed), statistic.of(hot))

@@ -24,8 +24,9 @@ from fxkfac.curvature.sharing import known
 from fxkfac.graph.ir import Use
 from fxkfac.graph.normal import Input
 from fxkfac.isolation import are_finite
-from fxkfac.linalg.contraction import Rows, Statistic
+from fxkfac.linalg.contraction import Statistic
 from fxkfac.linalg.orders import Order, Sizes, order_of_sums
+from fxkfac.linalg.rows import Rows
 
 
 def places(blocks: Mapping[str, BlockPlan]) -> Iterator[Place]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from fxkfac.curvature.laid_out import lies_turned, overlapping
 from fxkfac.curvature.plan import BlockPlan, TermPlan
 from fxkfac.errors import UnsupportedUse
-from fxkfac.linalg.contraction import Formed, Rows, gradients
+from fxkfac.linalg.rows import Formed, Rows
 
 Side = TypeVar("Side", Tensor, Tensor | None)
 Place = tuple[str, int]  # the name of a block, and which of its terms
@@ -112,7 +112,7 @@ def whole(part: Part, rows: Mapping[Place, Rows]) -> Mapping[Place, Rows]:
     """
     if len(part) == 1:
         return rows
-    own = {place: gradients(r) for place, r in rows.items()}
+    own = {place: r.formed() for place, r in rows.items()}
     weights = [_turned(part[p].weight(G, 2), part[p].turned) for p, G in own.items()]
     total = weights[0]
     for weight in weights[1:]:
