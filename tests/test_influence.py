@@ -403,7 +403,7 @@ def test_blocks_without_taps(mlp):
 
 
 def test_overlapping_products_that_are_too_large(monkeypatch):
-    monkeypatch.setattr(solve, "LARGEST_BLOCK", 10)
+    monkeypatch.setattr(solve, "LARGEST_DENSE", 10)
     tied = Case("tied")
     with pytest.raises(errors.UnsupportedUse, match=r"token\.weight.*different orientations"):
         tied.scores(tied.factors())

@@ -20,10 +20,11 @@ from fxkfac.attribution.solve import Solved, Solver, solvers_of
 from fxkfac.attribution.taps import Batch, Reader
 from fxkfac.curvature.corrections.corrected import Corrected, uncorrected
 from fxkfac.curvature.data import Data, batches
-from fxkfac.curvature.factors import Factors, Settings
+from fxkfac.curvature.factors import Factors
 from fxkfac.curvature.options import require_program, settings_again
 from fxkfac.curvature.plan import require_same_terms
 from fxkfac.curvature.point import require_here
+from fxkfac.curvature.settings import Settings, differences
 from fxkfac.errors import DataError, MergeError, OptionError
 from fxkfac.functional import Params
 from fxkfac.graph.program import Program
@@ -242,14 +243,13 @@ def _numbered(name: str, data: Data) -> Iterator[tuple[str, Any, Any]]:
 
 def _require_same(program: Program, loss: Any, had: Settings) -> None:
     """Raise `MergeError` unless the factors are of this program."""
-    now = settings_again(program, loss, had, had.masked)
+    differ = differences(had, settings_again(program, loss, had, had.masked))
     for what in ("parameters", "structures"):
-        mine, theirs = dict(getattr(now, what)), dict(getattr(had, what))
-        names = [n for n in {**mine, **theirs} if mine.get(n) != theirs.get(n)]
-        if names:
+        if what in differ:
+            here, there = differ[what]
             raise MergeError(
-                f"the factors and the program differ in the {what} {names[:4]}; expected factors "
-                "of this program. Compute them anew."
+                f"the factors and the program differ in the {what} {list({**here, **there})}; "
+                "expected factors of this program. Compute them anew."
             )
 
 

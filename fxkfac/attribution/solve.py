@@ -19,12 +19,11 @@ from fxkfac.curvature.eigen import EigenBlock, EigenTerm
 from fxkfac.errors import UnsupportedUse
 from fxkfac.linalg import operators
 from fxkfac.linalg.operators import Damping, Eigenbasis, Operator
+from fxkfac.linalg.operators.entries import LARGEST_DENSE
 from fxkfac.linalg.rows import Rows, TokenRows
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
-
-LARGEST_BLOCK = 2**28  # numbers in a matrix that is written out: 1 GiB in float32
 
 
 @dataclass(frozen=True)
@@ -153,11 +152,11 @@ def _solver(block: AnyBlock, damping: float) -> Solver:
 
 
 def _whole(block: Block | EigenBlock, damping: float) -> Whole:
-    if block.numel**2 > LARGEST_BLOCK:
+    if block.numel**2 > LARGEST_DENSE:
         raise UnsupportedUse(
             f"{', '.join(block.params)}: the same entries are used in different orientations or "
             f"parts, and the block as one matrix would hold {block.numel**2:,} numbers; expected "
-            f"at most {LARGEST_BLOCK:,}. Trace with structure={{{block.params[0]!r}: 'diagonal'}}."
+            f"at most {LARGEST_DENSE:,}. Trace with structure={{{block.params[0]!r}: 'diagonal'}}."
         )
     entries = tuple(term.entries.to(term.operator.device) for term in block.terms)
     return Whole(_inverse(block.operator, damping), entries)

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from fxkfac.curvature.datum import Heard, require_independent, rows_of
 from fxkfac.curvature.diagonal import positions_in_datum
-from fxkfac.curvature.factors import Settings
 from fxkfac.curvature.perdatum import datum_gradients
 from fxkfac.curvature.plan import TermPlan
 from fxkfac.curvature.schedule import Schedule, schedule_of
+from fxkfac.curvature.settings import Settings
 from fxkfac.curvature.sharing import accurate_dtype
 from fxkfac.curvature.together import enlarged, reduced
 from fxkfac.errors import BatchAxisError, DataError, NonFiniteError, UnsupportedUse

@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from fxkfac.curvature.factors import Factors, Product, Settings, divisor, scale_of
+from fxkfac.curvature.factors import Factors, Product, divisor, scale_of
 from fxkfac.curvature.moments import InputSums, Moment
 from fxkfac.curvature.plan import TermPlan, require_same_terms
 from fxkfac.curvature.schedule import Schedule
+from fxkfac.curvature.settings import Settings
 from fxkfac.functional import FunctionalModel
 from fxkfac.graph.normal import normal_weight
 from fxkfac.isolation import are_finite

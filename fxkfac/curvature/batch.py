@@ -13,10 +13,10 @@ from torch import Generator, Tensor
 
 from fxkfac.curvature.backends import Backend, Differentiable, Forward, backend_of
 from fxkfac.curvature.diagonal import positions_in_datum
-from fxkfac.curvature.factors import Settings
 from fxkfac.curvature.padding import Mask, Padding, ignored_positions, read_mask
 from fxkfac.curvature.receive import Receiver
 from fxkfac.curvature.schedule import Schedule, schedule_of
+from fxkfac.curvature.settings import Settings
 from fxkfac.curvature.together import require_memory
 from fxkfac.errors import DataError, FxkfacError, NonFiniteError, OptionError
 from fxkfac.functional import Params

@@ -16,6 +16,7 @@ from fxkfac.curvature.blocks import Block, Dense, Diagonal, Kronecker
 from fxkfac.curvature.curvature import AnyBlock, Curvature
 from fxkfac.curvature.plan import BlockPlan, TermPlan, require_same_terms
 from fxkfac.curvature.point import Point
+from fxkfac.curvature.settings import Settings, differences
 from fxkfac.curvature.sharing import accurate_dtype
 from fxkfac.errors import MergeError, OptionError
 from fxkfac.functional import FunctionalModel, unknown
@@ -51,20 +52,6 @@ class Product:
 def divisor(rows: int | Tensor) -> int | Tensor:
     """What Σ g gᵀ is divided by; a group that no row has chosen has B = 0, too."""
     return rows.clamp_min(1).view(-1, 1, 1) if isinstance(rows, Tensor) else max(rows, 1)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What must be equal for two partial results to be parts of one."""
-
-    fisher: str
-    sharing: str
-    mc_samples: int
-    separate_weight_and_bias: bool
-    masked: bool  # whether padding is left out
-    loss: str
-    parameters: Mapping[str, tuple[int, ...]]  # those with a block, and their shapes
-    structures: Mapping[str, str]  # what each one's block is made of
 
 
 @dataclass(frozen=True)
@@ -203,10 +190,10 @@ def require_factors(factors: Any) -> None:
 
 def require_same_computation(mine: Factors, others: Factors) -> None:
     """Raise `MergeError` unless both were computed in the same way."""
-    if mine.settings != others.settings:
+    for name, (here, there) in differences(mine.settings, others.settings).items():
         raise MergeError(
-            f"these factors were computed with {mine.settings}, the others with "
-            f"{others.settings}; only parts of one computation add up."
+            f"these factors were computed with {name}={here!r}, the others with {name}={there!r}; "
+            "expected the same, since only parts of one computation add up."
         )
     require_same_terms(mine.plans.values(), others.plans.values())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fxkfac.curvature.factors import Settings
+from fxkfac.curvature.settings import Settings
 from fxkfac.curvature.sharing import SHARINGS
 from fxkfac.errors import OptionError
 from fxkfac.graph.program import Program

@@ -16,9 +16,9 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from fxkfac.curvature.factors import Settings
 from fxkfac.curvature.padding import Padding
 from fxkfac.curvature.schedule import Schedule
+from fxkfac.curvature.settings import Settings
 from fxkfac.curvature.sharing import Kept, chosen_groups, rows_kept
 from fxkfac.curvature.together import (
     FEW,

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxkfac.curvature.plan import Scales, TermPlan
-from fxkfac.errors import BatchAxisError, FxkfacError
+from fxkfac.errors import BatchAxisError, UnsupportedUse
 from fxkfac.graph.form import BatchAxis
 from fxkfac.graph.ir import Use
 from fxkfac.graph.normal import (
@@ -31,6 +31,7 @@ from fxkfac.graph.normal import (
     normal_y,
 )
 from fxkfac.linalg import kept
+from fxkfac.linalg.operators.entries import LARGEST_DENSE
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -178,14 +179,11 @@ def _places(y: Tensor, kept: Kept) -> Float[Tensor, "group batch"]:
     return kept.to(accurate_dtype(y)).sum(2)
 
 
-LARGEST_BLOCK = 2**28  # numbers in the exact block of a bias: 1 GiB in float32
-
-
 def _require_formable(term: TermPlan, numel: int) -> None:
-    if numel**2 > LARGEST_BLOCK:
-        raise FxkfacError(
+    if numel**2 > LARGEST_DENSE:
+        raise UnsupportedUse(
             f"{', '.join(term.parameters)} is added to the data and has {numel:,} entries: its "
-            f"exact block would hold {numel**2:,} numbers; expected at most {LARGEST_BLOCK:,}. "
+            f"exact block would hold {numel**2:,} numbers; expected at most {LARGEST_DENSE:,}. "
             "Leave it out by `params` when tracing; or, if it is a table of positions, look it up "
             "as an embedding, which has small factors."
         )

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from fxkfac.curvature.curvature import strided
-from fxkfac.curvature.factors import Settings
 from fxkfac.curvature.plan import BlockPlan
 from fxkfac.curvature.schedule import schedule_of
+from fxkfac.curvature.settings import Settings
 from fxkfac.errors import UnknownParameter
 from fxkfac.graph.program import Program
 from fxkfac.graph.structure import EXACT

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxkfac.curvature.factors import Factors, Product, Settings
+from fxkfac.curvature.factors import Factors, Product
 from fxkfac.curvature.running import RunningAverage
+from fxkfac.curvature.settings import Settings
 from fxkfac.errors import OptionError
 from fxkfac.graph.program import Program
 from fxkfac.likelihoods.base import Likelihood

@@ -14,10 +14,10 @@ from typing import Any
 
 from torch import Tensor
 
-from fxkfac.curvature.factors import Settings
 from fxkfac.curvature.options import settings_of
 from fxkfac.curvature.plan import BlockPlan, Identity, TermPlan
 from fxkfac.curvature.schedule import Schedule, schedule_of
+from fxkfac.curvature.settings import Settings
 from fxkfac.curvature.sharing import accurate_dtype
 from fxkfac.errors import MergeError
 from fxkfac.graph.ir import Use

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Generator, Tensor
@@ -13,10 +13,11 @@ from fxkfac.curvature.corrections.datum_pass import Asked, CorrectionPass, TermS
 from fxkfac.curvature.corrections.overlap import Part, Place, parts_of
 from fxkfac.curvature.curvature import AnyBlock
 from fxkfac.curvature.data import Data, batches
-from fxkfac.curvature.factors import Factors, Product, Settings, require_factors
+from fxkfac.curvature.factors import Factors, Product, require_factors
 from fxkfac.curvature.options import settings_again
 from fxkfac.curvature.padding import Mask
 from fxkfac.curvature.point import require_here
+from fxkfac.curvature.settings import Settings, differences
 from fxkfac.errors import MergeError, OptionError
 from fxkfac.functional import Params
 from fxkfac.graph.program import Program
@@ -118,17 +119,9 @@ def _require_gradients(factors: Factors) -> None:
 
 def _require_same(mine: Settings, theirs: Settings) -> None:
     """Raise `MergeError` unless the factors were computed as they would be now."""
-    if mine == theirs:
-        return
-    for one in fields(Settings):
-        had, has = getattr(mine, one.name), getattr(theirs, one.name)
-        if had == has:
-            continue
-        if isinstance(had, Mapping):
-            names = [n for n in {**had, **has} if had.get(n) != has.get(n)]
-            had, has = ({n: m[n] for n in names[:3] if n in m} for m in (had, has))
+    for name, (had, has) in differences(mine, theirs).items():
         raise MergeError(
-            f"these factors were computed with {one.name}={had!r}, but program and arguments say "
+            f"these factors were computed with {name}={had!r}, but program and arguments say "
             f"{has!r}; expected the same. Pass the program, loss and mask of fxkfac.kfac, or "
             "compute the factors anew."
         )

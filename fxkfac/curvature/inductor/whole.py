@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 from torch import Generator, Tensor, no_grad
 
 from fxkfac.curvature.collect import Collector
-from fxkfac.curvature.factors import Settings
 from fxkfac.curvature.inductor.inside import GradientPieces, InputPieces, recording
 from fxkfac.curvature.inductor.parts import Part, Values, names_of, part_of, read
 from fxkfac.curvature.inductor.traced import Kind, prediction_kind, traceable, traced
+from fxkfac.curvature.settings import Settings
 from fxkfac.curvature.together import gradients_of, summed_gradients
 from fxkfac.graph.program import Tapped
 from fxkfac.likelihoods.backpropagation import backpropagated_vectors, has_several
