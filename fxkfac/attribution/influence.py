@@ -148,7 +148,7 @@ def _scores(
 
 
 @dataclass(frozen=True)
-class Part:
+class SolvedData:
     """Some test data, solved: for every block, what each of its terms has become."""
 
     n: int
@@ -169,9 +169,9 @@ class _Scores:
     solvers: Mapping[str, Solver]
     memory: int
 
-    def groups(self, test: Data) -> Iterator[list[Part]]:
+    def groups(self, test: Data) -> Iterator[list[SolvedData]]:
         """Test data, as many at a time as memory has room for."""
-        group: list[Part] = []
+        group: list[SolvedData] = []
         for part in self._parts(test):
             if group and sum(p.nbytes for p in [*group, part]) > self.memory:
                 yield group
@@ -179,11 +179,11 @@ class _Scores:
             group.append(part)
         yield group
 
-    def of(self, train: Data, group: list[Part]) -> Float[Tensor, "n_train m"]:
+    def of(self, train: Data, group: list[SolvedData]) -> Float[Tensor, "n_train m"]:
         """gᵀ P of all training data and some test data."""
         return torch.cat([self._products(batch, group) for batch in self._read("train", train)])
 
-    def of_sites(self, train: Data, group: list[Part]) -> Float[Tensor, "n_train sites m"]:
+    def of_sites(self, train: Data, group: list[SolvedData]) -> Float[Tensor, "n_train sites m"]:
         """The same for every site by itself."""
         found: list[Tensor] = []
         for where, inputs, targets in _numbered("train", train):
@@ -198,7 +198,7 @@ class _Scores:
                 )
         return torch.cat(found)
 
-    def _parts(self, test: Data) -> Iterator[Part]:
+    def _parts(self, test: Data) -> Iterator[SolvedData]:
         numel = sum(solver.numel for solver in self.solvers.values())
         largest = self.memory // self.factors.like.element_size()
         for batch in self._read("test", test):
@@ -209,7 +209,7 @@ class _Scores:
                     for name, of_block in rows.items()
                     if of_block
                 }
-                yield Part(size, solved)
+                yield SolvedData(size, solved)
 
     def _read(self, name: str, data: Data) -> Iterator[Batch]:
         for where, inputs, targets in _numbered(name, data):
@@ -226,7 +226,7 @@ class _Scores:
         formed = batch.exact(name)
         return [] if formed is None else [formed]
 
-    def _products(self, batch: Batch, group: list[Part]) -> Float[Tensor, "n m"]:
+    def _products(self, batch: Batch, group: list[SolvedData]) -> Float[Tensor, "n m"]:
         like = self.factors.like
         total = [like.new_zeros(batch.n, part.n) for part in group]
         for name in group[0].blocks:

@@ -25,8 +25,9 @@ from fxkfac.curvature.together import enlarged, reduced
 from fxkfac.errors import BatchAxisError, DataError, NonFiniteError, UnsupportedUse
 from fxkfac.graph.ir import Use
 from fxkfac.graph.normal import Input, detached
-from fxkfac.graph.program import Program, Run, Tapped
+from fxkfac.graph.program import Program
 from fxkfac.graph.tap import Taps
+from fxkfac.graph.tapped import Run, Tapped
 from fxkfac.isolation import is_finite, not_finite, own_randomness
 from fxkfac.likelihoods.backpropagation import sites_of
 from fxkfac.likelihoods.base import Likelihood

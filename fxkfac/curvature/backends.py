@@ -10,15 +10,16 @@ from typing import Any, NamedTuple, Protocol
 from torch import Generator, Tensor
 
 from fxkfac.curvature.collect import Collector
+from fxkfac.curvature.inductor.code import Values
 from fxkfac.curvature.inductor.compiled import Compiled, compiled
 from fxkfac.curvature.inductor.inside import is_fixed, is_open
-from fxkfac.curvature.inductor.parts import Values
 from fxkfac.curvature.inductor.traced import Kind
 from fxkfac.curvature.inductor.whole import Objective, Outcome, Whole, is_whole, whole
 from fxkfac.curvature.receive import Receiver
 from fxkfac.curvature.together import gradients_of, summed_gradients
 from fxkfac.errors import OptionError
-from fxkfac.graph.program import Program, Run, Tapped
+from fxkfac.graph.program import Program
+from fxkfac.graph.tapped import Run, Tapped
 from fxkfac.likelihoods.base import Likelihood
 from fxkfac.likelihoods.closed_form import ClosedForm
 

@@ -20,7 +20,8 @@ from fxkfac.curvature.settings import Settings
 from fxkfac.curvature.together import require_memory
 from fxkfac.errors import DataError, FxkfacError, NonFiniteError, OptionError
 from fxkfac.functional import Params
-from fxkfac.graph.program import Program, Run, Tapped
+from fxkfac.graph.program import Program
+from fxkfac.graph.tapped import Run, Tapped
 from fxkfac.isolation import is_finite, own_randomness, seed_from
 from fxkfac.likelihoods.backpropagation import BY_POSITION, backpropagated_vectors, sends_back
 from fxkfac.likelihoods.base import Likelihood

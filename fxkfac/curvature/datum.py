@@ -24,7 +24,7 @@ from fxkfac.errors import BatchAxisError
 from fxkfac.graph.axes import axis_tokens
 from fxkfac.graph.ir import Use
 from fxkfac.graph.normal import Input, OneHotRows, normal_x, normal_y
-from fxkfac.graph.program import Tapped
+from fxkfac.graph.tapped import Tapped
 from fxkfac.linalg.orders import Sizes
 from fxkfac.linalg.rows import DatumRows, Rows, TokenRows, chunks
 

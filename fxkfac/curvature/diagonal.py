@@ -20,7 +20,8 @@ from fxkfac.functional import Inputs
 from fxkfac.graph.capture import Captured
 from fxkfac.graph.deviation import relative_error
 from fxkfac.graph.digits import tolerance_of_parts
-from fxkfac.graph.program import Program, Run
+from fxkfac.graph.program import Program
+from fxkfac.graph.tapped import Run
 
 
 @contextmanager

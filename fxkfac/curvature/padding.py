@@ -19,7 +19,7 @@ from fxkfac.curvature.diagonal import by_datum
 from fxkfac.errors import DataError, OptionError
 from fxkfac.graph.ir import Use
 from fxkfac.graph.normal import normal_y
-from fxkfac.graph.program import Run
+from fxkfac.graph.tapped import Run
 from fxkfac.likelihoods.base import Likelihood
 
 if TYPE_CHECKING:

@@ -36,22 +36,22 @@ from fxkfac.graph.normal import Input, Routed, detached
 from fxkfac.likelihoods.backpropagation import has_several
 
 Key = TypeVar("Key")
-Part = TypeVar("Part")
+Given = TypeVar("Given")
 
 
-class Awaited(Generic[Key, Part]):
+class Awaited(Generic[Key, Given]):
     """What several uses give together: complete when each has given its part."""
 
     def __init__(self) -> None:
-        self._parts: dict[Key, list[Part]] = {}
+        self._parts: dict[Key, list[Given]] = {}
 
-    def add(self, key: Key, part: Part, expected: int) -> list[Part]:
+    def add(self, key: Key, part: Given, expected: int) -> list[Given]:
         """Add one part; all of them when it is the last one, else none."""
         parts = self._parts.setdefault(key, [])
         parts.append(part)
         return self._parts.pop(key) if len(parts) == expected else []
 
-    def rest(self) -> Iterator[tuple[Key, list[Part]]]:
+    def rest(self) -> Iterator[tuple[Key, list[Given]]]:
         """What stays incomplete, since no gradient arrives at some uses."""
         while self._parts:
             yield self._parts.popitem()
@@ -162,13 +162,15 @@ class Receiver(ABC):
         size = memory // max(self._bytes, 1)
         if size < FEW:
             return 1
-        memo = self.schedule.tapped.memo
         key = ("together", prediction.device, prediction.dtype)  # kernels differ, and their rules
-        if key not in memo:
-            self._listens, self._vectors = False, 2
-            memo[key] = goes_together(prediction, self._root)
-            self._listens = True
-        return size if memo[key] else 1
+        return size if self.schedule.tapped.once(key, lambda: self._go_together(prediction)) else 1
+
+    def _go_together(self, prediction: Tensor) -> bool:
+        """Whether vectors can, which a trial says that nobody hears."""
+        self._listens, self._vectors = False, 2
+        found = goes_together(prediction, self._root)
+        self._listens = True
+        return found
 
     def _hear(self, place: int, g: Tensor) -> None:
         if self._vectors > 1:

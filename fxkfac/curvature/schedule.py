@@ -12,8 +12,9 @@ from fxkfac.graph.axes import axis_lengths
 from fxkfac.graph.form import OneHot
 from fxkfac.graph.ir import Use
 from fxkfac.graph.normal import normal_weight
-from fxkfac.graph.program import Program, Tapped
+from fxkfac.graph.program import Program
 from fxkfac.graph.structure import EXACT
+from fxkfac.graph.tapped import Tapped
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,10 +78,8 @@ def schedule_of(
 ) -> Schedule:
     """Plan the blocks of a graph, and find where each of its taps goes; once for all batches."""
     key = ("schedule", tuple(structures.items()), separate_weight_and_bias)
-    if key not in tapped.memo:
-        tapped.memo[key] = _schedule(program, tapped, structures, separate_weight_and_bias)
-    found: Schedule = tapped.memo[key]
-    return found
+    how = structures, separate_weight_and_bias
+    return tapped.once(key, lambda: _schedule(program, tapped, *how))
 
 
 def _schedule(

@@ -30,7 +30,7 @@ from fxkfac.graph.normal import (
     normal_x,
     normal_y,
 )
-from fxkfac.linalg import kept
+from fxkfac.linalg import made_once
 from fxkfac.linalg.operators.entries import LARGEST_DENSE
 
 if TYPE_CHECKING:
@@ -231,7 +231,7 @@ def _dense(rows: Rows, lengths: Sequence[int], dtype: torch.dtype) -> Tensor:
     return rows.expand(-1, *lengths, -1)
 
 
-@kept  # the same for every vector and every batch
+@made_once  # the same for every vector and every batch
 def _bias_places(term: TermPlan, use: Use) -> tuple[Tensor | None, int]:
     """Where the entries of one use are among all that the term touches, and how many these are.
 

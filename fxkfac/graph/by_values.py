@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,10 +21,8 @@ from fxkfac.graph.locate import locate
 from fxkfac.graph.overloads import arguments
 from fxkfac.graph.signature import Signature
 from fxkfac.graph.tap import without_dropout
+from fxkfac.graph.tapped import Tapped
 from fxkfac.graph.verify import run_graph
-
-if TYPE_CHECKING:
-    from fxkfac.graph.program import Tapped
 
 aten = torch.ops.aten
 
@@ -95,10 +93,9 @@ def located_again(
 
     What was found before is kept where it explains them, too.
     """
-    if "quiet" not in tapped.memo:
-        tapped.memo["quiet"] = without_dropout(tapped.module)
+    quiet = tapped.once("quiet", lambda: without_dropout(tapped.module))
     found = locate(
-        lambda data, taps: run_graph(tapped.captured, tapped.memo["quiet"], state, data, taps),
+        lambda data, taps: run_graph(tapped.captured, quiet, state, data, taps),
         signature.permute,
         tensors,
         # Turned about, rows are at the same places only if each datum has as many of them.
@@ -112,8 +109,7 @@ def located_again(
     layout = found.prediction, found.uses
     if layout == (tapped.prediction, tuple(use.batch for use in tapped.uses)):
         return tapped
-    if layout not in tapped.memo:
-        uses = tuple(replace(u, batch=b) for u, b in zip(tapped.uses, found.uses, strict=True))
-        tapped.memo[layout] = replace(tapped, uses=uses, prediction=found.prediction, memo={})
-    other: Tapped = tapped.memo[layout]
-    return other
+    uses = tuple(replace(u, batch=b) for u, b in zip(tapped.uses, found.uses, strict=True))
+    return tapped.once(
+        layout, lambda: replace(tapped, uses=uses, prediction=found.prediction, memo={})
+    )

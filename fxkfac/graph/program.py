@@ -13,79 +13,21 @@ from torch.fx import GraphModule
 
 from fxkfac.functional import FunctionalModel, Inputs, Params
 from fxkfac.graph.by_values import located_again
-from fxkfac.graph.capture import Captured
 from fxkfac.graph.constructs import require_gradients_on, require_own_gradients
 from fxkfac.graph.coverage import Coverage, coverage
 from fxkfac.graph.ir import Use
-from fxkfac.graph.locate import Layout
-from fxkfac.graph.match import Unsupported
 from fxkfac.graph.quiet import quietly
 from fxkfac.graph.signature import Signature, require_finite
 from fxkfac.graph.structure import Choice, Structures
 from fxkfac.graph.table import program_table
 from fxkfac.graph.tap import Sink, Taps
+from fxkfac.graph.tapped import Run, Tapped
 from fxkfac.graph.verify import FlatModel, agrees
 from fxkfac.graph.watch import Watch, watch_for
 from fxkfac.isolation import full_precision, without_graph
 
 if TYPE_CHECKING:
     import networkx
-
-
-@dataclass(frozen=True, eq=False)
-class Tapped:
-    """One tapped graph.
-
-    Attributes:
-        captured: The graph as it was captured.
-        module: The same with taps: (sink, parameters, buffers, inputs) -> prediction.
-        uses: The uses of all covered parameters.
-        unsupported: What has no normal form.
-        prediction: Batch axis of the prediction as (axis, outer, inner), `None` if not found.
-        dynamic: Whether the graph runs at other batch sizes.
-        verified: Batch sizes at which the prediction was compared with the model's.
-        refusals: Front ends that were tried before, and why they did not do.
-        coupled: Whether one datum's prediction depends on the others'.
-        alike: Whether that is not known, since the data of the example are alike.
-        by_values: Whether values of the data say where each datum is; see `located_again`.
-        derived: For every weight that is computed from parameters, its node and shape.
-        memo: What others have made of this graph, which lives as long as it does.
-    """
-
-    captured: Captured
-    module: GraphModule
-    uses: tuple[Use, ...]
-    unsupported: tuple[Unsupported, ...]
-    prediction: Layout | None
-    dynamic: bool
-    verified: set[int] = field(repr=False)
-    refusals: Mapping[str, str] = field(default_factory=dict)
-    coupled: bool = False
-    alike: bool = False
-    by_values: bool = False
-    derived: Mapping[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
-    memo: dict[Hashable, Any] = field(default_factory=dict, repr=False)
-
-    @property
-    def uncovered(self) -> tuple[str, ...]:
-        """Names of the parameters with a use that has no normal form."""
-        return tuple(dict.fromkeys(p for u in self.unsupported for p in u.parameters))
-
-
-@dataclass(frozen=True)
-class Run:
-    """One batch of data.
-
-    Attributes:
-        tapped: The graph that ran.
-        prediction: The model's output.
-        n: Number of data.
-    """
-
-    tapped: Tapped
-    prediction: Tensor
-    n: int
-
 
 Compile = Callable[..., Tapped]
 
@@ -159,10 +101,7 @@ class Program:
 
     def structures_for(self, tapped: Tapped) -> dict[str, Choice]:
         """The same for one of the program's graphs."""
-        if "structures" not in tapped.memo:
-            tapped.memo["structures"] = self.asked.choose(tapped, self._sizes())
-        found: dict[str, Choice] = tapped.memo["structures"]
-        return dict(found)
+        return dict(tapped.once("structures", lambda: self.asked.choose(tapped, self._sizes())))
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -9,14 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from fxkfac.errors import OptionError
 from fxkfac.functional import FunctionalModel, select
-
-if TYPE_CHECKING:
-    from fxkfac.graph.ir import Use
-    from fxkfac.graph.program import Tapped
+from fxkfac.graph.ir import Use
+from fxkfac.graph.tapped import Tapped
 
 STRUCTURES = ("kronecker", "diagonal", "dense", "identity", "derived", "skip")
 EXACT = ("diagonal", "dense")  # made from every datum's own gradient

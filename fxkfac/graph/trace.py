@@ -23,12 +23,13 @@ from fxkfac.graph.ir import Use
 from fxkfac.graph.lift import SUMMED
 from fxkfac.graph.locate import Located
 from fxkfac.graph.match import Matched, Unsupported, unsupported_message
-from fxkfac.graph.program import Program, Tapped
+from fxkfac.graph.program import Program
 from fxkfac.graph.quiet import dispatch_kept, quietly
 from fxkfac.graph.record import record
 from fxkfac.graph.signature import BatchAxes, Signature, signature_of
 from fxkfac.graph.structure import Structures, structures_of
 from fxkfac.graph.tap import tap_uses
+from fxkfac.graph.tapped import Tapped
 from fxkfac.graph.trial import attempt, find_coupling, match_and_locate
 from fxkfac.graph.verify import (
     WRONG_GRADIENTS,

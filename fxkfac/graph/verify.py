@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,9 +24,7 @@ from fxkfac.graph.normal import Input, parameter_gradient
 from fxkfac.graph.quiet import quietly
 from fxkfac.graph.signature import Signature
 from fxkfac.graph.tap import Sink, Taps
-
-if TYPE_CHECKING:
-    from fxkfac.graph.program import Tapped
+from fxkfac.graph.tapped import Tapped
 
 WRONG_GRADIENTS = "gradients put together"  # how the reason begins where only they are wrong
 

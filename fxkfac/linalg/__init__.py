@@ -3,8 +3,8 @@
 from fxkfac.linalg.checksum import checksum
 from fxkfac.linalg.flatten import cvec, rvec
 from fxkfac.linalg.gram import Gram, add_gram, in_front, strip
-from fxkfac.linalg.kept import kept
 from fxkfac.linalg.kronecker import kronecker_dense
+from fxkfac.linalg.made_once import made_once
 from fxkfac.linalg.opaque import opaque_gram, opaque_patch_gram
 from fxkfac.linalg.patches import add_patch_gram
 from fxkfac.linalg.windows import Windows, patch_sums
@@ -17,8 +17,8 @@ __all__ = [
     "checksum",
     "cvec",
     "in_front",
-    "kept",
     "kronecker_dense",
+    "made_once",
     "opaque_gram",
     "opaque_patch_gram",
     "patch_sums",

@@ -24,7 +24,7 @@ from fxkfac.linalg.correlation import (
     channel_block,
     is_faster,
 )
-from fxkfac.linalg.kept import kept
+from fxkfac.linalg.made_once import made_once
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -145,7 +145,7 @@ def _mirror(total: Float[Tensor, "group d d"], whole: int, scale: float | Tensor
             corner.copy_(torch.where(_lower(new.stop - start, total.device), corner, corner.mT))
 
 
-@kept  # the same for every factor
+@made_once  # the same for every factor
 def _lower(d: int, device: torch.device) -> Tensor:
     return torch.ones(d, d, dtype=torch.bool, device=device).tril_()
 

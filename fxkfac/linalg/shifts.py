@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fxkfac.linalg.correlation import add_part, correlation, has_wide_vectors
 from fxkfac.linalg.gram import CALL, COPY, READ, Gram, chunk_numel
-from fxkfac.linalg.kept import kept
+from fxkfac.linalg.made_once import made_once
 from fxkfac.linalg.windows import Axis
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def plan(axes: tuple[Axis, ...]) -> Plan:
     return Plan(boxes, turned, tuple(_correlations(taken, axes)))
 
 
-@kept
+@made_once
 def weights(axes: tuple[Axis, ...]) -> Float[Tensor, "pairs boxes"]:
     """What a pair of taps takes of every box: 1, −1 or 0."""
     joined = torch.ones(1, 1, 1, device="cpu")

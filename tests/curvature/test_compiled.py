@@ -15,7 +15,7 @@ from zoo import ZOO
 
 import fxkfac
 from fxkfac.curvature import backends, moments
-from fxkfac.curvature.inductor import inside, parts, whole
+from fxkfac.curvature.inductor import code, inside, whole
 from fxkfac.curvature.inductor.inside import is_fixed, is_open
 from fxkfac.curvature.padding import Padding
 from fxkfac.errors import DataError, FxkfacError, OptionError
@@ -75,7 +75,7 @@ RIGHT = [n for n, e in ZOO.items() if e.expected == "right" and n not in LACKING
 @pytest.mark.parametrize("name", quick(RIGHT, sorted(SOME)[::4].__contains__))
 def test_a_graph_that_is_cut_at_the_prediction(name, monkeypatch):
     """The parts themselves, run as they are: compiling all of them takes too long."""
-    monkeypatch.setattr(parts, "_code", lambda module, given, options: module)
+    monkeypatch.setattr(code, "_compiled", lambda module, given, options: module)
     entry = ZOO[name]
     program = entry.trace(*entry.build(), 4)
     flavours = [o for o in FLAVOURS if entry.reduce or "sharing" not in o]
@@ -91,7 +91,7 @@ def test_products_may_be_opaque_or_outside(name, enough, monkeypatch):
 
     Few rows leave the code as they are.
     """
-    monkeypatch.setattr(parts, "_code", lambda module, given, options: module)
+    monkeypatch.setattr(code, "_compiled", lambda module, given, options: module)
     monkeypatch.setattr(moments, "ENOUGH", enough)
     for module in (inside, backends):
         monkeypatch.setattr(module, "is_open", lambda schedule, device: False)
@@ -103,7 +103,7 @@ def test_products_may_be_opaque_or_outside(name, enough, monkeypatch):
 
 def test_what_is_kept_has_values_for_others(monkeypatch):
     """Tables for images of one size, which nothing else here has, are made while one records."""
-    monkeypatch.setattr(parts, "_code", lambda module, given, options: module)
+    monkeypatch.setattr(code, "_compiled", lambda module, given, options: module)
 
     def make():
         return nn.Sequential(nn.Conv2d(20, 2, 3, padding=1), nn.Tanh(), nn.Flatten())
@@ -140,7 +140,7 @@ def test_equal_sums_may_come_as_one_tensor(monkeypatch):
 
         return run
 
-    monkeypatch.setattr(parts, "_code", merged)
+    monkeypatch.setattr(code, "_compiled", merged)
     x = rand(6, 9)
     program = fxkfac.trace(seeded(Branches), x)
     compare(program, CE, [(x[:4], classes(4)), (x[4:], classes(2))], 1e-10)
@@ -162,11 +162,11 @@ def test_code_that_is_replayed_writes_over_what_it_returned(monkeypatch):
 
         return run
 
-    def part_of(*arguments, replays):
-        return parts.part_of(*arguments, replays=True)
+    def code_of(*arguments, replays):
+        return code.code_of(*arguments, replays=True)
 
-    monkeypatch.setattr(parts, "_code", replayed)
-    monkeypatch.setattr(whole, "part_of", part_of)
+    monkeypatch.setattr(code, "_compiled", replayed)
+    monkeypatch.setattr(whole, "code_of", code_of)
     x = rand(12, 9)
     program = fxkfac.trace(seeded(Branches), x[:4])
     data = [(part, classes(4, seed=k)) for k, part in enumerate(x.split(4))]
@@ -187,7 +187,7 @@ LOSSES = {
 def parts_made(monkeypatch):
     """How many parts have run; none is compiled."""
     made = []
-    monkeypatch.setattr(parts, "_code", lambda module, given, options: made.append(1) or module)
+    monkeypatch.setattr(code, "_compiled", lambda module, given, options: made.append(1) or module)
     return made
 
 

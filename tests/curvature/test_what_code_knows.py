@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fxkfac
-from fxkfac.curvature.inductor import parts
+from fxkfac.curvature.inductor import code
 from fxkfac.errors import DataError
 from fxkfac.likelihoods.losses import Categorical, Gaussian
 
@@ -24,7 +24,7 @@ def program():
 @pytest.fixture
 def uncompiled(monkeypatch):
     """The graphs themselves, in the place of their code."""
-    monkeypatch.setattr(parts, "_code", lambda module, given, options: module)
+    monkeypatch.setattr(code, "_compiled", lambda module, given, options: module)
 
 
 def test_another_loss_of_equal_weights(program, uncompiled):

@@ -12,7 +12,7 @@ from torch import nn
 from torch.func import functional_call
 
 import fxkfac
-from fxkfac.curvature.inductor import parts
+from fxkfac.curvature.inductor import code
 from fxkfac.errors import CaptureError, DataError, ParameterError
 from fxkfac.graph.constants import constant_key
 
@@ -208,7 +208,7 @@ def buffered():
 class TestBuffers:
     @pytest.mark.parametrize("backend", ["eager", "inductor"])
     def test_in_another_order(self, backend, monkeypatch):
-        monkeypatch.setattr(parts, "_code", lambda module, given, options: module)
+        monkeypatch.setattr(code, "_compiled", lambda module, given, options: module)
         model = seeded(buffered)
         program = fxkfac.trace(model, X)
         t = model.t

@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 
 from fxkfac.curvature.corrections.corrected import Corrected
 from fxkfac.curvature.corrections.datum_pass import Asked, CorrectionPass, TermSums, places
-from fxkfac.curvature.corrections.overlap import Part, Place, parts_of
+from fxkfac.curvature.corrections.overlap import Overlap, Place, parts_of
 from fxkfac.curvature.curvature import AnyBlock
 from fxkfac.curvature.data import Data, batches
 from fxkfac.curvature.factors import Factors, Product, require_factors
@@ -32,7 +32,7 @@ class Correction:
     program: Program
     likelihood: Likelihood
     factors: Factors
-    parts: tuple[Part, ...]
+    parts: tuple[Overlap, ...]
     params: Params | None
     mask: Mask | None
     backend: str

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fxkfac.curvature import perdatum
 from fxkfac.curvature.batch import Batch, Pass
-from fxkfac.curvature.corrections.overlap import Part, Place, whole
+from fxkfac.curvature.corrections.overlap import Overlap, Place, summed_rows
 from fxkfac.curvature.datum import Heard, require_independent, rows_of, sizes_of
 from fxkfac.curvature.padding import Padding
 from fxkfac.curvature.plan import BlockPlan, TermPlan, require_same_terms
@@ -61,7 +61,7 @@ class Corrector(Receiver):
     """
 
     asked: Mapping[Place, Asked]
-    parts: Sequence[Part]
+    parts: Sequence[Overlap]
     totals: dict[Place, Tensor] = field(init=False)
     orders: dict[Place, Order] = field(default_factory=dict)
     _inputs: dict[Use, Input] = field(default_factory=dict)
@@ -101,11 +101,11 @@ class Corrector(Receiver):
         for place, one in heard:
             of_terms.setdefault(place, []).append(one)
         for rows in self._rows(part, of_terms):
-            for place, own in whole(part, rows).items():
+            for place, own in summed_rows(part, rows).items():
                 self.totals[place] = self.totals[place] + self.asked[place].statistic.of(own)
 
     def _rows(
-        self, part: Part, of_terms: Mapping[Place, list[Heard]]
+        self, part: Overlap, of_terms: Mapping[Place, list[Heard]]
     ) -> Iterator[Mapping[Place, Rows]]:
         """Of some data and vectors at a time, for every term at which gradients have arrived."""
         at_once = []
@@ -178,7 +178,7 @@ class CorrectionPass(Pass[Corrector, TermSums]):
     """
 
     blocks: Mapping[str, BlockPlan] = field(default_factory=dict)
-    parts: Sequence[Part] = ()
+    parts: Sequence[Overlap] = ()
     asked: Mapping[Place, Asked] = field(default_factory=dict)
 
     def sink(self, schedule: Schedule, padding: Padding, targets: Any) -> Corrector:

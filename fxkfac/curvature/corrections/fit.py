@@ -16,7 +16,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fxkfac.curvature.corrections.overlap import Part, Place, over
+from fxkfac.curvature.corrections.overlap import Overlap, Place, over
 from fxkfac.linalg.contraction import Squares
 from fxkfac.linalg.operators.products import unrotated
 
@@ -26,7 +26,7 @@ Sides = tuple[Tensor | None, Tensor | None]  # squares of P_kᵀ P_j; `None` for
 
 
 def nearest_eigenvalues(
-    part: Part,
+    part: Overlap,
     bases: Mapping[Place, Squares],
     diagonals: Mapping[Place, Tensor],
     start: Mapping[Place, Tensor],
@@ -58,13 +58,13 @@ def _is_close(after: Tensor, before: Tensor, enough: float) -> bool:
     return bool(((after - before).abs() <= enough * after.max()).all())
 
 
-def _seen(part: Part, k: Place, j: Place, sides: Sides, eigenvalues: Tensor) -> Tensor:
+def _seen(part: Overlap, k: Place, j: Place, sides: Sides, eigenvalues: Tensor) -> Tensor:
     """The diagonal of term j in the basis of term k."""
     turned = part[k].turned != part[j].turned
     return unrotated(*sides, eigenvalues.mT if turned else eigenvalues)
 
 
-def _sides(part: Part, k: Place, j: Place, mine: Squares, theirs: Squares) -> Sides:
+def _sides(part: Overlap, k: Place, j: Place, mine: Squares, theirs: Squares) -> Sides:
     """The squares of P_kᵀ P_j, along what both have of the weight."""
     Q_A, their_A = (
         None if basis.Q_A is None else part[place].weight(basis.Q_A)

@@ -16,13 +16,13 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fxkfac.curvature.corrections.overlap import Part, Place, over
+from fxkfac.curvature.corrections.overlap import Overlap, Place, over
 
 Pair = tuple[Tensor, Tensor]  # A and B of one term, with their group axis
 Pairs = Mapping[Place, Pair]
 
 
-def with_left(parts: Sequence[Part], pairs: Pairs, sums: Mapping[Place, Tensor]) -> Pairs:
+def with_left(parts: Sequence[Overlap], pairs: Pairs, sums: Mapping[Place, Tensor]) -> Pairs:
     """The best A for every B, one after the other where terms lie over each other.
 
     Args:
@@ -43,7 +43,7 @@ def with_left(parts: Sequence[Part], pairs: Pairs, sums: Mapping[Place, Tensor])
     return found
 
 
-def with_right(parts: Sequence[Part], pairs: Pairs, sums: Mapping[Place, Tensor]) -> Pairs:
+def with_right(parts: Sequence[Overlap], pairs: Pairs, sums: Mapping[Place, Tensor]) -> Pairs:
     """The best B for every A; `sums` are R Σ Gᵀ A G."""
     found = dict(pairs)
     for part in parts:
@@ -58,7 +58,7 @@ def with_right(parts: Sequence[Part], pairs: Pairs, sums: Mapping[Place, Tensor]
 
 
 def explained(
-    parts: Sequence[Part], pairs: Pairs, sums: Mapping[Place, Tensor], side: int
+    parts: Sequence[Overlap], pairs: Pairs, sums: Mapping[Place, Tensor], side: int
 ) -> list[Tensor]:
     """√(‖C‖² − ‖C − Ĉ‖²) of every part and group; of a single term that is ‖A ⊗ B‖.
 
@@ -93,7 +93,7 @@ def _product(one: Tensor, other: Tensor) -> Tensor:
     return (one * other).flatten(-1 if one.ndim == 1 else 1).sum(-1).view(-1)
 
 
-def _others(part: Part, pairs: Pairs, k: Place) -> Iterator[Pair]:
+def _others(part: Overlap, pairs: Pairs, k: Place) -> Iterator[Pair]:
     """The factors of the other terms, of what they have of the weight, in the layout of this."""
     for j in part:
         if j != k:
@@ -101,7 +101,7 @@ def _others(part: Part, pairs: Pairs, k: Place) -> Iterator[Pair]:
             yield over(part, k, j, _weight(part, j, A), B)
 
 
-def _weight(part: Part, k: Place, A: Tensor) -> Tensor:
+def _weight(part: Overlap, k: Place, A: Tensor) -> Tensor:
     """What A has of the weight, (group, in, in)."""
     if A.ndim == 1:
         return torch.diag(A).unsqueeze(0)

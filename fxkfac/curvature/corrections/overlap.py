@@ -45,10 +45,10 @@ class Lying:
         return t.narrow(axis, 0, t.shape[axis] - self.columns)
 
 
-Part = Mapping[Place, Lying]  # nearly always of one term
+Overlap = Mapping[Place, Lying]  # nearly always of one term
 
 
-def parts_of(plan: BlockPlan) -> Iterator[Part]:
+def parts_of(plan: BlockPlan) -> Iterator[Overlap]:
     """The parts of a block, which have no entry in common.
 
     Raises:
@@ -70,7 +70,7 @@ def _may_repeat(term: TermPlan) -> bool:
     return bool(steps & REPEATING) or len(set(names)) < len(names)
 
 
-def _part(plan: BlockPlan, terms: list[int], entries: list[Tensor]) -> Part:
+def _part(plan: BlockPlan, terms: list[int], entries: list[Tensor]) -> Overlap:
     columns = [len(plan.terms[k].columns) for k in terms]
     weights = [Lying(columns=c).weight(e) for c, e in zip(columns, entries, strict=True)]
     ways = [lies_turned(weight, weights[0]) for weight in weights]
@@ -100,12 +100,12 @@ def _unlike(plan: BlockPlan, terms: list[int]) -> UnsupportedUse:
     )
 
 
-def over(part: Part, mine: Place, theirs: Place, A: Side, B: Side) -> tuple[Side, Side]:
+def over(part: Overlap, mine: Place, theirs: Place, A: Side, B: Side) -> tuple[Side, Side]:
     """The sides of another term, of what it has of the weight, in the layout of this one."""
     return (A, B) if part[mine].turned == part[theirs].turned else (B, A)
 
 
-def whole(part: Part, rows: Mapping[Place, Rows]) -> Mapping[Place, Rows]:
+def summed_rows(part: Overlap, rows: Mapping[Place, Rows]) -> Mapping[Place, Rows]:
     """Rows of terms -> for every term of the part, the gradient of all of them, as it lies there.
 
     One term by itself keeps its rows. One without rows has a gradient of zero.

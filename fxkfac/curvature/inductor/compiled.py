@@ -22,13 +22,13 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from fxkfac.curvature.collect import Collector
+from fxkfac.curvature.inductor.code import Code, Values, code_of, names_of, nodes_in, read
 from fxkfac.curvature.inductor.inside import GradientPieces, InputPieces, recording
-from fxkfac.curvature.inductor.parts import Part, Values, names_of, nodes_in, part_of, read
 from fxkfac.curvature.inductor.traced import Kind, prediction_kind, traceable, traced
 from fxkfac.curvature.together import gradients_of
 from fxkfac.graph.normal import Input, detached
-from fxkfac.graph.program import Tapped
 from fxkfac.graph.tap import Taps
+from fxkfac.graph.tapped import Tapped
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ class Compiled:
     """
 
     arguments: tuple[str, ...]
-    forward: Part
-    backward: Part
-    gradient: Part
+    forward: Code
+    backward: Code
+    gradient: Code
     prediction: str
     inputs: Any
     taps: Any
@@ -123,10 +123,7 @@ def compiled(
     """
     sums = None if sink is None else (sink.schedule, sink.settings.sharing)
     key = ("compiled", kinds, wanted, sums)
-    if key not in tapped.memo:
-        tapped.memo[key] = _compiled(tapped, kinds, wanted, sink)
-    found: Compiled = tapped.memo[key]
-    return found
+    return tapped.once(key, lambda: _compiled(tapped, kinds, wanted, sink))
 
 
 def _compiled(
@@ -136,8 +133,8 @@ def _compiled(
     with traceable():
         joint, results, layout = _joint(recorder, kinds, wanted)
     vector, cotangent, *_ = arguments = [n for n in joint.graph.nodes if n.op == "placeholder"]
-    backward = part_of(joint, results["taps"], _reached(vector))
-    gradient = part_of(joint, results["wanted"], _reached(cotangent))
+    backward = code_of(joint, results["taps"], _reached(vector))
+    gradient = code_of(joint, results["wanted"], _reached(cotangent))
     first = set(joint.graph.nodes) - _reached(vector) - _reached(cotangent)
     sent_back = {n.name for n in nodes_in([results["taps"], results["wanted"]])}
     reads = {*backward.reads, *gradient.reads, *sent_back}
@@ -145,7 +142,7 @@ def _compiled(
     outcome = [results["prediction"], results["inputs"], later]
     return Compiled(
         arguments=tuple(n.name for n in arguments),
-        forward=part_of(joint, outcome, first),
+        forward=code_of(joint, outcome, first),
         backward=backward,
         gradient=gradient,
         later=tuple(n.name for n in later),

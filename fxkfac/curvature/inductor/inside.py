@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fxkfac.curvature.collect import Collector
 from fxkfac.curvature.images import Image
-from fxkfac.curvature.inductor.parts import Values
+from fxkfac.curvature.inductor.code import Values
 from fxkfac.curvature.moments import InputSums, Moment
 from fxkfac.curvature.padding import Padding
 from fxkfac.curvature.plan import Scales

@@ -14,11 +14,11 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from fxkfac.curvature.inductor.parts import EAGER, first_line
+from fxkfac.curvature.inductor.code import EAGER, first_line
 from fxkfac.errors import FxkfacError, OptionError
-from fxkfac.graph.program import Tapped
 from fxkfac.graph.quiet import quietly
 from fxkfac.graph.tap import Taps
+from fxkfac.graph.tapped import Tapped
 
 aten = torch.ops.aten
 

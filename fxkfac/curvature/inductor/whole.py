@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 from torch import Generator, Tensor, no_grad
 
 from fxkfac.curvature.collect import Collector
+from fxkfac.curvature.inductor.code import Code, Values, code_of, names_of, read
 from fxkfac.curvature.inductor.inside import GradientPieces, InputPieces, recording
-from fxkfac.curvature.inductor.parts import Part, Values, names_of, part_of, read
 from fxkfac.curvature.inductor.traced import Kind, prediction_kind, traceable, traced
 from fxkfac.curvature.settings import Settings
 from fxkfac.curvature.together import gradients_of, summed_gradients
-from fxkfac.graph.program import Tapped
+from fxkfac.graph.tapped import Tapped
 from fxkfac.likelihoods.backpropagation import backpropagated_vectors, has_several
 from fxkfac.likelihoods.closed_form import ClosedForm
 from fxkfac.likelihoods.losses import loss_text
@@ -68,7 +68,7 @@ class Whole:
     Attributes:
         draws: Whether it is given noise.
         prediction: Of what kind the prediction is.
-        part: The code.
+        code: All of it.
         arguments: Names of what it is given: noise, targets, parameters, buffers and data.
         inputs: What A is made of.
         gradients: What B is made of, and exact blocks.
@@ -77,7 +77,7 @@ class Whole:
 
     draws: bool
     prediction: Kind
-    part: Part
+    code: Code
     arguments: tuple[str, ...]
     inputs: InputPieces
     gradients: GradientPieces
@@ -90,7 +90,7 @@ class Whole:
         likelihood.validate(f, targets)
         noise = [likelihood.noise(f, generator)] if self.draws else []
         given = [*noise, targets, *tensors]
-        values = self.part(dict(zip(self.arguments, given, strict=True)))
+        values = self.code(dict(zip(self.arguments, given, strict=True)))
         return Outcome(**read(self.results, values), values=values)
 
 
@@ -117,13 +117,10 @@ def whole(
     settings = sink.settings.fisher, sink.settings.sharing
     loss = type(likelihood), loss_text(likelihood)
     key = ("whole", kinds, wanted, sink.schedule, settings, loss, y)
-    if key not in tapped.memo:
-        with traceable():
-            tapped.memo[key] = _whole(tapped, kinds, wanted, sink, objective)
-    found: Whole = tapped.memo[key]
-    return found
+    return tapped.once(key, lambda: _whole(tapped, kinds, wanted, sink, objective))
 
 
+@traceable()
 def _whole(
     tapped: Tapped,
     kinds: tuple[Kind, ...],
@@ -165,7 +162,7 @@ def _whole(
     graph, results = traced(batch, [*noise, Kind.of(targets), *kinds])
     placeholders = [n.name for n in graph.graph.nodes if n.op == "placeholder"]
     on_gpu = prediction.device.type == "cuda"
-    part = part_of(graph, results, set(graph.graph.nodes), replays=on_gpu)
+    code = code_of(graph, results, set(graph.graph.nodes), replays=on_gpu)
     names = names_of(results)
     inputs, gradients = names.pop("inputs"), names.pop("gradients")
-    return Whole(draws, prediction, part, tuple(placeholders), inputs, gradients, names)
+    return Whole(draws, prediction, code, tuple(placeholders), inputs, gradients, names)

@@ -1,4 +1,4 @@
-"""A part of a graph by itself, compiled by inductor."""
+"""A piece of a graph as code of its own, compiled by inductor."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ Values = Mapping[str, Tensor]  # of the joint graph's nodes, by their names
 
 
 @dataclass
-class Part:
-    """A part of the joint graph, which is compiled when it first runs.
+class Code:
+    """A part of the joint graph, compiled when it first runs.
 
     Attributes:
         reads: What it is given.
@@ -40,7 +40,7 @@ class Part:
     gives: tuple[str, ...]
     module: GraphModule
     replays: bool = False
-    _code: Callable[..., Sequence[Tensor]] | None = None
+    _run: Callable[..., Sequence[Tensor]] | None = None
 
     def __call__(self, values: Values) -> Values:
         """These values and those that it gives."""
@@ -48,10 +48,10 @@ class Part:
             return values
         given = [values[name] for name in self.reads]
         with torch.no_grad():
-            if self._code is None:
+            if self._run is None:
                 options = OPTIONS | {"triton.cudagraphs": self.replays}
-                self._code = _code(self.module, given, options)
-            found = self._code(*given)
+                self._run = _compiled(self.module, given, options)
+            found = self._run(*given)
             # What a CUDA graph returns is written over when it is replayed.
             found = _copies(found) if self.replays else found
             return {**values, **dict(zip(self.gives, found, strict=True))}
@@ -93,7 +93,7 @@ def read(names: Any, values: Values) -> Any:
     return mapped(values.__getitem__, str, names)
 
 
-def part_of(joint: GraphModule, results: Any, inside: set[Node], replays: bool = False) -> Part:
+def code_of(joint: GraphModule, results: Any, inside: set[Node], replays: bool = False) -> Code:
     """What computes results from values that are there before.
 
     Args:
@@ -101,7 +101,7 @@ def part_of(joint: GraphModule, results: Any, inside: set[Node], replays: bool =
         results: Nodes, nested in whatever way.
         inside: What the part may compute; beside these only views of what it is given. What draws
             random numbers is computed in any case: those that come after are drawn after it.
-        replays: As of `Part`.
+        replays: As of `Code`.
     """
     given = [n for n in nodes_in(results) if n in inside and n.op != "placeholder"]
     needed, reads = _needed(given, inside)
@@ -110,7 +110,7 @@ def part_of(joint: GraphModule, results: Any, inside: set[Node], replays: bool =
         needed, reads = _needed(given, inside | set(given))
     order = [n for n in joint.graph.nodes if n in reads]
     module = _extract(joint, order, needed, given)
-    return Part(tuple(n.name for n in order), tuple(n.name for n in given), module, replays)
+    return Code(tuple(n.name for n in order), tuple(n.name for n in given), module, replays)
 
 
 def _needed(given: list[Node], inside: set[Node]) -> tuple[set[Node], set[Node]]:
@@ -154,7 +154,7 @@ def _is_view(node: Node) -> bool:
     return isinstance(node.target, OpOverload) and node.target.is_view
 
 
-def _code(
+def _compiled(
     module: GraphModule, given: list[Tensor], options: dict[str, Any]
 ) -> Callable[..., Sequence[Tensor]]:
     """What inductor makes of a graph.

@@ -14,7 +14,7 @@ R = TypeVar("R")
 KNOWN = 256  # at most
 
 
-def kept(make: Callable[P, R]) -> Callable[P, R]:
+def made_once(make: Callable[P, R]) -> Callable[P, R]:
     """`lru_cache` for what holds tensors.
 
     They are made with values also while a graph is recorded without any: for the graph they are
