@@ -8,10 +8,10 @@ from __future__ import annotations
 import inspect
 from pathlib import Path
 
-from fxkfac.graph.capture import FRONT_ENDS
 from fxkfac.graph.decompositions import DECOMPOSITIONS
+from fxkfac.graph.front_ends.capture import FRONT_ENDS
 from fxkfac.graph.rules import RULES
-from fxkfac.graph.view import LAYOUT_OPS
+from fxkfac.graph.uses.view import LAYOUT_OPS
 from fxkfac.likelihoods.backpropagation import FISHERS
 from fxkfac.likelihoods.losses import TORCH_LOSSES
 

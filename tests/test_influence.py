@@ -23,7 +23,7 @@ from zoo import ZOO
 import fxkfac
 from fxkfac import errors
 from fxkfac.attribution import products, solve
-from fxkfac.graph.verify import FlatModel
+from fxkfac.graph.flat import FlatModel
 from fxkfac.likelihoods.losses import likelihood_of
 
 F64 = torch.float64

@@ -17,8 +17,8 @@ from zoo import MSE, rand
 
 import fxkfac
 from fxkfac import errors
-from fxkfac.graph.capture import FRONT_ENDS
 from fxkfac.graph.digits import tolerance
+from fxkfac.graph.front_ends.capture import FRONT_ENDS
 
 T = 4  # positions
 APART = torch.arange(T)[:, None] - torch.arange(T) + T - 1  # how far each is from each other

@@ -17,7 +17,7 @@ from zoo import SPELLINGS, ZOO, Entry
 
 import fxkfac
 from fxkfac import errors
-from fxkfac.graph.verify import FlatModel
+from fxkfac.graph.flat import FlatModel
 from fxkfac.likelihoods.losses import likelihood_of
 
 TRACED = 4  # batch size at which everything is traced

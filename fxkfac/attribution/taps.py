@@ -23,11 +23,11 @@ from fxkfac.curvature.settings import Settings
 from fxkfac.curvature.sharing import accurate_dtype
 from fxkfac.curvature.together import enlarged, reduced
 from fxkfac.errors import BatchAxisError, DataError, NonFiniteError, UnsupportedUse
-from fxkfac.graph.ir import Use
-from fxkfac.graph.normal import Input, detached
 from fxkfac.graph.program import Program
 from fxkfac.graph.tap import Taps
 from fxkfac.graph.tapped import Run, Tapped
+from fxkfac.graph.uses.ir import Use
+from fxkfac.graph.uses.normal import Input, detached
 from fxkfac.isolation import is_finite, not_finite, own_randomness
 from fxkfac.likelihoods.backpropagation import sites_of
 from fxkfac.likelihoods.base import Likelihood

@@ -14,7 +14,7 @@ from fxkfac.curvature.plan import TermPlan, require_same_terms
 from fxkfac.curvature.schedule import Schedule
 from fxkfac.curvature.settings import Settings
 from fxkfac.functional import FunctionalModel
-from fxkfac.graph.normal import normal_weight
+from fxkfac.graph.uses.normal import normal_weight
 from fxkfac.isolation import are_finite
 from fxkfac.likelihoods.base import Likelihood
 

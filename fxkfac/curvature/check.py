@@ -15,9 +15,10 @@ from fxkfac.curvature.data import batches
 from fxkfac.curvature.options import require_program
 from fxkfac.errors import TapMismatch
 from fxkfac.functional import Params
+from fxkfac.graph.experiments.verify import tap_gradients
+from fxkfac.graph.flat import FlatModel
 from fxkfac.graph.program import Program
 from fxkfac.graph.tap import Taps
-from fxkfac.graph.verify import FlatModel, tap_gradients
 from fxkfac.isolation import full_precision, own_randomness
 from fxkfac.likelihoods.losses import likelihood_of, loss_value
 

@@ -31,8 +31,8 @@ from fxkfac.curvature.sharing import (
 )
 from fxkfac.curvature.together import of_each
 from fxkfac.graph.form import BatchAxis
-from fxkfac.graph.ir import Use
-from fxkfac.graph.normal import Input, normal_y
+from fxkfac.graph.uses.ir import Use
+from fxkfac.graph.uses.normal import Input, normal_y
 from fxkfac.likelihoods.backpropagation import sends_back
 
 

@@ -22,9 +22,9 @@ from fxkfac.curvature.sharing import Kept, bias_output, known, written_out
 from fxkfac.curvature.together import of_each
 from fxkfac.errors import BatchAxisError
 from fxkfac.graph.axes import axis_tokens
-from fxkfac.graph.ir import Use
-from fxkfac.graph.normal import Input, OneHotRows, normal_x, normal_y
 from fxkfac.graph.tapped import Tapped
+from fxkfac.graph.uses.ir import Use
+from fxkfac.graph.uses.normal import Input, OneHotRows, normal_x, normal_y
 from fxkfac.linalg.orders import Sizes
 from fxkfac.linalg.rows import DatumRows, Rows, TokenRows, chunks
 

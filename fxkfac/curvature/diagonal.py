@@ -17,9 +17,9 @@ from fxkfac.curvature.perdatum import zero_moment
 from fxkfac.curvature.together import enlarged, reduced
 from fxkfac.errors import BatchAxisError, FxkfacError, UnsupportedUse
 from fxkfac.functional import Inputs
-from fxkfac.graph.capture import Captured
 from fxkfac.graph.deviation import relative_error
 from fxkfac.graph.digits import tolerance_of_parts
+from fxkfac.graph.front_ends.capture import Captured
 from fxkfac.graph.program import Program
 from fxkfac.graph.tapped import Run
 

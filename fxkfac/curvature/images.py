@@ -10,7 +10,7 @@ from torch import Tensor
 from fxkfac.curvature.sharing import accurate
 from fxkfac.graph.axes import axis_tokens
 from fxkfac.graph.form import Form, Patches
-from fxkfac.graph.ir import Use
+from fxkfac.graph.uses.ir import Use
 from fxkfac.linalg import Windows, patch_sums
 
 if TYPE_CHECKING:

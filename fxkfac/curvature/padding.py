@@ -17,9 +17,9 @@ from torch import Tensor
 
 from fxkfac.curvature.diagonal import by_datum
 from fxkfac.errors import DataError, OptionError
-from fxkfac.graph.ir import Use
-from fxkfac.graph.normal import normal_y
 from fxkfac.graph.tapped import Run
+from fxkfac.graph.uses.ir import Use
+from fxkfac.graph.uses.normal import normal_y
 from fxkfac.likelihoods.base import Likelihood
 
 if TYPE_CHECKING:

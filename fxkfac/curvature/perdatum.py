@@ -17,8 +17,8 @@ from torch import Tensor
 from fxkfac.curvature.datum import Heard, rows_of
 from fxkfac.curvature.plan import TermPlan
 from fxkfac.curvature.sharing import accurate_dtype, summed_gradient
-from fxkfac.graph.ir import Use
-from fxkfac.graph.normal import Input, normal_weight
+from fxkfac.graph.uses.ir import Use
+from fxkfac.graph.uses.normal import Input, normal_weight
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from fxkfac.errors import MergeError
-from fxkfac.graph.ir import Use
-from fxkfac.graph.normal import normal_weight
+from fxkfac.graph.uses.ir import Use
+from fxkfac.graph.uses.normal import normal_weight
 from fxkfac.linalg import checksum
 
 Scales = tuple[float, ...]  # of the rest of x̃ = (x, scales), one for each bias that has joined

@@ -31,8 +31,8 @@ from fxkfac.curvature.together import (
     reduced,
     send_back,
 )
-from fxkfac.graph.ir import Use
-from fxkfac.graph.normal import Input, Routed, detached
+from fxkfac.graph.uses.ir import Use
+from fxkfac.graph.uses.normal import Input, Routed, detached
 from fxkfac.likelihoods.backpropagation import has_several
 
 Key = TypeVar("Key")

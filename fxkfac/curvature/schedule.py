@@ -10,11 +10,11 @@ from fxkfac.curvature.images import Images, input_images, output_images
 from fxkfac.curvature.plan import BlockPlan, TermPlan, plan_blocks
 from fxkfac.graph.axes import axis_lengths
 from fxkfac.graph.form import OneHot
-from fxkfac.graph.ir import Use
-from fxkfac.graph.normal import normal_weight
 from fxkfac.graph.program import Program
 from fxkfac.graph.structure import EXACT
 from fxkfac.graph.tapped import Tapped
+from fxkfac.graph.uses.ir import Use
+from fxkfac.graph.uses.normal import normal_weight
 
 
 @dataclass(frozen=True, eq=False)

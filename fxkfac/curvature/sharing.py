@@ -19,8 +19,8 @@ from torch import Tensor
 from fxkfac.curvature.plan import Scales, TermPlan
 from fxkfac.errors import BatchAxisError, UnsupportedUse
 from fxkfac.graph.form import BatchAxis
-from fxkfac.graph.ir import Use
-from fxkfac.graph.normal import (
+from fxkfac.graph.uses.ir import Use
+from fxkfac.graph.uses.normal import (
     Input,
     OneHotRows,
     Routed,

@@ -11,10 +11,10 @@ from torch import SymInt, Tensor
 from torch.fx import Node
 
 from fxkfac.graph.form import BatchAxis, OneHot
-from fxkfac.graph.ir import Use
-from fxkfac.graph.normal import normal_weight
 from fxkfac.graph.structure import Choice
 from fxkfac.graph.table import orientation, shape_text
+from fxkfac.graph.uses.ir import Use
+from fxkfac.graph.uses.normal import normal_weight
 
 if TYPE_CHECKING:
     from fxkfac.graph.program import Program

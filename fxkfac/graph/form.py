@@ -15,7 +15,7 @@ from typing import NamedTuple
 from torch.fx import Node
 
 from fxkfac.graph.axes import axis_lengths, axis_tokens, letters, renamed
-from fxkfac.graph.viewed import Reader
+from fxkfac.graph.uses.viewed import Reader
 
 
 class BatchAxis(NamedTuple):

@@ -19,11 +19,11 @@ from torch.utils import _pytree as pytree
 
 from fxkfac.graph.attributes import parameter_attributes, shape_of, use_attributes
 from fxkfac.graph.dependence import LIKE, SHAPE_ONLY
-from fxkfac.graph.ir import Use
-from fxkfac.graph.match import STOPS, op_name
 from fxkfac.graph.source import module_of, source_of
 from fxkfac.graph.table import shape_text, where
-from fxkfac.graph.view import LAYOUT_OPS, is_layout
+from fxkfac.graph.uses.ir import Use
+from fxkfac.graph.uses.match import STOPS, op_name
+from fxkfac.graph.uses.view import LAYOUT_OPS, is_layout
 
 if TYPE_CHECKING:
     from fxkfac.graph.program import Program

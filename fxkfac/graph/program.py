@@ -12,18 +12,19 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from fxkfac.functional import FunctionalModel, Inputs, Params
-from fxkfac.graph.by_values import located_again
-from fxkfac.graph.constructs import require_gradients_on, require_own_gradients
 from fxkfac.graph.coverage import Coverage, coverage
-from fxkfac.graph.ir import Use
+from fxkfac.graph.experiments.by_values import located_again
+from fxkfac.graph.experiments.verify import agrees
+from fxkfac.graph.flat import FlatModel
+from fxkfac.graph.front_ends.constructs import require_gradients_on, require_own_gradients
+from fxkfac.graph.front_ends.watch import Watch, watch_for
 from fxkfac.graph.quiet import quietly
 from fxkfac.graph.signature import Signature, require_finite
 from fxkfac.graph.structure import Choice, Structures
 from fxkfac.graph.table import program_table
 from fxkfac.graph.tap import Sink, Taps
 from fxkfac.graph.tapped import Run, Tapped
-from fxkfac.graph.verify import FlatModel, agrees
-from fxkfac.graph.watch import Watch, watch_for
+from fxkfac.graph.uses.ir import Use
 from fxkfac.isolation import full_precision, without_graph
 
 if TYPE_CHECKING:

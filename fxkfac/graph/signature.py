@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from fxkfac.errors import DataError
-from fxkfac.graph.constants import constant_key
+from fxkfac.graph.front_ends.constants import constant_key
 from fxkfac.isolation import is_finite
 
 BatchAxes = Any  # an int for all tensors, or a tree as of the inputs with int or None (as in vmap)

@@ -13,7 +13,7 @@ import einops
 import torch
 from torch.fx import Node
 
-from fxkfac.graph.ir import Source
+from fxkfac.graph.uses.ir import Source
 
 FOREIGN = (
     str(Path(torch.__file__).parent),

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 from fxkfac.errors import OptionError
 from fxkfac.functional import FunctionalModel, select
-from fxkfac.graph.ir import Use
 from fxkfac.graph.tapped import Tapped
+from fxkfac.graph.uses.ir import Use
 
 STRUCTURES = ("kronecker", "diagonal", "dense", "identity", "derived", "skip")
 EXACT = ("diagonal", "dense")  # made from every datum's own gradient

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fxkfac.graph.axes import axis_tokens, letters
-from fxkfac.graph.ir import Source, Use
-from fxkfac.graph.normal import normal_weight
+from fxkfac.graph.uses.ir import Source, Use
+from fxkfac.graph.uses.normal import normal_weight
 
 if TYPE_CHECKING:
     from fxkfac.graph.program import Program

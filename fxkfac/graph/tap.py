@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from fxkfac.graph.ir import Use
-from fxkfac.graph.normal import Input, Routed
 from fxkfac.graph.real import checked_lengths
+from fxkfac.graph.uses.ir import Use
+from fxkfac.graph.uses.normal import Input, Routed
 
 aten = torch.ops.aten
 

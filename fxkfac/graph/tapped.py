@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 from torch import Tensor
 from torch.fx import GraphModule
 
-from fxkfac.graph.capture import Captured
-from fxkfac.graph.ir import Use
-from fxkfac.graph.locate import Layout
-from fxkfac.graph.match import Unsupported
+from fxkfac.graph.experiments.locate import Layout
+from fxkfac.graph.front_ends.capture import Captured
+from fxkfac.graph.uses.ir import Use
+from fxkfac.graph.uses.match import Unsupported
 
 Made = TypeVar("Made")
 

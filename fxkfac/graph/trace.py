@@ -15,29 +15,29 @@ from torch import Tensor, nn
 
 from fxkfac.errors import CaptureError, FxkfacError, UnsupportedUse
 from fxkfac.functional import FunctionalModel, Inputs, Params, bind
-from fxkfac.graph.by_values import is_by_values
-from fxkfac.graph.capture import ABOVE_AUTOGRAD, FRONT_ENDS, Captured, Refusal
-from fxkfac.graph.constructs import Construct, constructs_of
-from fxkfac.graph.cuts import Cut, first_cut
-from fxkfac.graph.ir import Use
-from fxkfac.graph.lift import SUMMED
-from fxkfac.graph.locate import Located
-from fxkfac.graph.match import Matched, Unsupported, unsupported_message
-from fxkfac.graph.program import Program
-from fxkfac.graph.quiet import dispatch_kept, quietly
-from fxkfac.graph.record import record
-from fxkfac.graph.signature import BatchAxes, Signature, signature_of
-from fxkfac.graph.structure import Structures, structures_of
-from fxkfac.graph.tap import tap_uses
-from fxkfac.graph.tapped import Tapped
-from fxkfac.graph.trial import attempt, find_coupling, match_and_locate
-from fxkfac.graph.verify import (
+from fxkfac.graph.experiments.by_values import is_by_values
+from fxkfac.graph.experiments.locate import Located
+from fxkfac.graph.experiments.record import record
+from fxkfac.graph.experiments.trial import attempt, find_coupling, match_and_locate
+from fxkfac.graph.experiments.verify import (
     WRONG_GRADIENTS,
-    FlatModel,
     lost_axis,
     require_gradients,
     require_graph_gradients,
 )
+from fxkfac.graph.flat import FlatModel
+from fxkfac.graph.front_ends.capture import ABOVE_AUTOGRAD, FRONT_ENDS, Captured, Refusal
+from fxkfac.graph.front_ends.constructs import Construct, constructs_of
+from fxkfac.graph.front_ends.cuts import Cut, first_cut
+from fxkfac.graph.program import Program
+from fxkfac.graph.quiet import dispatch_kept, quietly
+from fxkfac.graph.signature import BatchAxes, Signature, signature_of
+from fxkfac.graph.structure import Structures, structures_of
+from fxkfac.graph.tap import tap_uses
+from fxkfac.graph.tapped import Tapped
+from fxkfac.graph.uses.ir import Use
+from fxkfac.graph.uses.lift import SUMMED
+from fxkfac.graph.uses.match import Matched, Unsupported, unsupported_message
 from fxkfac.isolation import full_precision
 
 FAR = (16, 256)  # by which data are larger, where a backward of the user's own is not in the graph

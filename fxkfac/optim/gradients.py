@@ -16,8 +16,8 @@ from fxkfac.curvature.batch import require_finite_prediction
 from fxkfac.curvature.step import require_finite_gradients, scaled
 from fxkfac.curvature.together import gradients_of, summed_gradients
 from fxkfac.functional import FunctionalModel, split_inputs
-from fxkfac.graph.normal import Input
 from fxkfac.graph.program import Program
+from fxkfac.graph.uses.normal import Input
 from fxkfac.isolation import full_precision, in_place_of, own_randomness, seed_from
 from fxkfac.likelihoods.base import Likelihood
 

@@ -20,8 +20,8 @@ from fxkfac.curvature.schedule import Schedule, schedule_of
 from fxkfac.curvature.settings import Settings
 from fxkfac.curvature.sharing import accurate_dtype
 from fxkfac.errors import MergeError
-from fxkfac.graph.ir import Use
 from fxkfac.graph.program import Program
+from fxkfac.graph.uses.ir import Use
 
 Description = dict[str, Any]  # what JSON holds
 MOST = 4  # differences that a message lists

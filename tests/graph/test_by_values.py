@@ -6,7 +6,7 @@ from torch import nn
 
 import fxkfac
 from fxkfac.errors import BatchAxisError, UnsupportedUse
-from fxkfac.graph.by_values import is_by_values
+from fxkfac.graph.experiments.by_values import is_by_values
 
 F64 = torch.float64
 LOSS = nn.CrossEntropyLoss()

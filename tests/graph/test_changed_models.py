@@ -14,7 +14,7 @@ from torch.func import functional_call
 import fxkfac
 from fxkfac.curvature.inductor import code
 from fxkfac.errors import CaptureError, DataError, ParameterError
-from fxkfac.graph.constants import constant_key
+from fxkfac.graph.front_ends.constants import constant_key
 
 MSE = nn.MSELoss
 close = torch.testing.assert_close

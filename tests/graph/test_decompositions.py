@@ -13,7 +13,7 @@ from torch import nn
 from torch.fx import Graph, GraphModule
 
 from fxkfac.graph.decompositions import decompose
-from fxkfac.graph.recurrence import FUSED
+from fxkfac.graph.front_ends.recurrence import FUSED
 
 aten = torch.ops.aten
 

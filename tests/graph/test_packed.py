@@ -16,7 +16,8 @@ from zoo import Made
 
 import fxkfac
 from fxkfac.errors import CaptureError, DataError
-from fxkfac.graph import capture, trace
+from fxkfac.graph import trace
+from fxkfac.graph.front_ends import capture
 
 T, MSE = 6, nn.MSELoss()
 SOME, SORTED, OTHERS = torch.tensor([3, 1, 6, 2, 4]), torch.tensor([6, 4, 1]), torch.tensor([2, 6])

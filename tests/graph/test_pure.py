@@ -8,7 +8,7 @@ from torch.export import Dim, ExportedProgram, export
 from zoo import ZOO, Entry
 
 import fxkfac
-from fxkfac.graph.pure import is_functional
+from fxkfac.graph.front_ends.pure import is_functional
 
 X = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -73,7 +73,7 @@ def test_the_graph_made_functional_is_the_same(entry: Entry, monkeypatch):
         return [(u.parameters, u.x_shape, u.y_shape, u.form.scale, u.batch) for u in uses]
 
     as_it_comes = forms(entry.trace(*entry.build(), 3))
-    monkeypatch.setattr("fxkfac.graph.capture.is_functional", lambda graph: False)
+    monkeypatch.setattr("fxkfac.graph.front_ends.capture.is_functional", lambda graph: False)
     assert forms(entry.trace(*entry.build(), 3)) == as_it_comes
 
 

@@ -102,7 +102,7 @@ scaled_product.register_autograd(_backward, setup_context=_save)
 def test_a_rule_from_outside(monkeypatch):
     """As the page on rules shows it."""
     monkeypatch.setattr(registry, "RULES", dict(RULES))
-    monkeypatch.setattr("fxkfac.graph.match.RULES", registry.RULES)
+    monkeypatch.setattr("fxkfac.graph.uses.match.RULES", registry.RULES)
     params, x = {"W": rand(4, 3), "V": rand(3, 2)}, rand(5, 4)
 
     def model(params, x):

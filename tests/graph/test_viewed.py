@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fxkfac.graph.viewed import Reader
+from fxkfac.graph.uses.viewed import Reader
 
 F64 = torch.float64
 

@@ -13,7 +13,7 @@ from linalg.grams import patch_gram_of
 from torch import Tensor
 
 from fxkfac.graph.form import Patches
-from fxkfac.graph.normal import unfold
+from fxkfac.graph.uses.normal import unfold
 from fxkfac.linalg import gram, patches
 from fxkfac.linalg.windows import Windows, patch_sums
 

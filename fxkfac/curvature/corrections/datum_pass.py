@@ -21,8 +21,8 @@ from fxkfac.curvature.plan import BlockPlan, TermPlan, require_same_terms
 from fxkfac.curvature.receive import Awaited, Receiver
 from fxkfac.curvature.schedule import Schedule
 from fxkfac.curvature.sharing import known
-from fxkfac.graph.ir import Use
-from fxkfac.graph.normal import Input
+from fxkfac.graph.uses.ir import Use
+from fxkfac.graph.uses.normal import Input
 from fxkfac.isolation import are_finite
 from fxkfac.linalg.contraction import Statistic
 from fxkfac.linalg.orders import Order, Sizes, order_of_sums

@@ -26,9 +26,9 @@ from fxkfac.curvature.inductor.code import Code, Values, code_of, names_of, node
 from fxkfac.curvature.inductor.inside import GradientPieces, InputPieces, recording
 from fxkfac.curvature.inductor.traced import Kind, prediction_kind, traceable, traced
 from fxkfac.curvature.together import gradients_of
-from fxkfac.graph.normal import Input, detached
 from fxkfac.graph.tap import Taps
 from fxkfac.graph.tapped import Tapped
+from fxkfac.graph.uses.normal import Input, detached
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,9 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from fxkfac.errors import CaptureError, FxkfacError
 from fxkfac.functional import FunctionalModel
-from fxkfac.graph.ir import Source
+from fxkfac.graph.flat import FlatModel
 from fxkfac.graph.source import caller, is_users
-from fxkfac.graph.verify import FlatModel
+from fxkfac.graph.uses.ir import Source
 
 SELECT = "choose by torch.where between both branches, or trace the branch that you mean"
 UNROLL = "write it as a Python loop, whose steps are then uses of their own"

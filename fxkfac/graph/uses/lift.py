@@ -18,11 +18,11 @@ from torch.fx import Node
 from fxkfac.graph.axes import axis_tokens, renamed
 from fxkfac.graph.dependence import LIKE, SHAPE_ONLY
 from fxkfac.graph.form import Form
-from fxkfac.graph.ir import Example
-from fxkfac.graph.places import are_axes, own_axes
 from fxkfac.graph.rules.addition import addition_factor
 from fxkfac.graph.rules.registry import NotLinear
-from fxkfac.graph.view import View, is_layout, scale_of
+from fxkfac.graph.uses.ir import Example
+from fxkfac.graph.uses.places import are_axes, own_axes
+from fxkfac.graph.uses.view import View, is_layout, scale_of
 
 SUMMED = (
     "its output is the same for all data, so that the gradient there is summed over the data and "

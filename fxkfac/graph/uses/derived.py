@@ -14,7 +14,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from fxkfac.errors import OptionError
 from fxkfac.graph.dependence import LIKE, SHAPE_ONLY, depend_on
-from fxkfac.graph.view import is_layout
+from fxkfac.graph.uses.view import is_layout
 
 
 def derived_weights(

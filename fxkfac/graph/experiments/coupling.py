@@ -16,11 +16,11 @@ from torch.fx import Graph, Node
 
 from fxkfac.graph.axes import axis_tokens
 from fxkfac.graph.dependence import depend_on
-from fxkfac.graph.ir import Use
-from fxkfac.graph.locate import Layout, close, data_of
-from fxkfac.graph.normal import Input
+from fxkfac.graph.experiments.locate import Layout, close, data_of
 from fxkfac.graph.signature import near
 from fxkfac.graph.tap import Sink, tap_nodes
+from fxkfac.graph.uses.ir import Use
+from fxkfac.graph.uses.normal import Input
 
 
 @dataclass(frozen=True)

@@ -18,18 +18,18 @@ from torch._ops import OpOverload
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
-from fxkfac.graph.apart import take_apart
 from fxkfac.graph.axes import letters, renamed
-from fxkfac.graph.bias import join_biases
 from fxkfac.graph.dependence import LIKE, SHAPE_ONLY, STOPS, depend_on, reach_output
 from fxkfac.graph.form import Form, OneHot
-from fxkfac.graph.ir import Example, Source, Use
-from fxkfac.graph.lift import lift
 from fxkfac.graph.real import of_real_rows
-from fxkfac.graph.route import route
 from fxkfac.graph.rules.registry import RULES, NotLinear, Operand, call_of, operands
 from fxkfac.graph.source import module_of, source_of
-from fxkfac.graph.view import View, is_layout
+from fxkfac.graph.uses.apart import take_apart
+from fxkfac.graph.uses.bias import join_biases
+from fxkfac.graph.uses.ir import Example, Source, Use
+from fxkfac.graph.uses.lift import lift
+from fxkfac.graph.uses.route import route
+from fxkfac.graph.uses.view import View, is_layout
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ def match(
         parameters: The nodes of parameters and derived weights, and their names.
         inputs: The placeholders of the data.
         example: Shapes and numbers of one run.
-        lifted: Names of ops that meet no data; see `fxkfac.graph.lift`.
-        apart: In how many parts weights are taken; see `fxkfac.graph.apart`.
+        lifted: Names of ops that meet no data; see `fxkfac.graph.uses.lift`.
+        apart: In how many parts weights are taken; see `fxkfac.graph.uses.apart`.
     """
     found: list[Use] = []
     unsupported: list[Unsupported] = []

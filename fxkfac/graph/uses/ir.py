@@ -10,7 +10,7 @@ from torch import Size, Tensor
 from torch.fx import Node
 
 from fxkfac.graph.form import BatchAxis, Form
-from fxkfac.graph.view import View
+from fxkfac.graph.uses.view import View
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from fxkfac.graph.ir import Example
+from fxkfac.graph.uses.ir import Example
 
 
 def record(module: GraphModule, values: Sequence[Tensor]) -> Example:

@@ -7,86 +7,24 @@ and before the gradients put together from its taps were autograd's own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fxkfac.errors import DataError
-from fxkfac.functional import FunctionalModel, Inputs, prediction_of
-from fxkfac.graph.capture import Captured, Refusal
-from fxkfac.graph.derived import computation
-from fxkfac.graph.deviation import Rounded, compared, relative_error
+from fxkfac.graph.deviation import relative_error
 from fxkfac.graph.digits import tolerance_of_parts
-from fxkfac.graph.normal import Input, parameter_gradient
+from fxkfac.graph.flat import FlatModel, State
+from fxkfac.graph.front_ends.capture import Captured, Refusal
 from fxkfac.graph.quiet import quietly
-from fxkfac.graph.signature import Signature
 from fxkfac.graph.tap import Sink, Taps
 from fxkfac.graph.tapped import Tapped
+from fxkfac.graph.uses.derived import computation
+from fxkfac.graph.uses.normal import Input, parameter_gradient
 
 WRONG_GRADIENTS = "gradients put together"  # how the reason begins where only they are wrong
-
-State = Mapping[str, Tensor]  # parameters and buffers by name
-
-
-@dataclass(frozen=True)
-class FlatModel:
-    """The model itself as a function of its state and flat input tensors, as the graph is."""
-
-    bound: FunctionalModel
-    signature: Signature
-
-    def state(self) -> State:
-        """Parameters and buffers as they are now."""
-        return {**self.bound.current(), **self.bound.buffers()}
-
-    def predict(self, state: State, data: Sequence[Tensor]) -> Tensor:
-        """The model's prediction, from the same random numbers each time."""
-        with self.bound.holding(state) as model:
-            return self._predict(model, data)
-
-    def _predict(self, model: Callable[[Inputs], Any], data: Sequence[Tensor]) -> Tensor:
-        torch.manual_seed(0)
-        copies = [t.clone() for t in data]  # the model may write into its inputs
-        with torch.enable_grad():  # and take gradients inside
-            return prediction_of(model(self.signature.inputs(copies)))
-
-    def gradients(
-        self, state: State, data: Sequence[Tensor], cotangent: Tensor, names: Sequence[str]
-    ) -> dict[str, Tensor]:
-        """Every named parameter's gradient of ⟨cotangent, prediction⟩, by autograd."""
-        leaves = {n: state[n].detach().requires_grad_() for n in names}
-        # A checkpoint runs parts of the model again: while it still holds these tensors.
-        with self.bound.holding({**state, **leaves}) as model:
-            prediction = self._predict(model, data)
-            if not prediction.requires_grad or not leaves:
-                return {n: torch.zeros_like(t) for n, t in leaves.items()}
-            wanted = list(leaves.values())
-            gradients = torch.autograd.grad(
-                prediction, wanted, cotangent, allow_unused=True, materialize_grads=True
-            )
-        return dict(zip(leaves, gradients, strict=True))
-
-    def gradient_errors(
-        self,
-        found: Mapping[str, Tensor],
-        state: State,
-        data: Sequence[Tensor],
-        cotangent: Tensor,
-        lowest: torch.dtype,
-    ) -> tuple[dict[str, float], list[str]]:
-        """Relative errors of gradients, and the names of those that are not the model's."""
-        names = list(found)
-        expected = self.gradients(state, data, cotangent, names)
-
-        def rounded() -> dict[str, Tensor]:
-            off = Rounded(lowest)
-            moved = {name: off(t.detach()) for name, t in state.items()}
-            return self.gradients(moved, [off(t) for t in data], cotangent, names)
-
-        return compared(found, expected, lowest, rounded)
 
 
 def run_graph(

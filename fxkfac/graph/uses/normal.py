@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fxkfac.graph.axes import axis_lengths, axis_tokens
 from fxkfac.graph.form import BatchAxis, Folded, Form, OneHot, Patches
-from fxkfac.graph.ir import Use
+from fxkfac.graph.uses.ir import Use
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int

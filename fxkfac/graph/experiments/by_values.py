@@ -17,12 +17,12 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import free_symbols, free_unbacked_symbols
 
 from fxkfac.graph.dependence import depend_on
-from fxkfac.graph.locate import locate
+from fxkfac.graph.experiments.locate import locate
+from fxkfac.graph.experiments.verify import run_graph
 from fxkfac.graph.overloads import arguments
 from fxkfac.graph.signature import Signature
 from fxkfac.graph.tap import without_dropout
 from fxkfac.graph.tapped import Tapped
-from fxkfac.graph.verify import run_graph
 
 aten = torch.ops.aten
 

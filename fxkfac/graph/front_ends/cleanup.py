@@ -18,9 +18,9 @@ from torch.fx import Graph, GraphModule, Node
 from fxkfac.graph.custom import Whole
 from fxkfac.graph.decompositions import decompose
 from fxkfac.graph.dependence import length
+from fxkfac.graph.front_ends.pure import is_idle
 from fxkfac.graph.merge import drop_zeros, kind, merge_common
 from fxkfac.graph.overloads import arguments
-from fxkfac.graph.pure import is_idle
 from fxkfac.graph.real import CheckedLengths, RealRows, checked_lengths, real_rows
 
 aten = torch.ops.aten

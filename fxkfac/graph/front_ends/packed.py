@@ -21,8 +21,8 @@ from torch.nn import modules
 from torch.nn.utils import rnn
 from torch.overrides import TorchFunctionMode
 
+from fxkfac.graph.front_ends.recurrence import CELLS, run, weights_of
 from fxkfac.graph.real import CheckedLengths
-from fxkfac.graph.recurrence import CELLS, run, weights_of
 from fxkfac.graph.source import caller
 
 if TYPE_CHECKING:

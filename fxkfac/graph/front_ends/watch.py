@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from fxkfac.errors import ParameterError
 from fxkfac.functional import FunctionalModel
-from fxkfac.graph.constants import Same
-from fxkfac.graph.memos import OWN
+from fxkfac.graph.flat import FlatModel
+from fxkfac.graph.front_ends.constants import Same
+from fxkfac.graph.front_ends.memos import OWN
+from fxkfac.graph.front_ends.reached import Reached, named_by, reached_from
+from fxkfac.graph.front_ends.reads import Reads, attribute_key, reads_of
 from fxkfac.graph.quiet import quietly
-from fxkfac.graph.reached import Reached, named_by, reached_from
-from fxkfac.graph.reads import Reads, attribute_key, reads_of
-from fxkfac.graph.verify import FlatModel
 from fxkfac.parameters import canonical
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")

@@ -16,10 +16,10 @@ from torch.fx import Node
 
 from fxkfac.graph.axes import axis_tokens, letters
 from fxkfac.graph.form import Form, OneHot, Routes
-from fxkfac.graph.ir import Example
-from fxkfac.graph.places import are_axes, own_axes
 from fxkfac.graph.rules.registry import RULES, NotLinear, Operand, call_of, operands
-from fxkfac.graph.view import View, is_layout
+from fxkfac.graph.uses.ir import Example
+from fxkfac.graph.uses.places import are_axes, own_axes
+from fxkfac.graph.uses.view import View, is_layout
 
 aten = torch.ops.aten
 

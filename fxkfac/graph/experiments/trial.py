@@ -14,18 +14,19 @@ from torch import Tensor
 from torch.fx import Node
 
 from fxkfac.errors import NonFiniteError
-from fxkfac.graph.by_values import has_size_of_values
-from fxkfac.graph.capture import Captured, Refusal
-from fxkfac.graph.coupling import Coupling, coupling
 from fxkfac.graph.dependence import depend_on
-from fxkfac.graph.derived import derived_weights
-from fxkfac.graph.ir import Example, Use
-from fxkfac.graph.locate import Located, locate, other_order
-from fxkfac.graph.match import Matched, match
+from fxkfac.graph.experiments.by_values import has_size_of_values
+from fxkfac.graph.experiments.coupling import Coupling, coupling
+from fxkfac.graph.experiments.locate import Located, locate, other_order
+from fxkfac.graph.experiments.verify import is_model, run_graph
+from fxkfac.graph.flat import FlatModel, State
+from fxkfac.graph.front_ends.capture import Captured, Refusal
 from fxkfac.graph.signature import near
 from fxkfac.graph.structure import Structures
 from fxkfac.graph.tap import tap_uses, without_dropout
-from fxkfac.graph.verify import FlatModel, State, is_model, run_graph
+from fxkfac.graph.uses.derived import derived_weights
+from fxkfac.graph.uses.ir import Example, Use
+from fxkfac.graph.uses.match import Matched, match
 from fxkfac.isolation import is_finite
 
 TRIAL_SIZE = 3  # data in the experiments: few, and no divisor of most other sizes

@@ -16,7 +16,7 @@ from torch.export import default_decompositions
 from torch.fx import Graph, Node
 
 from fxkfac.graph.overloads import arguments
-from fxkfac.graph.view import LAYOUT_OPS
+from fxkfac.graph.uses.view import LAYOUT_OPS
 
 aten = torch.ops.aten
 

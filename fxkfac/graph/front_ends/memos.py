@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxkfac.errors import CaptureError
-from fxkfac.graph.verify import FlatModel
+from fxkfac.graph.flat import FlatModel
 
 # Torch's attributes; the last is how recurrent modules hold parameters twice.
 OWN = frozenset([*nn.Module().__dict__, "_flat_weights"])

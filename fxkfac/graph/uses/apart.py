@@ -13,8 +13,8 @@ import torch
 
 from fxkfac.errors import OptionError
 from fxkfac.graph.axes import axis_tokens, renamed
-from fxkfac.graph.ir import Use
-from fxkfac.graph.normal import normal_weight
+from fxkfac.graph.uses.ir import Use
+from fxkfac.graph.uses.normal import normal_weight
 
 
 def take_apart(use: Use, apart: Mapping[str, int]) -> Use:

@@ -16,9 +16,9 @@ from torch.fx import Graph, Node
 from fxkfac.graph.axes import axis_lengths
 from fxkfac.graph.dependence import LIKE, SHAPE_ONLY
 from fxkfac.graph.form import Form, OneHot
-from fxkfac.graph.ir import Example, Join, Use
 from fxkfac.graph.rules.addition import addition_factor
-from fxkfac.graph.view import View, is_layout, scale_of
+from fxkfac.graph.uses.ir import Example, Join, Use
+from fxkfac.graph.uses.view import View, is_layout, scale_of
 
 
 def join_biases(uses: list[Use], graph: Graph, example: Example) -> list[Use]:

@@ -27,13 +27,13 @@ from torch.overrides import TorchFunctionMode
 
 from fxkfac.errors import ParameterError
 from fxkfac.functional import FunctionalModel, prediction_of, split_inputs
-from fxkfac.graph.cleanup import STOP, rebuild
 from fxkfac.graph.custom import whole_functions
 from fxkfac.graph.dependence import reach_output
 from fxkfac.graph.digits import dtypes_of, lowest
-from fxkfac.graph.packed import packing
-from fxkfac.graph.pure import is_functional
-from fxkfac.graph.recurrence import FUSED
+from fxkfac.graph.front_ends.cleanup import STOP, rebuild
+from fxkfac.graph.front_ends.packed import packing
+from fxkfac.graph.front_ends.pure import is_functional
+from fxkfac.graph.front_ends.recurrence import FUSED
 from fxkfac.graph.signature import Signature
 from fxkfac.graph.source import is_users
 from fxkfac.isolation import in_place_of

@@ -18,9 +18,9 @@ from torch.linalg import vector_norm
 from fxkfac.errors import BatchAxisError
 from fxkfac.graph.digits import tolerance
 from fxkfac.graph.form import BatchAxis
-from fxkfac.graph.ir import Use
-from fxkfac.graph.normal import Input, OneHotRows, normal_x, normal_y
 from fxkfac.graph.tap import Taps
+from fxkfac.graph.uses.ir import Use
+from fxkfac.graph.uses.normal import Input, OneHotRows, normal_x, normal_y
 
 Layout = tuple[int, int, int]  # axis, outer, inner
 

@@ -18,11 +18,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fxkfac.errors import CaptureError
-from fxkfac.graph.capture import DATA
 from fxkfac.graph.custom import applied_by
-from fxkfac.graph.ir import Source
+from fxkfac.graph.flat import FlatModel
+from fxkfac.graph.front_ends.capture import DATA
 from fxkfac.graph.source import caller
-from fxkfac.graph.verify import FlatModel
+from fxkfac.graph.uses.ir import Source
 
 
 class Cut(NamedTuple):

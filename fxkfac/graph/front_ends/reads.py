@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn.modules import module
 
 from fxkfac.errors import CaptureError
-from fxkfac.graph.constants import Same, constant_key
-from fxkfac.graph.memos import OWN, Held, require_no_memos
+from fxkfac.graph.flat import FlatModel
+from fxkfac.graph.front_ends.constants import Same, constant_key
+from fxkfac.graph.front_ends.memos import OWN, Held, require_no_memos
 from fxkfac.graph.quiet import others_states
-from fxkfac.graph.verify import FlatModel
 
 LONG, LARGE = 1000, 2**16  # entries of a list, bytes of an array
 

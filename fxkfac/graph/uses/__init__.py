@@ -1,0 +1,1 @@
+"""A graph -> every use of every parameter, in normal form."""
