@@ -92,7 +92,8 @@ class Moment:
             torch.mul(self.sums, c * scale, out=border)
             self.total[:, :d, k] = border
             for m, e in enumerate(self.scales, start=d):
-                self.total[:, k, m] = c * e * scale * self.count
+                corner, number = self.total[:, k, m], c * e * scale * self.count
+                corner.copy_(number) if isinstance(number, Tensor) else corner.fill_(number)
         return self.total
 
     def cleared(self) -> Float[Tensor, "group d d"]:

@@ -30,6 +30,7 @@ class Point:
     copies: Sequence[tuple[Tensor, Mapping[str, int]]]
 
     @staticmethod
+    @torch.no_grad()
     def of(state: Mapping[str, Tensor], names: Iterable[str]) -> Point:
         """The point of the tensors of these names."""
         alike: dict[tuple[torch.dtype, torch.device], dict[str, Tensor]] = {}
@@ -58,6 +59,7 @@ class Point:
         mine, theirs = self.entries, other.entries
         return mine.keys() == theirs.keys() and all(_equal(t, theirs[n]) for n, t in mine.items())
 
+    @torch.no_grad()
     def moved(self, state: Mapping[str, Tensor]) -> list[str]:
         """The names of those parameters that have other values in `state`."""
         kept = {name: t for name, t in self.entries.items() if name in state}
@@ -89,8 +91,8 @@ def _some(t: Tensor) -> Tensor:
     numel = t.numel()
     distance = max(1, -(-numel // ENTRIES))
     if t.is_contiguous():  # one call in the place of three
-        return t.detach().as_strided((-(-numel // distance),), (distance,))
-    return t.detach().reshape(-1)[::distance]
+        return t.as_strided((-(-numel // distance),), (distance,))
+    return t.reshape(-1)[::distance]
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

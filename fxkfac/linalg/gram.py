@@ -97,8 +97,9 @@ def in_front(total: Float[Tensor, "group wider wider"], border: int) -> Float[Te
     """What is in front of so many last rows and columns."""
     if not border:
         return total
-    d = total.shape[-1] - border
-    return total[:, :d, :d]
+    group, d, _ = total.shape
+    size = (group, d - border, d - border)
+    return total.as_strided(size, total.stride(), total.storage_offset())
 
 
 def add_gram(gram: Gram, x: Float[Tensor, "group *rows d"]) -> None:
