@@ -83,3 +83,28 @@ def test_a_small_gradient_is_no_rounding():
     errors = gradient_errors(found, expected, torch.float32)
     assert errors["small"] == 1.0
     assert errors["none"] < 1e-7
+
+
+class Faint(nn.Module):
+    """A unit that is off, of inputs that hardly differ: as far from those of an untrained net."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 3, 1), nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        z = torch.tanh(self.first(x))
+        return (z + torch.relu(self.second(1.0 + 1e-5 * z) - 9.0)).mean((2, 3))
+
+
+def test_data_that_hardly_differ_are_told_apart():
+    """All rows are about equal, so that other splits of other axes explain them to half the digits.
+
+    A bias by itself has one row for each datum, so that its block is exact.
+    """
+    model, data = seeded(Faint).float(), (rand(3, 1, 8, 8).float(), rand(3, 3).float())
+    program = fxkfac.trace(model, data[0])
+    found = fxkfac.kfac(program, nn.MSELoss(), data, separate_weight_and_bias=True)
+    for name in ("first.bias", "second.bias"):
+        expected = fxkfac.exact.ggn(model, nn.MSELoss(), data, [name])
+        torch.testing.assert_close(found[name].dense(), expected, rtol=1e-4, atol=0.0)
