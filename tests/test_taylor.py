@@ -185,6 +185,17 @@ class TestEqualsAutodiff:
         assert not out.gradient.any()
         assert not out.laplacian.any()
 
+    @pytest.mark.parametrize(
+        "rounded",
+        [
+            lambda u: u.to(torch.int64),
+            lambda u: u.type_as(torch.zeros(1, dtype=torch.int32)),
+            lambda u: u.to(torch.bool),
+        ],
+    )
+    def test_whole_numbers_have_no_slope(self, rounded):
+        same(lambda x: x.sin() * rounded(3 * x), rand(N, 2))
+
     def test_heat_equation(self):
         """exp(−t) sin(x) solves ∂_t u = ∂²_x u."""
         out = laplacian(

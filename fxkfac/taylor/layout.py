@@ -111,7 +111,10 @@ def as_it_is(func: Any, jet: Any, *args: Any, **kwargs: Any) -> Any:
     """Linear, entry by entry; of a constant that is to be like a jet, its dtype is looked at."""
     if not isinstance(jet, Jet):
         return func(jet, *(a.streams if isinstance(a, Jet) else a for a in args), **kwargs)
-    return jet.like(func(jet.streams, *args, **kwargs))
+    streams = func(jet.streams, *args, **kwargs)
+    if streams.is_floating_point() or streams.is_complex():
+        return jet.like(streams)
+    return func(jet.value, *args, **kwargs)  # whole numbers are constant almost everywhere
 
 
 def index(func: Any, jet: Any, at: Any) -> Jet:
