@@ -116,6 +116,11 @@ class TestEqualsAutodiff:
     def test_of_positive_numbers(self, function):
         same(lambda x: function((x @ rand(2, 3, seed=5)).square() + 0.5), rand(N, 2))
 
+    def test_bounds_with_more_axes(self):
+        """As many along the first as there are axes of x: then all shapes fit by chance."""
+        low = rand(2, 1, 1, seed=4)
+        same(lambda x: x.sin().clamp(low, max=low + 0.5).movedim(0, 1), rand(N, 2))
+
     @pytest.mark.parametrize("at", [0.0, 1e-9, 1e-3, 0.0954, 0.0956, 0.7, -2.5])
     def test_sinc(self, at):
         """Near zero the quotient has no digits left: so against the integral of cos(x s)."""

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import jvp
 
-from fxkfac.taylor.jet import Jet, refuse, weighted
+from fxkfac.taylor.jet import Jet, lift, refuse, weighted
 
 Derivatives = tuple[Tensor, Tensor, Tensor | None]  # f, f′, f″; `None` for f″ = 0
 
@@ -26,6 +26,8 @@ def elementwise(func: Callable[..., Tensor], jet: Any, *args: Any, **kwargs: Any
     if not isinstance(jet, Jet) or any(isinstance(a, Jet) for a in (*args, *kwargs.values())):
         refuse(f"{func.__name__} with a second argument that depends on x")
     derivatives: Callable[..., Derivatives] = CLOSED.get(func.__name__, partial(_by_jvp, func))
+    for bound in (*args, *kwargs.values()):  # clamp takes tensors, of more axes too
+        jet = lift(jet, bound)
     u, slopes, summed = jet.parts
     value, first, second = derivatives(u, *args, **kwargs)
     if second is None:
