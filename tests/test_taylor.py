@@ -208,6 +208,18 @@ class TestEqualsAutodiff:
         )
         close(out.gradient[0], out.laplacian)
 
+    @pytest.mark.parametrize(
+        "function",
+        [
+            lambda u: torch.cat([u, rand(N, 1)], dim=1),
+            lambda u: torch.where(u > 0, rand(1), u),
+            lambda u: u.float_power(2),
+        ],
+    )
+    def test_constants_have_their_own_precision(self, function):
+        x = rand(N, 2).float()
+        close(laplacian(function, x).value, function(x), rtol=0, atol=0)
+
     def test_single_precision(self):
         out = laplacian(mlp(2).float(), rand(N, 2).float())
         assert {t.dtype for t in out} == {torch.float32}

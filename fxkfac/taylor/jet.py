@@ -140,8 +140,11 @@ def refuse(what: str, advice: str = "") -> NoReturn:
 
 
 def constant(tensor: Any, like: Jet) -> Jet:
-    """What does not depend on x, as a jet."""
-    value = torch.as_tensor(tensor, dtype=like.dtype, device=like.device)[None]
+    """What does not depend on x, as a jet; a number has the dtype of another one."""
+    dtype = like.dtype
+    if isinstance(tensor, Tensor) and tensor.ndim:
+        dtype = torch.promote_types(tensor.dtype, dtype)
+    value = torch.as_tensor(tensor, dtype=dtype, device=like.device)[None]
     return like.like(torch.cat([value, value.new_zeros(len(like.streams) - 1, *value.shape[1:])]))
 
 

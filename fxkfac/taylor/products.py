@@ -141,7 +141,10 @@ RULES: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("rsub", "__rsub__"), reversed_subtract),
     **dict.fromkeys(("mul", "multiply"), multiply),
     **dict.fromkeys(("div", "divide", "true_divide"), divide),
-    **dict.fromkeys(("pow", "float_power"), power),
+    "pow": power,
+    "float_power": lambda func, *of: power(
+        func, *(t.double() if isinstance(t, Jet) else t for t in of)
+    ),
     **dict.fromkeys(("matmul", "mm", "bmm", "mv"), matmul),
     "__rpow__": lambda func, a, b: power(func, b, a),
     "__rmatmul__": lambda func, a, b: matmul(func, b, a),
