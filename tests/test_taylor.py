@@ -353,6 +353,10 @@ class TestRefusals:
             (lambda x: nn.LayerNorm(2)(x), "layer_norm"),
             (lambda x: x.__setitem__(0, 1.0), "writing into"),
             (lambda x: torch.zeros(N, 2).__setitem__(0, x), "__setitem__"),
+            (lambda x: torch.mul(x, other=x), r"mul\(other=\)"),
+            (lambda x: torch.tanh(input=x), r"tanh\(input=\)"),
+            (lambda x: torch.where(condition=x > 0, input=x, other=x), r"where\(condition=, inp"),
+            (lambda x: torch.reshape(x, shape=(-1, 1, 2)), r"reshape\(shape=\)"),
         ],
     )
     def test_op_without_rule(self, function, named):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 from typing import Any, NoReturn
 
 import torch
@@ -63,6 +64,9 @@ class Jet:
         kwargs = dict(kwargs or {})
         if rule is None or kwargs.pop("inplace", False):
             refuse(name if rule is None else f"{name}(inplace=True)")
+        if kwargs and not _takes(rule, func, args, kwargs):
+            said = ", ".join(f"{key}=" for key in kwargs)
+            refuse(f"{name}({said})", "Hand its tensors over by position")
         return rule(func, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -106,6 +110,15 @@ class Jet:
 
     def __setitem__(self, at: Any, value: Any) -> None:
         refuse("writing into a tensor", "Put it together by cat or where")
+
+
+def _takes(rule: Callable[..., Any], func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether a rule has these arguments."""
+    try:
+        signature(rule).bind(func, *args, **kwargs)
+    except TypeError:
+        return False
+    return True
 
 
 def _operator(function: Callable[..., Any], swapped: bool = False) -> Any:
