@@ -413,6 +413,8 @@ SPELLINGS = {
         lambda x: torch.where(x > 0.3, x.sin(), 0 * x),
     ),
     "pos": (lambda x: +x.sin(), torch.sin),
+    "numpy": (lambda x: np.float64(2) * x.sin() - np.float64(1), lambda x: 2 * x.sin() - 1),
+    "numpy's power": (lambda x: np.float64(2) ** x, lambda x: 2.0**x),
     "like": (lambda x: torch.ones(2).to(x) * torch.ones(2).type_as(x) * x.sin(), torch.sin),
 }
 

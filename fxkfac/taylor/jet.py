@@ -28,6 +28,8 @@ class Jet:
         weights: (D,), or `None` for ones.
     """
 
+    __array_ufunc__ = None  # so that a number of numpy's leaves its product with a jet to the jet
+
     def __init__(self, streams: Tensor | Parts, weights: Tensor | None) -> None:
         self._streams = streams if isinstance(streams, Tensor) else None
         self._parts = None if isinstance(streams, Tensor) else streams
