@@ -193,13 +193,19 @@ def bind(
 
     Raises:
         UnknownParameter: A name or pattern matches nothing.
-        ParameterError: A tensor of the wrong shape, or parameters on different devices or dtypes.
+        ParameterError: A tensor of the wrong shape, parameters on different devices or dtypes, or
+            none at all.
     """
     bound = (
         _bind_module(model, params)
         if isinstance(model, nn.Module)
         else _bind_function(model, params)
     )
+    if not bound.selected:
+        raise ParameterError(
+            f"params selects none of the {len(bound.tensors)} tensors of the model; expected at "
+            "least one of floating point. Pass or name the ones you want."
+        )
     require_alike({name: bound.tensors[name] for name in bound.selected})
     return bound
 

@@ -126,3 +126,14 @@ def test_complex_parameters_are_refused():
     params = {"w": torch.randn(4, 3, dtype=torch.complex128), "b": torch.randn(3).double()}
     with pytest.raises(ParameterError, match=r"\['w'\] are complex; expected real ones"):
         fxkfac.trace(lambda p, x: (x + 0j @ p["w"]).real + p["b"], torch.randn(5, 4), params)
+
+
+@pytest.mark.parametrize("params", [{}, [], {"at": torch.tensor([0, 1])}])
+def test_no_parameter_at_all_is_named(params):
+    x = rand(5, 2)
+    with pytest.raises(ParameterError, match=r"selects none of the [01] tensors"):
+        fxkfac.trace(lambda p, x: x, x, params)
+    with pytest.raises(ParameterError, match=r"selects none of the [01] tensors"):
+        fxkfac.exact.ggn(lambda p, x: x, MSE, (x, x), params=params)
+    with pytest.raises(ParameterError, match="selects none of the 2 tensors"):
+        fxkfac.trace(seeded(mlp)[:1], rand(5, 4), params=[])
