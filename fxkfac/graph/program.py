@@ -21,7 +21,7 @@ from fxkfac.graph.front_ends.watch import Watch, watch_for
 from fxkfac.graph.quiet import quietly
 from fxkfac.graph.signature import Signature, require_finite
 from fxkfac.graph.structure import Choice, Structures
-from fxkfac.graph.table import program_table
+from fxkfac.graph.table import headline, program_table
 from fxkfac.graph.tap import Sink, Taps
 from fxkfac.graph.tapped import Run, Tapped
 from fxkfac.graph.uses.ir import Use
@@ -236,3 +236,6 @@ class Program:
 
     def __str__(self) -> str:
         return program_table(self)
+
+    def __repr__(self) -> str:
+        return f"Program({headline(self)})"

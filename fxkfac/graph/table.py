@@ -18,14 +18,8 @@ HEADER = ("parameter", "op", "view", "orientation", "x", "y", "batch axis", "sou
 
 def program_table(program: Program) -> str:
     """Parameter, op, view, orientation, shapes, batch axis and source line of every use."""
-    rows = [use_row(use) for use in program.uses]
     tapped = program.tapped
-    size = "any batch size" if tapped.dynamic else "traced anew for each batch size"
-    lines = [
-        f"{len(program.parameters)} parameters in {len(rows)} uses, captured by "
-        f"{tapped.captured.front_end}, {size}",
-        *columns([HEADER, *rows]),
-    ]
+    lines = [headline(program), *columns([HEADER, *map(use_row, program.uses)])]
     what = {"skip": "left out", "identity": "identity instead"}
     choices = program.structures
     if unused := [name for name, c in choices.items() if c.is_free]:
@@ -40,6 +34,16 @@ def program_table(program: Program) -> str:
     ]
     lines += [f"refused by {name}: {reason}" for name, reason in tapped.refusals.items()]
     return "\n".join(lines)
+
+
+def headline(program: Program) -> str:
+    """How many parameters and uses there are, and what captured them."""
+    tapped = program.tapped
+    size = "any batch size" if tapped.dynamic else "traced anew for each batch size"
+    return (
+        f"{len(program.parameters)} parameters in {len(program.uses)} uses, captured by "
+        f"{tapped.captured.front_end}, {size}"
+    )
 
 
 def use_row(use: Use) -> tuple[str, ...]:

@@ -785,6 +785,9 @@ class TestPrinted:
         expected = ["parameter", "op", "view", "orientation", "x", "y", "batch axis", "source"]
         assert re.split(r"\s{2,}", lines[1].strip()) == expected
 
+    def test_without_print_there_is_the_header_alone(self, cell):
+        assert repr(cell) == f"Program({str(cell).splitlines()[0]})"
+
     def test_a_view_of_a_parameter(self, cell):
         row = self.row(cell, "W")
         assert row[0] == "W"
