@@ -68,6 +68,8 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 def _replacing(path: StrPath) -> Iterator[Path]:
     """A new file beside the one at `path`, which takes its place once it is on the disk."""
     target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():  # a device or a pipe would be gone
+        raise FileError(f"cannot write {os.fspath(path)!r}: it is no file. Name a file.")
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         temporary.touch()
@@ -126,7 +128,7 @@ def _header(path: StrPath, metadata: Mapping[str, str]) -> Header:
         header: Header = json.loads(metadata[KEY])
     except ValueError:
         raise _damaged(path, "its header") from None
-    if header.pop(DIGEST, None) != _digest(header):
+    if not isinstance(header, dict) or header.pop(DIGEST, None) != _digest(header):
         raise _damaged(path, "its header")
     return header
 
@@ -142,9 +144,10 @@ def _require(kinds: Sequence[str], header: Header, path: StrPath) -> None:
             f"{header['fxkfac']}; expected format {FORMAT}. Read it with that version."
         )
     if header["kind"] not in kinds:
+        reader = READERS.get(header["kind"], f"fxkfac {header['fxkfac']}")
         raise FileError(
             f"{os.fspath(path)!r} holds {header['kind']}; expected {' or '.join(kinds)}. Use "
-            f"{READERS[header['kind']]} to read it."
+            f"{reader} to read it."
         )
 
 

@@ -186,9 +186,19 @@ def test_tensors_of_others(path):
         read(path, ("factors",), CPU)
 
 
+@pytest.mark.parametrize("text", ["3", "[]", "null", "{}", "{"])
+def test_a_header_that_is_none(path, text):
+    save_file({"weight": torch.zeros(3)}, path, {container.KEY: text})
+    with pytest.raises(FileError, match="damaged: its header"):
+        read(path, ("factors",), CPU)
+
+
 def test_another_kind_and_another_format(path):
     write(path, {**HEADER, "kind": "an accumulation"}, {})
     with pytest.raises(FileError, match=r"holds an accumulation; .* Use fxkfac.resume"):
+        read(path, ("factors",), CPU)
+    write(path, {**HEADER, "kind": "a new thing", "fxkfac": "9.1"}, {})
+    with pytest.raises(FileError, match=r"holds a new thing; .* Use fxkfac 9.1 to read it"):
         read(path, ("factors",), CPU)
     write(path, {**HEADER, "format": 2, "fxkfac": "9.1"}, {})
     with pytest.raises(FileError, match=r"has format 2, written by fxkfac 9.1; expected format 1"):
@@ -202,6 +212,14 @@ def test_where_nothing_can_be_written(tmp_path):
         with pytest.raises(FileError, match=f"cannot write .*{place}"):
             write(tmp_path / place, HEADER, tensors())
     assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
+
+
+def test_devices_and_pipes_stay(path, tmp_path):
+    os.mkfifo(path)
+    with pytest.raises(FileError, match=f"cannot write .*{path.name}.*: it is no file"):
+        write(path, HEADER, tensors())
+    assert stat.S_ISFIFO(path.stat().st_mode)
+    assert os.listdir(tmp_path) == [path.name]
 
 
 @pytest.mark.parametrize("error", [OSError("no space left"), KeyboardInterrupt(), MemoryError()])
