@@ -15,6 +15,7 @@ from torch import Tensor
 from fxkfac.curvature.accumulated import Accumulated, same_objects
 from fxkfac.curvature.accumulation import Accumulation
 from fxkfac.curvature.moments import InputSums, Moment
+from fxkfac.curvature.options import require_program
 from fxkfac.curvature.padding import Mask
 from fxkfac.curvature.schedule import Schedule
 from fxkfac.errors import MergeError
@@ -133,6 +134,7 @@ def resume(
         MergeError: It is of another program, loss or mask, or of other values of the parameters or
             buffers; the message says what differs.
     """
+    require_program(program)
     header, tensors = read(path, (KIND,), program.like.device)
     settings, schedule = matching(program, loss, header["of"], mask is not None)
     generator = torch.Generator(header["generator"])

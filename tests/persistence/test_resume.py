@@ -283,6 +283,8 @@ def test_another_program_loss_or_kind_is_refused(program, tmp_path):
         fxkfac.resume(path, wider, CE())
     with pytest.raises(FileError, match="holds an accumulation; expected factors"):
         fxkfac.load(path, program, CE())
+    with pytest.raises(OptionError, match="program is of type Linear; expected"):
+        fxkfac.resume(path, nn.Linear(4, 5), CE())
     fxkfac.save(accumulation.factors(), path)
     with pytest.raises(FileError, match="holds factors; expected an accumulation"):
         fxkfac.resume(path, program, CE())
