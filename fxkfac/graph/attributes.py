@@ -19,6 +19,8 @@ from fxkfac.graph.uses.normal import normal_weight
 if TYPE_CHECKING:
     from fxkfac.graph.program import Program
 
+SYMBOL = re.compile(r"\bs\d+\b")
+
 
 def use_attributes(program: Program, place: int) -> dict[str, Any]:
     """Shapes, batch axis, orientation and factor sizes of one use, given by its position."""
@@ -74,21 +76,39 @@ def times(sizes: Iterable[Any]) -> str:
     return "×".join(map(str, sizes)) or "scalar"
 
 
-def shape_of(node: Node, batch: tuple[int, int, int] | None = None) -> str:
-    """The shape that the front end recorded, N for its symbol; empty where there is none.
+def symbols_of(program: Program) -> dict[str, str]:
+    """What is written for the symbols of a front end: N for that of the data, else the number."""
+    captured, axes = program.tapped.captured, program.signature.axes
+    ends = captured.module.graph.find_nodes(op="placeholder")
+    shapes = {node: getattr(node.meta.get("val"), "shape", ()) for node in ends}
+    sizes = [size for shape in shapes.values() for size in shape if isinstance(size, SymInt)]
+    inputs = zip(captured.inputs(), axes, strict=True)
+    data = [shapes[node][axis] for node, axis in inputs if shapes[node] and axis is not None]
+    return {str(size): str(size.node.hint) for size in sizes} | {str(size): "N" for size in data}
+
+
+def shape_of(
+    node: Node, symbols: Mapping[str, str], batch: tuple[int, int, int] | None = None
+) -> str:
+    """The shape that the front end recorded; empty where there is none.
 
     Args:
         node: A node of the captured graph.
+        symbols: What `symbols_of` returned.
         batch: Where the batch axis is, as (axis, outer, inner), if it is known otherwise.
     """
     value = node.meta.get("val")
     if not isinstance(value, Tensor):
         return ""
-    sizes = [_size_text(n) for n in value.shape]
+    sizes = [_size_text(n, symbols) for n in value.shape]
     if batch is not None:
         sizes[batch[0]] = str(BatchAxis("", *batch[1:])).removeprefix("=")
     return times(sizes)
 
 
-def _size_text(size: int | SymInt) -> str:
-    return re.sub(r"\bs\d+\b", "N", str(size)).replace("*", "·")
+def _size_text(size: int | SymInt, symbols: Mapping[str, str]) -> str:
+    text = str(size)
+    found = {symbols.get(name, "N") for name in SYMBOL.findall(text)}
+    if isinstance(size, SymInt) and "N" not in found:
+        return str(size.node.hint)
+    return SYMBOL.sub(lambda name: symbols.get(name[0], "N"), text).replace("*", "·")

@@ -17,7 +17,7 @@ from torch._ops import OpOverload
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
-from fxkfac.graph.attributes import parameter_attributes, shape_of, use_attributes
+from fxkfac.graph.attributes import parameter_attributes, shape_of, symbols_of, use_attributes
 from fxkfac.graph.dependence import LIKE, SHAPE_ONLY
 from fxkfac.graph.source import module_of, source_of
 from fxkfac.graph.table import shape_text, where
@@ -81,7 +81,7 @@ class _Builder:
         placeholders = captured.module.graph.find_nodes(op="placeholder")
         names = [*captured.parameters, *captured.buffers, *_input_names(self.program)]
         self.names = dict(zip(placeholders, names, strict=True))
-        self.parameters = captured.placeholders()
+        self.parameters, self.symbols = captured.placeholders(), symbols_of(self.program)
         self.buffers = set(placeholders[len(self.parameters) :][: len(captured.buffers)])
         # One operand has several uses where its op meets the data at several additions: the first.
         ops = enumerate(_op_of(use) for use in self.program.uses)
@@ -102,7 +102,7 @@ class _Builder:
         elif node.op in ("placeholder", "get_attr"):
             self._add_end(node)
         elif node.op == "output":
-            shape = shape_of(node.all_input_nodes[0], self.program.tapped.prediction)
+            shape = shape_of(node.all_input_nodes[0], self.symbols, self.program.tapped.prediction)
             self.network.add_node(node.name, kind="prediction", name="prediction", shape=shape)
             self._add_edges(node)
         else:
@@ -126,7 +126,7 @@ class _Builder:
     def _add_end(self, node: Node) -> None:
         is_buffer = node.op == "get_attr" or node in self.buffers
         readers = [u for u in self.program.uses if u.form.input and u.form.input.name == node.name]
-        shape = shape_of(node)
+        shape = shape_of(node, self.symbols)
         if readers and not shape:
             shape = shape_text(readers[0].x_shape, readers[0].form.x, readers[0])
         name = self.names.get(node, str(node.target))
@@ -145,7 +145,7 @@ class _Builder:
             function=source.function if source else "",
             source=where(source, "") if source else "",
             code=source.code if source else "",
-            shape=shape_of(node),
+            shape=shape_of(node, self.symbols),
         )
         self._add_edges(node)
         here = [place for (name, _), place in self.places.items() if name == node.name]

@@ -25,6 +25,15 @@ import fxkfac
 from fxkfac.graph.drawing.fold import folded
 
 
+class LastOfLSTM(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.r, self.o = nn.LSTM(3, 4, batch_first=True), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.o(self.r(x)[0][:, -1])
+
+
 def test_mlp_has_parameters_ops_taps_and_factor_sizes():
     network = mlp().to_networkx()
     parameters, ops = of_kind(network, "parameter"), of_kind(network, "op")
@@ -54,6 +63,16 @@ def test_mlp_flows_from_input_to_prediction():
         ("relu", "linear_1"),
         ("linear_1", "output"),
     ]
+
+
+def test_only_the_data_are_n_where_all_sizes_are_symbols():
+    program = fxkfac.trace(LastOfLSTM(), torch.randn(5, 3, 3), structure={"r.*": "dense"})
+    assert program.tapped.captured.front_end == "make_fx (symbolic)"
+    network = program.to_networkx()
+    assert of_kind(network, "input")["input"]["shape"] == "N×3×3"
+    assert of_kind(network, "prediction")["prediction"]["shape"] == "N×2"
+    shapes = {node["shape"] for node in of_kind(network, "quiet").values()}
+    assert {"1×N×16", "N×3×4"} <= shapes
 
 
 def test_gradient_passes_between_taps_and_prediction_only():
