@@ -546,6 +546,15 @@ def test_a_shell_can_complete_words(tmp_path, line, expected):
     assert {word.strip() for word in answer.read_text().splitlines()} == expected
 
 
+def test_what_a_terminal_cannot_show_is_a_question_mark(monkeypatch):
+    """As × and the rule under a header, in Latin-1."""
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", shown)
+    assert main(["trace", f"{TARGETS}:inputs_only"]) == 0
+    shown.seek(0)
+    assert "N?" in shown.read()
+
+
 def test_whoever_reads_may_have_enough(monkeypatch):
     """As `head` has."""
     reads, writes = os.pipe()

@@ -35,7 +35,7 @@ def main(words: Sequence[str] | None = None) -> int:
         with redirect_stdout(sys.stderr):
             commands = import_module("fxkfac.cli.commands")
             result: Result = commands.run(asked)
-        print(as_json(result.data) if asked.json else result.text, flush=True)
+        print(_shown(as_json(result.data) if asked.json else result.text), flush=True)
     except BrokenPipeError:  # whoever reads has enough, as `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return GOOD
@@ -48,6 +48,12 @@ def main(words: Sequence[str] | None = None) -> int:
         say(f"fxkfac: error: {_message(error)}")
         return WRONG
     return result.status
+
+
+def _shown(text: str) -> str:
+    """As far as the terminal has the letters: what was found is not lost for want of one."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, "replace").decode(encoding)
 
 
 def _message(error: Exception) -> str:
