@@ -419,6 +419,16 @@ def test_a_loader_that_fails_leaves_what_was_added(capsys):
     assert Path("f.safetensors").read_bytes() == Path("whole.safetensors").read_bytes()
 
 
+def test_what_is_kept_tells_how_to_go_on(capsys):
+    words = ["factors", f"{TARGETS}:failing_loader", "-o", "f f.safetensors"]
+    _, _, err = run(capsys, *words, "--fisher", "mc", "--mc-samples", "2")
+    kept = "with --resume 'f f.partial.safetensors' and without --fisher, --mc-samples the same"
+    assert kept in err.splitlines()[0]
+    found(capsys, "factors", TARGETS, *words[2:], "--resume", "f f.partial.safetensors")
+    _, _, err = run(capsys, *words)
+    assert "with --resume 'f f.partial.safetensors' the same command goes on" in err
+
+
 def test_where_nothing_can_be_kept_this_is_said(capsys, monkeypatch):
     def full(what, path):
         raise FileError("the disk is full.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Iterable
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -78,12 +79,17 @@ def add_all(accumulation: Accumulation, data: Iterable[tuple[Any, Any]]) -> None
 def require_one_source(asked: Namespace, option: str) -> None:
     """Raise `OptionError` where the file says what is asked for, too."""
     file = getattr(asked, option)
-    given = [name for name in HOW if getattr(asked, name) is not None]
+    given = _how_given(asked)
     if file is not None and given:
         raise OptionError(
-            f"{file!r} says how its factors are computed, but there is "
-            f"--{given[0].replace('_', '-')}; expected only one of the two. Leave it out."
+            f"{file!r} says how its factors are computed, but there is --{given[0]}; expected only "
+            "one of the two. Leave it out."
         )
+
+
+def _how_given(asked: Namespace) -> list[str]:
+    """The options about factors that are there."""
+    return [name.replace("_", "-") for name in HOW if getattr(asked, name) is not None]
 
 
 def _keep(accumulation: Accumulation, asked: Namespace) -> None:
@@ -95,9 +101,11 @@ def _keep(accumulation: Accumulation, asked: Namespace) -> None:
     except FxkfacError as error:
         say(f"fxkfac: nothing is kept: {error}")
         return
+    given = ", ".join(f"--{option}" for option in _how_given(asked))
+    less = f" and without {given}" if given else ""
     say(
         f"fxkfac: {accumulation.n} data in {accumulation.batches} batches are kept in {path}: "
-        f"with --resume {path} the same command goes on."
+        f"with --resume {quote(str(path))}{less} the same command goes on."
     )
 
 
