@@ -119,6 +119,20 @@ class TestLayers:
         ax = plots.condition_numbers(replace(report, rows=(row, *report.rows[1:])))
         assert labels(ax)[0] == f"{names(report)[0]} (unknown)"
 
+    def test_long_names_leave_room_for_the_plot(self, report):
+        name = "bert.encoder.layer.11.attention.output.a_projection_of_all_heads.dense.weight"
+        long = replace(report, rows=tuple(replace(row, params=(name,)) for row in report))
+        ax = plots.condition_numbers(long)
+        ax.figure.draw_without_rendering()
+        assert ax.get_window_extent().width > 300  # of 100 pixels an inch
+        assert all(text.get_window_extent().x0 > 0 for text in ax.get_yticklabels())
+
+    def test_dollars_are_no_mathematics(self, report):
+        rows = tuple(replace(row, params=(r"a$\no$.weight",)) for row in report)
+        ax = plots.memory(replace(report, rows=rows))
+        ax.figure.draw_without_rendering()
+        assert labels(ax) == [r"a\$\no\$.weight"] * len(rows)
+
     def test_trace_shares(self, report):
         ax = plots.trace_shares(report)
         assert labels(ax) == names(report)

@@ -17,7 +17,7 @@ from fxkfac.plots.style import (
     ORANGE,
     axes_or_new,
     by_layer,
-    height_for,
+    size_for,
 )
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def condition_numbers(report: Report, ax: Axes | None = None) -> Axes:
         block_name(row.params) + (" (unknown)" if row.condition is None else "")
         for row in _rows(report)
     ]
-    ax = axes_or_new(ax, height=height_for(names))
+    ax = axes_or_new(ax, *size_for(names))
     points = {
         kind: [(c, y) for y, row in enumerate(report.rows) for c in _conditions(row, kind)]
         for kind in FACTORS
@@ -79,7 +79,7 @@ def trace_shares(report: Report, ax: Axes | None = None) -> Axes:
             "expected a positive number. `print(report)` says which block it comes from."
         )
     names = [block_name(row.params) for row in report.rows]
-    ax = axes_or_new(ax, height=height_for(names))
+    ax = axes_or_new(ax, *size_for(names))
     bars = ax.barh(by_layer(ax, names), found, height=0.6, color=BLUE)
     ax.bar_label(bars, [f"{share:.1f} %" for share in found], padding=3, fontsize="small")
     ax.set_xlabel(f"share of the trace, {report.total.trace:.3g}, in per cent")
@@ -95,7 +95,7 @@ def memory(report: Report, ax: Axes | None = None) -> Axes:
         FxkfacError: Matplotlib is not installed.
     """
     names = [block_name(row.params) for row in _rows(report)]
-    ax = axes_or_new(ax, height=height_for(names))
+    ax = axes_or_new(ax, *size_for(names))
     found = [row.memory for row in report.rows]
     bars = ax.barh(by_layer(ax, names), found, height=0.6, color=BLUE)
     ax.bar_label(bars, [readable(size) for size in found], padding=3, fontsize="small")
@@ -118,7 +118,7 @@ def layer_errors(errors: LayerErrors, ax: Axes | None = None) -> Axes:
         raise OptionError("there are no layers to draw; expected the errors of at least one.")
     rows = [*errors.rows, errors.total]
     names = [block_name(row.params) + ("" if row.norm else " (zero)") for row in errors.rows]
-    ax = axes_or_new(ax, height=height_for([*names, "all"]))
+    ax = axes_or_new(ax, *size_for([*names, "all"]))
     for k, method in enumerate(METHODS):
         place = SHIFT * (k - 1.5)
         found = [(e, y + place) for y, r in enumerate(rows) if (e := r.errors[method]) is not None]

@@ -13,7 +13,7 @@ from fxkfac.curvature.curvature import AnyBlock
 from fxkfac.curvature.spectra import factors_of
 from fxkfac.errors import NonFiniteError, OptionError
 from fxkfac.linalg import operators
-from fxkfac.plots.style import BLACK, BLUE, GREY, ORANGE, axes_or_new, quiet
+from fxkfac.plots.style import BLACK, BLUE, GREY, ORANGE, axes_or_new, plain, quiet
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -54,7 +54,7 @@ def spectra(block: AnyBlock, ax: Axes | None = None) -> Axes:
     ax.set_xlim(0, 1)
     ax.set_xlabel("place among the eigenvalues")
     ax.set_ylabel("eigenvalue over the largest")
-    ax.set_title(", ".join(block.params), fontsize="medium")
+    ax.set_title(plain(", ".join(block.params)), fontsize="medium")
     quiet(ax, "both")
     ax.legend(frameon=False)
     return ax

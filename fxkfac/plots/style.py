@@ -46,13 +46,19 @@ def quiet(ax: Axes, grid: Literal["x", "y", "both"]) -> None:
 def by_layer(ax: Axes, names: Sequence[str]) -> range:
     """One line for every name, the first on top; where they are."""
     places = range(len(names))
-    ax.set_yticks(places, labels=names)
+    ax.set_yticks(places, labels=[plain(name) for name in names])
     ax.tick_params(axis="y", length=0)
     ax.set_ylim(len(names) - 0.5, -0.5)
     quiet(ax, "x")
     return places
 
 
-def height_for(names: Sequence[str]) -> float:
-    """Inches for so many lines."""
-    return 1.0 + 0.32 * max(len(names), 2)
+def plain(name: str) -> str:
+    """A name whose dollars Matplotlib does not take for mathematics."""
+    return name.replace("$", r"\$")
+
+
+def size_for(names: Sequence[str]) -> tuple[float, float]:
+    """Inches for so many lines, with names so long beside the plot."""
+    longest = max(map(len, names))
+    return 6.0 + 0.085 * max(longest - 24, 0), 1.0 + 0.32 * max(len(names), 2)
