@@ -51,6 +51,16 @@ def test_legend_names_only_what_occurs():
     assert "without use" in dot_source(partly())
 
 
+def test_a_parameter_without_use_is_in_no_other_modules_box():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    model.register_parameter("spare", nn.Parameter(torch.zeros(3)))
+    source = dot_source(fxkfac.trace(model, torch.randn(5, 3)))
+    inside = source.partition("subgraph cluster_1 ")[2].partition("\n\t\t}")[0]
+    assert "spare" in source
+    assert "linear_1" in inside
+    assert "spare" not in inside
+
+
 def test_names_are_escaped(tmp_path):
     params = {'a<b> & "c"': torch.randn(3, 2)}
     program = fxkfac.trace(lambda p, x: x @ p['a<b> & "c"'], torch.randn(4, 3), params)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import graphviz
 import networkx as nx
@@ -61,6 +61,7 @@ def dot_source(
         if node["kind"] in ("input", "prediction"):
             picture.add_node(dot, key)
     picture.add_box(dot, boxes(program, network, places, picture.plain))
+    picture.align_unused(dot)
     for u, v, place in network.edges:
         picture.add_edge(dot, u, v, place)
     return str(dot.source)
@@ -128,8 +129,7 @@ class _Picture:
         """Put the stack of parameters, and the texts on edges of ties, on the level of the op."""
         with dot.subgraph(graph_attr={"rank": "same"}) as row:
             row.node(key)
-            is_end = any(n["kind"] == "prediction" for n in self._behind(key))
-            for stack in [*self.stacks.get(key, [])[:1], *self.stacks.get("", [])[: int(is_end)]]:
+            for stack in self.stacks.get(key, [])[:1]:
                 row.node(stack)
             for u, v, place in self.network.in_edges(key, keys=True):
                 text = labels.use_text(self.network, u, v, place) if u in self.beside else ""
@@ -137,8 +137,15 @@ class _Picture:
                     color = labels.color_of(self.network.nodes[u])
                     row.node(f"{u} {v} {place}", **labels.edge_text(text, color))
 
-    def _behind(self, key: str) -> list[dict[str, Any]]:
-        return [self.network.nodes[after] for after in self.network.successors(key)]
+    def align_unused(self, dot: graphviz.Digraph) -> None:
+        """Put parameters without use on the level of the last op, but not into its box."""
+        if "" not in self.stacks:
+            return
+        (end,) = (key for key, kind in self.network.nodes(data="kind") if kind == "prediction")
+        with dot.subgraph(graph_attr={"rank": "same"}) as row:
+            row.node(self.stacks[""][0])
+            for last in list(self.network.predecessors(end))[:1]:
+                row.node(last)
 
     def _is_level(self, u: str, v: str, place: int) -> bool:
         """Whether a parameter stands beside the op that it enters, and this is its first use."""
