@@ -54,6 +54,19 @@ all_losses = pytest.mark.parametrize("kind", [MSE, CE, BCE])
 FLATTEN = {"rvec": rvec, "cvec": cvec}
 
 
+@pytest.mark.parametrize("matrix", [exact.hessian, exact.ggn, exact.type1_fisher])
+def test_parameters_without_entries_have_blocks_without_entries(matrix):
+    params = {"W": rand(3, 4), "none": rand(0, 4)}
+
+    def model(params, x):
+        return x @ params["W"].T + (x @ params["none"].T).sum(1, keepdim=True)
+
+    expected = matrix(model, CE(), (X, Y[CE]), ["W"], params)
+    assert matrix(model, CE(), (X, Y[CE]), ["none"], params).shape == (0, 0)
+    assert matrix(model, CE(), (X, Y[CE]), ("none", "W"), params).shape == (0, 12)
+    close(matrix(model, CE(), (X, Y[CE]), None, params), expected)
+
+
 class TestFlattening:
     def test_matrix(self):  # Example 5
         A = torch.tensor([[1, 2], [3, 4]])

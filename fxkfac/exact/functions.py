@@ -73,12 +73,12 @@ def linearize(f: Callable[[Any], Any], at: Any) -> Callable[[Any], Any]:
 
 def jacobian_rows(out: Tensor, inputs: Sequence[Tensor]) -> Tensor:
     """[dim out, Σ dim inputs], both in rvec order, from a computed `out`: one VJP for each row."""
-    rows = []
+    rows = [out.new_zeros(0, sum(t.numel() for t in inputs))]  # there may be no others
     for i in range(out.numel()):
         e = out.new_zeros(out.shape)
         e.view(-1)[i] = 1
-        rows.append(torch.cat([rvec(g) for g in vjp(out, inputs, e)]))
-    return torch.stack(rows)
+        rows.append(torch.cat([rvec(g) for g in vjp(out, inputs, e)]).unsqueeze(0))
+    return torch.cat(rows)
 
 
 def vjp(

@@ -205,7 +205,7 @@ class _Block:
         """J_n of every datum, [N, dim F, dim θ], in rvec order."""
         prediction = self.problem.prediction
         J = jacobian_rows(prediction.f, prediction.of(names)).to(prediction.f.dtype)
-        return J.reshape(self.problem.size, -1, J.shape[1])
+        return J.unflatten(0, (self.problem.size, -1))  # there may be no columns
 
 
 def _block(
