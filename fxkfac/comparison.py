@@ -18,6 +18,7 @@ from fxkfac.curvature.corrections.kfoc import kfoc
 from fxkfac.curvature.curvature import AnyBlock, Curvature
 from fxkfac.curvature.data import Data
 from fxkfac.curvature.factors import Factors
+from fxkfac.curvature.options import require_program
 from fxkfac.curvature.report import block_name
 from fxkfac.errors import BatchAxisError, OptionError
 from fxkfac.functional import FunctionalModel, Params
@@ -98,7 +99,7 @@ def layer_errors(
     data: Data,
     factors: Factors,
     params: Params | None = None,
-    names: Sequence[str] | None = None,
+    names: str | Sequence[str] | None = None,
 ) -> LayerErrors:
     """How far KFAC, EKFAC, KFOC and the exact diagonal are from the exact block of every layer.
 
@@ -109,7 +110,7 @@ def layer_errors(
     Args:
         program, loss, factors, params: As of `fxkfac.ekfac`.
         data: One (inputs, targets) pair, or a list of them, with the data on axis 0.
-        names: Names of the blocks; all of them by default.
+        names: Names of the blocks, or one name; all of them by default.
 
     Returns:
         Distances in float64. For `"mc"` and `"curvature-propagation"` C is the expectation, and
@@ -120,8 +121,10 @@ def layer_errors(
         UnknownParameter: There is no block of that name.
         DataError, MergeError, UnsupportedUse, BatchAxisError, NonFiniteError: As of `fxkfac.kfoc`.
     """
+    require_program(program)
     _require_batch_first(program)
-    chosen = {name: factors[name] for name in (factors if names is None else names)}
+    listed = [names] if isinstance(names, str) else names
+    chosen = {name: factors[name] for name in (factors if listed is None else listed)}
     for name, block in chosen.items():
         _require_small(name, block)
         _require_parameters(name, block, program.model)

@@ -128,6 +128,13 @@ class TestRefusals:
         with pytest.raises(OptionError, match=r"'0.weight' has 25² .*at most 20².*`names`"):
             fxkfac.layer_errors(program, CE, data, factors)
         assert len(fxkfac.layer_errors(program, CE, data, factors, names=["2.weight"]).rows) == 1
+        assert len(fxkfac.layer_errors(program, CE, data, factors, names="2.weight").rows) == 1
+
+    def test_a_model_is_no_program(self, traced):
+        model, data, program = traced
+        factors = fxkfac.kfac(program, CE, data)
+        with pytest.raises(OptionError, match="program is of type Sequential; expected"):
+            fxkfac.layer_errors(model, CE, data, factors)
 
     def test_a_name_that_is_not_there(self, traced):
         _, data, program = traced
