@@ -173,6 +173,16 @@ class TestLayers:
             plots.layer_errors(LayerErrors("type-2", (), LayerError((), 0, 0.0, {})))
 
 
+def test_factors_in_the_place_of_what_is_made_of_them(factors, report):
+    for draw in (plots.condition_numbers, plots.trace_shares, plots.memory):
+        with pytest.raises(OptionError, match=r"Factors .* a Report, which factors.report\(..\)"):
+            draw(factors)
+    with pytest.raises(OptionError, match=r"Report .* a LayerErrors, which fxkfac.layer_errors"):
+        plots.layer_errors(report)
+    with pytest.raises(OptionError, match="block is of type Factors; expected one block"):
+        plots.spectra(factors)
+
+
 class TestHeatmap:
     def test_absolute_values_with_lines_between_blocks(self):
         C = rand(7, 7)

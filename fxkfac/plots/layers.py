@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fxkfac.comparison import METHODS, LayerErrors
 from fxkfac.curvature.report import Report, Row, block_name, readable
@@ -114,6 +114,7 @@ def layer_errors(errors: LayerErrors, ax: Axes | None = None) -> Axes:
         OptionError: There are no layers.
         FxkfacError: Matplotlib is not installed.
     """
+    _require(errors, LayerErrors, "fxkfac.layer_errors")
     if not errors.rows:
         raise OptionError("there are no layers to draw; expected the errors of at least one.")
     rows = [*errors.rows, errors.total]
@@ -131,7 +132,17 @@ def layer_errors(errors: LayerErrors, ax: Axes | None = None) -> Axes:
     return ax
 
 
+def _require(what: Any, kind: type, made_by: str) -> None:
+    """Raise `OptionError` unless it is of that kind: factors are easily passed in its place."""
+    if not isinstance(what, kind):
+        raise OptionError(
+            f"a {type(what).__name__} has no such picture; expected a {kind.__name__}, which "
+            f"{made_by}(..) returns."
+        )
+
+
 def _rows(report: Report) -> tuple[Row, ...]:
+    _require(report, Report, "factors.report")
     if not report.rows:
         raise OptionError("the report has no blocks to draw; expected at least one.")
     return report.rows

@@ -38,6 +38,11 @@ def spectra(block: AnyBlock, ax: Axes | None = None) -> Axes:
         NonFiniteError: A factor holds NaN or Inf.
         FxkfacError: Matplotlib is not installed.
     """
+    if not isinstance(block, AnyBlock):
+        raise OptionError(
+            f"block is of type {type(block).__name__}; expected one block, such as "
+            "factors['0.weight']."
+        )
     if not block.numel:
         raise OptionError(f"the block of {', '.join(block.params)} has no entries to draw.")
     ax = axes_or_new(ax)

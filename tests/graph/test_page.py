@@ -115,6 +115,7 @@ def test_long_curves_are_thinned_and_keep_their_ends(tmp_path):
     [
         ({"1.weight": {"trace": 1}}, UnknownParameter, "1.weight"),
         ({"0.weight": 1.0}, OptionError, "of type float; expected a mapping"),
+        (["0.weight"], OptionError, "details is of type list; expected a mapping"),
         ({"0.weight": {"trace": object()}}, OptionError, "expected a number, a text or a sequence"),
         ({"0.weight": {"λ": [1.0, float("nan")]}}, NonFiniteError, "1 of 2 numbers"),
     ],

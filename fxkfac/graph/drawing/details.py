@@ -25,6 +25,11 @@ def details_of(model: FunctionalModel, details: Mapping[str, Mapping[str, Any]])
         NonFiniteError: A sequence holds NaN or an infinite number.
         OptionError: Something is neither a number, nor a text, nor a sequence of numbers.
     """
+    if not isinstance(details, Mapping):
+        raise OptionError(
+            f"details is of type {type(details).__name__}; expected a mapping from names of "
+            "parameters to what is said of them, as fxkfac.spectra gives it."
+        )
     found: dict[str, list[dict[str, Any]]] = {}
     for key, facts in details.items():
         if not isinstance(facts, Mapping):
