@@ -165,6 +165,10 @@ def fails():
     raise KeyError("weights")
 
 
+def wants_an_argument(x):
+    return x
+
+
 def leaves():
     raise SystemExit(3)
 

@@ -298,6 +298,10 @@ WRONG = {
     "no model": (["trace", f"{TARGETS}:no_model"], "a str as its model; expected an nn.Module"),
     "a function": (["trace", f"{TARGETS}:bare_function"], "fxkfac.trace(model, inputs, params)"),
     "raises": (["trace", f"{TARGETS}:fails"], "fails: KeyError: 'weights' (command_targets.py:"),
+    "wants more": (
+        ["trace", f"{TARGETS}:wants_an_argument"],
+        "missing 1 required positional argument: 'x'. --debug shows more.",
+    ),
     "leaves": (["trace", f"{TARGETS}:leaves"], "fails: SystemExit: 3 (command_targets.py:"),
     "no seed": (["trace", TARGETS, f"--seed={2**64}"], "expected a number from 0 to 2**63 - 1"),
     "no batch": (["check", f"{TARGETS}:no_batch"], "hold no batch"),
