@@ -190,6 +190,17 @@ def test_report_tells_what_the_factors_of_a_file_are(capsys):
     assert {k: data[k] for k in ("n", "rows", "total")} == loaded.report().as_dict()
 
 
+def test_report_tells_what_averages_in_a_file_are(capsys):
+    found(capsys, "factors", TARGETS, "--fisher", "empirical", "-o", "f.safetensors")
+    loaded, _ = tensors("f.safetensors")
+    average = fxkfac.RunningAverage(0.5)
+    average.update(loaded)
+    fxkfac.save(average, "average")
+    data = found(capsys, "report", TARGETS, "--factors", "average")
+    assert (data["fisher"], data["sharing"]) == ("empirical", "expand")
+    assert {k: data[k] for k in ("n", "rows", "total")} == average.report().as_dict()
+
+
 @pytest.mark.parametrize("correction", ["ekfac", "kfoc"])
 def test_report_corrects_by_the_same_draws(capsys, correction):
     words = ["--fisher", "mc", "--correction", correction]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from torch import Generator
 
@@ -17,6 +18,8 @@ from fxkfac.curvature.corrections.corrected import Corrected
 from fxkfac.curvature.corrections.ekfac import ekfac
 from fxkfac.curvature.corrections.kfoc import kfoc
 from fxkfac.curvature.factors import Factors
+from fxkfac.curvature.running import RunningAverage
+from fxkfac.curvature.settings import Settings
 from fxkfac.graph.program import Program
 from fxkfac.persistence import load
 
@@ -32,13 +35,20 @@ def report(asked: Namespace) -> Result:
     data = Shown(target.data, "factors")
     factors = _factors(asked, program, target, data)
     curvature = _corrected(asked, program, target, data, factors) if asked.correction else factors
-    found, settings = curvature.report(), factors.settings
+    found, settings = curvature.report(), _settings(factors)
     how = {"fisher": settings.fisher, "sharing": settings.sharing, "correction": asked.correction}
     text = ", ".join(word for word in how.values() if word)
     return Result({**how, **found.as_dict()}, f"{text}: {found}")
 
 
-def _factors(asked: Namespace, program: Program, target: Target, data: Shown) -> Factors:
+def _settings(factors: Factors | RunningAverage) -> Settings:
+    """Of the file's factors, which may be averages."""
+    held = factors.averages if isinstance(factors, RunningAverage) else factors
+    assert held is not None  # one without any is not saved
+    return held.settings
+
+
+def _factors(asked: Namespace, program: Program, target: Target, data: Shown) -> Any:
     if asked.factors is not None:
         return load(asked.factors, program, target.loss)
     accumulation = new_accumulation(asked, program, target)
