@@ -413,6 +413,20 @@ def test_half_precision_is_taken_apart_in_float32():
     assert ops.eigenvalues(op).dtype == torch.bfloat16
 
 
+@every_regular
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_has_cholesky_factors_and_sums_are_inverted(make, dtype):
+    op = ops.to_dtype(make(Source(0), 2, 3, 2), dtype)
+    double = ops.to_dtype(op, F64)
+    found = (ops.to_dense(ops.cholesky(op)), ops.to_dense(ops.power(op, -1)), ops.logdet(op))
+    assert {t.dtype for t in found} == {dtype}
+    L, inverse, logdet = (t.double() for t in found)
+    expected = [matrix(double), torch.linalg.inv(matrix(double)), ops.logdet(double)]
+    for t, right in zip((L @ L.T, inverse, logdet), expected, strict=True):
+        assert (t - right).norm() < 20 * torch.finfo(dtype).eps * right.norm().clamp_min(1)
+    assert ops.sample(op, 2, torch.Generator().manual_seed(0)).dtype == dtype
+
+
 @every
 def test_scipys_operator_is_the_matrix(make):
     sparse = pytest.importorskip("scipy.sparse.linalg")

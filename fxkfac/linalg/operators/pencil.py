@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fxkfac.linalg.operators.factored import Congruence, Factor, Kronecker, KroneckerSum
-from fxkfac.linalg.operators.symmetric import is_regular, require_finite
+from fxkfac.linalg.operators.symmetric import accurate, is_regular, require_finite
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -92,6 +92,7 @@ def _pair(a: Tensor, b: Tensor) -> _Pair | None:
             return None
         return _Pair(a / b, None, b.rsqrt().expand_as(a / b), b.log().sum(-1))
     a, b = (torch.diag_embed(t) if t.ndim == 2 else t for t in (a, b))  # no larger than the other
+    dtype, a, b = a.dtype, accurate(a), accurate(b)
     L, failed = torch.linalg.cholesky_ex(b)
     roots = L.diagonal(dim1=-2, dim2=-1)
     if bool(failed.any()) or not is_regular(roots.square()):
@@ -100,4 +101,5 @@ def _pair(a: Tensor, b: Tensor) -> _Pair | None:
     inner = torch.linalg.solve_triangular(L, inner.mT, upper=False)  # L⁻¹ a L⁻ᵀ
     λ, Q = torch.linalg.eigh((inner + inner.mT) / 2)
     U = torch.linalg.solve_triangular(L.mT, Q, upper=True)
-    return _Pair(λ.clamp_min(0), U, torch.ones_like(λ), 2 * roots.log().sum(-1))
+    found = (λ.clamp_min(0), U, torch.ones_like(λ), 2 * roots.log().sum(-1))
+    return _Pair(*(t.to(dtype) for t in found))

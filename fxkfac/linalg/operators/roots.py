@@ -14,7 +14,12 @@ from fxkfac.linalg.operators.named import Named, public
 from fxkfac.linalg.operators.pencil import pencil
 from fxkfac.linalg.operators.products import product
 from fxkfac.linalg.operators.spectra import each_block, in_place, unflattened, written_out
-from fxkfac.linalg.operators.symmetric import is_regular, require_finite, require_semidefinite
+from fxkfac.linalg.operators.symmetric import (
+    accurate,
+    is_regular,
+    require_finite,
+    require_semidefinite,
+)
 
 
 @public
@@ -44,10 +49,10 @@ def cholesky(operator: Operator) -> Operator:
 
 def _cholesky(matrix: Tensor) -> Tensor:
     require_finite(matrix)
-    L, failed = torch.linalg.cholesky_ex(matrix)
+    L, failed = torch.linalg.cholesky_ex(accurate(matrix))
     if bool(failed.any()) or not is_regular(L.diagonal(dim1=-2, dim2=-1).square()):
         raise _singular()
-    return L
+    return L.to(matrix.dtype)
 
 
 def _roots(values: Tensor) -> Tensor:

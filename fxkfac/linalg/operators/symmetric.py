@@ -25,14 +25,14 @@ def symmetric_eigh(
         OptionError: An eigenvalue is negative beyond rounding.
     """
     require_finite(matrix)
-    λ, Q = torch.linalg.eigh(_accurate(matrix))
+    λ, Q = torch.linalg.eigh(accurate(matrix))
     return _rounded(λ, matrix.dtype), Q.to(matrix.dtype)
 
 
 def symmetric_eigenvalues(matrix: Float[Tensor, "*group d d"]) -> Float[Tensor, "*group d"]:
     """The eigenvalues alone; errors as above."""
     require_finite(matrix)
-    return _rounded(torch.linalg.eigvalsh(_accurate(matrix)), matrix.dtype)
+    return _rounded(torch.linalg.eigvalsh(accurate(matrix)), matrix.dtype)
 
 
 def factor_eigh(factor: Tensor) -> tuple[Float[Tensor, "group d"], Tensor | None]:
@@ -49,7 +49,8 @@ def factor_eigenvalues(factor: Tensor) -> Float[Tensor, "group d"]:
     return require_semidefinite(factor)
 
 
-def _accurate(matrix: Tensor) -> Tensor:
+def accurate(matrix: Tensor) -> Tensor:
+    """The same in float32 or better: no decomposition is there for less."""
     return matrix.to(torch.promote_types(matrix.dtype, torch.float32))
 
 
