@@ -451,6 +451,32 @@ def test_scipys_operator_of_a_root_knows_its_transpose():
     np.testing.assert_allclose(found.T @ np.eye(len(L)), L.T, atol=1e-12)
 
 
+@pytest.mark.parametrize("within", ["itself", "a block", "a place", "a sum"])
+def test_a_factor_is_not_symmetric_and_has_no_eigenvalues_here(within):
+    """`torch.linalg.eigh` would take its lower triangle for both, without a word."""
+    root = ops.cholesky(REGULAR[0](Source(0), 1, 3, 2))
+    line = torch.arange(root.numel).view(root.shape)
+    op = {
+        "itself": root,
+        "a block": ops.BlockDiagonal((root, root)),
+        "a place": ops.Placed(root, line, (root.numel,)),
+        "a sum": ops.add(root, REGULAR[0](Source(1), 1, 3, 2)),
+    }[within]
+    x = torch.ones(op.shape, dtype=F64)
+    close(matrix(ops.transpose(op)), matrix(op).T)
+    close(ops.to_dense(ops.transpose(op)), matrix(op).T)
+    for function in (
+        lambda: ops.solve(op, x),
+        lambda: ops.power(op, 0.5),
+        lambda: ops.logdet(op),
+        lambda: ops.eigenvalues(op),
+        lambda: ops.cholesky(op),
+        lambda: ops.sample(op, 2, torch.Generator()),
+    ):
+        with pytest.raises(OptionError, match=r"not symmetric(.|\n)*expected(.|\n)*Take"):
+            function()
+
+
 def test_without_scipy_it_is_said_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.sparse.linalg", None)
     with pytest.raises(FxkfacError, match="pip install scipy"):

@@ -143,6 +143,8 @@ def transpose(operator: Operator) -> Operator:
             return Factor(operator.U, operator.V, operator.scale, not operator.transposed)
         case BlockDiagonal():
             return BlockDiagonal(tuple(map(transpose, operator.blocks)), operator.names)
+        case Sum():
+            return Sum(tuple(map(transpose, operator.terms)))
         case Placed():
             return Placed(transpose(operator.operator), operator.entries, operator.into)
         case _:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fxkfac.errors import FxkfacError, OptionError
 from fxkfac.linalg.operators.base import Operator
-from fxkfac.linalg.operators.composed import BlockDiagonal, Dense, Diagonal, Placed, identity
+from fxkfac.linalg.operators.composed import BlockDiagonal, Dense, Diagonal, Placed, Sum, identity
 from fxkfac.linalg.operators.entries import LARGEST_DENSE, to_dense
 from fxkfac.linalg.operators.factored import Eigenbasis, Factor, Kronecker
 from fxkfac.linalg.operators.named import public
@@ -43,8 +43,8 @@ def diagonalised(operator: Operator) -> Operator:
 
     Raises:
         NonFiniteError: A factor holds NaN or Inf.
-        OptionError: An eigenvalue is negative beyond rounding, or the operator is too large to be
-            written out.
+        OptionError: An eigenvalue is negative beyond rounding, the operator is a `Factor` and not
+            symmetric, or it is too large to be written out.
     """
     return _by_its_matrix(operator)
 
@@ -162,7 +162,16 @@ def mapped(function: Callable[[Tensor], Tensor], operator: Operator) -> Operator
 
 
 def written_out(operator: Operator) -> Float[Tensor, "numel numel"]:
-    """The matrix of an operator. Raises `OptionError` where it is too large for that."""
+    """The matrix of a symmetric operator.
+
+    Raises `OptionError` where it is too large for that, or where a `Factor` is in it.
+    """
+    if _has_factor(operator):
+        raise OptionError(
+            f"{type(operator).__name__} is not symmetric, as a Cholesky factor or eigenvectors are "
+            "not; expected a symmetric operator for what goes by eigenvalues. Take this of the "
+            "operator that it is a factor of, or of to_dense(operator) by torch.linalg."
+        )
     if operator.numel**2 > LARGEST_DENSE and not isinstance(operator, Dense):
         raise OptionError(
             f"{type(operator).__name__} has no eigenvalues but those of its matrix of "
@@ -170,6 +179,18 @@ def written_out(operator: Operator) -> Float[Tensor, "numel numel"]:
             "products alone, or damp the factors, where it is a sum of two that lie alike."
         )
     return to_dense(operator)
+
+
+def _has_factor(operator: Operator) -> bool:
+    match operator:
+        case Placed():
+            return _has_factor(operator.operator)
+        case Sum():
+            return any(map(_has_factor, operator.terms))
+        case BlockDiagonal():
+            return any(map(_has_factor, operator.blocks))
+        case _:
+            return isinstance(operator, Factor)
 
 
 def unflattened(operator: Operator, like: Operator) -> Placed:
