@@ -104,4 +104,5 @@ def condition(operator: Operator) -> Tensor:
     if not operator.numel:
         raise OptionError("the operator has no rows, and so no condition number; expected some.")
     λ = eigenvalues(operator)
-    return λ.max() / λ.min()
+    smallest = λ.min()
+    return torch.where(smallest > 0, λ.max() / smallest, torch.inf)  # also where all are zero
