@@ -882,6 +882,18 @@ def test_a_sparse_gradient_is_refused_by_name() -> None:
         p.average.solve({name: θ.grad for name, θ in model.named_parameters()}, 1e-2)
 
 
+@pytest.mark.parametrize("structure", [{}, {"0.weight": "diagonal"}, {"0.*": "dense"}])
+def test_a_gradient_of_another_shape_is_refused_by_name(structure: dict[str, str]) -> None:
+    """Of a batch the first one alone was solved for, and a transposed one was read as stored."""
+    model, (x, y) = mlp(), batch()
+    p = Preconditioner(fxkfac.trace(model, x, structure=structure), CE)
+    p.update(x, y)
+    g = values(model)
+    for wrong in (g["0.weight"].mT, g["0.weight"].expand(2, 5, 4), g["0.weight"][0]):
+        with pytest.raises(ParameterError, match=r"gradient of '0\.weight' .* expected .*\(5, 4\)"):
+            p.solve({**g, "0.weight": wrong})
+
+
 def test_a_group_that_is_added_later_is_refused() -> None:
     optimizer = KFAC(fxkfac.trace(mlp(), batch()[0]), CE, lr=0.1)
     with pytest.raises(OptionError, match="by `groups`"):

@@ -14,7 +14,7 @@ from fxkfac.curvature.curvature import strided
 from fxkfac.curvature.plan import BlockPlan
 from fxkfac.curvature.schedule import schedule_of
 from fxkfac.curvature.settings import Settings
-from fxkfac.errors import UnknownParameter
+from fxkfac.errors import ParameterError, UnknownParameter
 from fxkfac.graph.program import Program
 from fxkfac.graph.structure import EXACT
 from fxkfac.optim.boxes import Box, boxes_of
@@ -48,6 +48,7 @@ class Layout:
         Raises:
             UnknownParameter: One of them is missing.
             OptionError: One of them is sparse.
+            ParameterError: One of them has another shape than its parameter.
         """
         missing = [name for name in self.params if name not in gradients]
         if missing:
@@ -56,6 +57,12 @@ class Layout:
                 "expected those of all of its parameters."
             )
         found = [strided(name, gradients[name]) for name in self.params]
+        for name, g, shape in zip(self.params, found, self.shapes, strict=True):
+            if g.shape != shape:
+                raise ParameterError(
+                    f"the gradient of {name!r} has shape {tuple(g.shape)}; expected that of the "
+                    f"parameter, {shape}. Solve for several gradients one after the other."
+                )
         if self.boxes is None:
             flat = torch.cat([g.flatten() for g in found])
             return flat[self.entries.to(flat.device)].to(dtype)
