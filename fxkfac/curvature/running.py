@@ -46,7 +46,8 @@ class RunningAverage(Curvature):
     def __init__(self, decay: float = 0.95, decay_B: float | None = None):
         self.decay, self.decay_B = decay, decay if decay_B is None else decay_B
         for name in ("decay", "decay_B"):
-            if not 0 <= (β := getattr(self, name)) < 1:
+            β = getattr(self, name)
+            if not (isinstance(β, int | float) and 0 <= β < 1):
                 raise OptionError(f"{name}={β!r}; expected a number in [0, 1), such as 0.95.")
         self._held: Factors | None = None
         self._updates_A = self._updates_exact = 0

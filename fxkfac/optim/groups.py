@@ -47,6 +47,8 @@ def grouped(
 def _chosen(
     model: FunctionalModel, tensors: Mapping[str, Tensor], group: Mapping[str, Any]
 ) -> set[str]:
+    mapping = isinstance(group, Mapping)
+    require(mapping, f"a group is {group!r}; expected a list of dicts, with 'params' in each.")
     require("params" in group, f"a group has the keys {sorted(group)}; expected 'params' too.")
     names = select(model, group["params"]) & set(tensors)
     require(
@@ -86,7 +88,10 @@ def _require_in_range(options: Mapping[str, Any]) -> None:
     for name in ("lr", "adam_lr", "weight_decay"):
         require_not_negative(name, options[name])
     require_fraction("momentum", options["momentum"])
-    for beta in options["betas"]:
+    betas = options["betas"]
+    pair = isinstance(betas, Sequence) and len(betas) == 2
+    require(pair, f"betas={betas!r}; expected two numbers, such as (0.9, 0.999).")
+    for beta in betas:
         require_fraction("betas", beta)
     require_positive("eps", options["eps"])
 
