@@ -330,6 +330,22 @@ def wrong_data_on_one_rank(rank: int, world: int) -> dict[str, Any]:
 
 
 @case
+def an_average_on_one_rank(rank: int, world: int) -> dict[str, Any]:
+    part: Any = fxkfac.kfac(program(), LOSS, (X, Y))
+    if rank == 1:
+        average = fxkfac.RunningAverage()
+        average.update(part)
+        part = average
+    return refused(lambda: fxkfac.distributed.all_reduce(part))
+
+
+@case
+def a_model_on_one_rank(rank: int, world: int) -> dict[str, Any]:
+    own: Any = mlp() if rank == 1 else program()
+    return refused(lambda: fxkfac.distributed.kfac(own, LOSS, (X, Y)))
+
+
+@case
 def no_data_anywhere(rank: int, world: int) -> dict[str, Any]:
     return refused(lambda: fxkfac.distributed.kfac(program(), LOSS, []))
 

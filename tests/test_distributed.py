@@ -174,9 +174,16 @@ REFUSED = {
     "other_matrices": ("MergeError", ["rank 1 has ('experts'", "'one'", "rank 0"]),
     "no_square_matrix": ("OptionError", ["matrices['A']", "(4,)", "embedding"]),
     "wrong_data_on_one_rank": ("DataError", ["7"]),
+    "an_average_on_one_rank": ("OptionError", ["RunningAverage", "expected the Factors"]),
+    "a_model_on_one_rank": ("OptionError", ["program is of type", "fxkfac.trace"]),
     "a_matrix_without_inverse": ("_LinAlgError", ["cholesky"]),
 }
-ON_ONE_RANK = ("wrong_data_on_one_rank", "a_matrix_without_inverse")
+ON_ONE_RANK = (
+    "wrong_data_on_one_rank",
+    "an_average_on_one_rank",
+    "a_model_on_one_rank",
+    "a_matrix_without_inverse",
+)
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Generator
 
 from fxkfac.curvature.data import Data
 from fxkfac.curvature.factors import Factors
 from fxkfac.curvature.kfac import kfac as kfac_here
+from fxkfac.curvature.options import require_program
 from fxkfac.curvature.step import Step
 from fxkfac.curvature.step import step as step_here
 from fxkfac.distributed.reduce import reduced
@@ -90,15 +92,17 @@ def _of_all(
     options: dict[str, Any],
 ) -> Any:
     workers = Workers.of(group)
-    source = _own_generator(program, workers.place) if generator is None else generator
-    part: Any
+    device, part = torch.device("cpu"), None
     try:
+        require_program(program)
+        device = next(iter(program.model.tensors.values())).device
+        source = _own_generator(program, workers.place) if generator is None else generator
         part = function(program, loss, data, generator=source, **options)
     except NoDataError as error:
         part = error.part or error
     except Exception as error:  # raised again, when all ranks know of it
         part = error
-    return reduced(workers, part, next(iter(program.model.tensors.values())).device)
+    return reduced(workers, part, device)
 
 
 def _own_generator(program: Program, place: int) -> Generator:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fxkfac.curvature.factors import Factors, divisor, scale_of
+from fxkfac.curvature.factors import Factors, divisor, require_factors, scale_of
 from fxkfac.curvature.step import Step
 from fxkfac.distributed.agree import Has, agreed, common_inputs
 from fxkfac.distributed.flat import flat
@@ -30,7 +30,7 @@ from fxkfac.distributed.parts import (
     with_sums,
 )
 from fxkfac.distributed.workers import Workers
-from fxkfac.errors import NoDataError
+from fxkfac.errors import NoDataError, OptionError
 from fxkfac.isolation import full_precision
 from fxkfac.linalg.triangle import pack_symmetric, unpack_symmetric
 
@@ -56,9 +56,17 @@ def all_reduce(part: AnyPart, group: Any = None) -> AnyPart:
         MergeError: Ranks hold results of different programs or settings; on every rank, and names
             those that differ.
         NoDataError: No rank has data, or none has a target that counts; on every rank.
-        RankError: There is no process group, or this process is not in it.
+        OptionError: This rank's part is neither factors nor a step: a running average, say, or
+            factors with corrections.
+        RankError: There is no process group, or this process is not in it; or another rank's part
+            is none.
     """
-    return reduced(Workers.of(group), part, factors_of(part).like.device)
+    workers = Workers.of(group)
+    try:
+        require_factors(factors_of(part))
+    except OptionError as error:  # raised again, when all ranks know of it
+        return reduced(workers, error, torch.device("cpu"))
+    return reduced(workers, part, factors_of(part).like.device)
 
 
 @full_precision()
