@@ -10,7 +10,7 @@ from torch import nn
 
 import fxkfac
 from fxkfac import exact
-from fxkfac.errors import FxkfacError
+from fxkfac.errors import FxkfacError, NoDataError, OptionError
 from fxkfac.likelihoods.base import Likelihood
 
 MSE, CE, BCE = nn.MSELoss, nn.CrossEntropyLoss, nn.BCEWithLogitsLoss
@@ -395,6 +395,21 @@ class TestMerge:
         a, b = (fxkfac.kfac(program, CE(), (X[s], y[s])) for s in (slice(2), slice(2, None)))
         whole = fxkfac.kfac(program, CE(), (X, y))
         close((a + b)["norm.weight"].diagonal, whole["norm.weight"].diagonal)
+
+    @pytest.mark.parametrize("structure", [{}, {"*": "diagonal"}])
+    def test_a_part_without_a_batch_adds_nothing(self, mlp, structure):
+        model, _, X = mlp
+        program = fxkfac.trace(model, X, structure=structure)
+        some = fxkfac.kfac(program, CE(), (X, classes(5)))
+        with pytest.raises(NoDataError) as info:
+            fxkfac.kfac(program, CE(), [])
+        none = info.value.part
+        for whole in (none + some, some + none):
+            assert (whole.n, list(whole)) == (some.n, list(some))
+            close(whole.dense(), some.dense())
+        assert (none + none).n == 0
+        with pytest.raises(OptionError, match="of no data"):
+            fxkfac.RunningAverage().update(none)
 
 
 class TestRandomness:

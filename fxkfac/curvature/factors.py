@@ -154,12 +154,16 @@ class Factors(Curvature):
     def __add__(self, other: Factors) -> Factors:
         """The factors of both data sets together, computed at the same parameters or not.
 
+        The part of a `NoDataError`, of no batch, adds nothing.
+
         Raises:
             MergeError: The two were not computed in the same way.
         """
         if not isinstance(other, Factors):
             return NotImplemented
         require_same_computation(self, other)
+        if not (self.n and other.n):
+            return self if self.n else other
         count = self.count + other.count
         R = scale_of(self.likelihood, count)
         mine, theirs = (R / scale_of(self.likelihood, c) for c in (self.count, other.count))
@@ -195,7 +199,8 @@ def require_same_computation(mine: Factors, others: Factors) -> None:
             f"these factors were computed with {name}={here!r}, the others with {name}={there!r}; "
             "expected the same, since only parts of one computation add up."
         )
-    require_same_terms(mine.plans.values(), others.plans.values())
+    if mine.n and others.n:  # without data, the terms are those of the example
+        require_same_terms(mine.plans.values(), others.plans.values())
 
 
 def scale_of(likelihood: Likelihood, count: float) -> float:

@@ -64,13 +64,15 @@ class RunningAverage(Curvature):
 
         Raises:
             OptionError: There are no such parts, the first update is not of both, or these are no
-                factors.
+                factors, or those of no data.
             MergeError: The factors are of other parameters, or of other entries or orientations of
                 them, or were computed with other settings.
         """
         require_factors(factors)
         if parts not in PARTS:
             raise OptionError(f"parts={parts!r}; expected 'AB', 'A' or 'B'.")
+        if not factors.n:
+            raise OptionError("the factors are of no data; expected those of a batch. Skip them.")
         if self._held is None:
             if parts != "AB":
                 raise OptionError(f"parts={parts!r} in the first update; expected 'AB'.")
