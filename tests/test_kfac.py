@@ -411,6 +411,18 @@ class TestMerge:
         with pytest.raises(OptionError, match="of no data"):
             fxkfac.RunningAverage().update(none)
 
+    def test_a_part_without_a_target_that_counts_is_not_averaged(self, mlp):
+        """Its A is without R, 1/N times as large in other batches."""
+        _, program, X = mlp
+        average = fxkfac.RunningAverage(0.5)
+        average.update(fxkfac.kfac(program, CE(), (X, classes(5))))
+        before = average.dense().clone()
+        with pytest.raises(NoDataError) as info:
+            fxkfac.kfac(program, CE(), (X, torch.full((5,), -100)))
+        with pytest.raises(NoDataError, match="ignored"):
+            average.update(info.value.part)
+        assert torch.equal(average.dense(), before)
+
 
 class TestRandomness:
     SAMPLED = pytest.mark.parametrize("fisher", ["mc", "curvature-propagation"])

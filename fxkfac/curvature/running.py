@@ -67,12 +67,14 @@ class RunningAverage(Curvature):
                 factors, or those of no data.
             MergeError: The factors are of other parameters, or of other entries or orientations of
                 them, or were computed with other settings.
+            NoDataError: No target of theirs counts, so that A has no R.
         """
         require_factors(factors)
         if parts not in PARTS:
             raise OptionError(f"parts={parts!r}; expected 'AB', 'A' or 'B'.")
         if not factors.n:
             raise OptionError("the factors are of no data; expected those of a batch. Skip them.")
+        factors.likelihood.reduction_factor(factors.count)
         if self._held is None:
             if parts != "AB":
                 raise OptionError(f"parts={parts!r} in the first update; expected 'AB'.")
