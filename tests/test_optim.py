@@ -894,6 +894,19 @@ def test_a_gradient_of_another_shape_is_refused_by_name(structure: dict[str, str
             p.solve({**g, "0.weight": wrong})
 
 
+def test_factors_with_other_blocks_are_refused(traced_mlp: Program) -> None:
+    data = batch()
+    other = fxkfac.trace(mlp(), data[0], structure={"0.weight": "diagonal"})
+    for factors, what in (
+        (fxkfac.kfac(traced_mlp, CE, data, separate_weight_and_bias=True), "separate_weight"),
+        (fxkfac.kfac(other, CE, data), "structures"),
+    ):
+        p = Preconditioner(traced_mlp, CE)
+        with pytest.raises(MergeError, match=rf"computed with {what}.* expected"):
+            p.advance(factors)
+        assert p.steps == 0
+
+
 def test_a_group_that_is_added_later_is_refused() -> None:
     optimizer = KFAC(fxkfac.trace(mlp(), batch()[0]), CE, lr=0.1)
     with pytest.raises(OptionError, match="by `groups`"):

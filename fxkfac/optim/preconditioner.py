@@ -13,7 +13,7 @@ import torch
 from torch import Generator, Tensor
 
 from fxkfac.curvature.curvature import canonical_names
-from fxkfac.curvature.factors import Factors
+from fxkfac.curvature.factors import Factors, require_factors
 from fxkfac.curvature.kfac import kfac
 from fxkfac.curvature.options import settings_of
 from fxkfac.curvature.padding import Mask
@@ -155,9 +155,12 @@ class Preconditioner:
         """Count one step, whose factors are these if they were due; decompose if that is due.
 
         Raises:
-            MergeError: These data use other parameters than those before, or not all of them.
+            MergeError: These data use other parameters than those before, or not all of them; or
+                the factors have other blocks than those of the program with these options.
         """
         if factors is not None:
+            require_factors(factors)
+            self._require_own_blocks(factors)
             if lost := self._layouts.keys() - set(factors):
                 raise MergeError(
                     f"these data use no {sorted(lost)[:4]}, so that there is no curvature of it; "
@@ -169,6 +172,15 @@ class Preconditioner:
         if self.steps % self.inverse_interval == 0:
             self._decompose()
         self.steps += 1
+
+    def _require_own_blocks(self, factors: Factors) -> None:
+        for what in ("parameters", "structures", "separate_weight_and_bias"):
+            found, expected = getattr(factors.settings, what), getattr(self.settings, what)
+            if found != expected:
+                raise MergeError(
+                    f"the factors were computed with {what} = {found}; expected {expected}. "
+                    "Compute them with the program and the options of this preconditioner."
+                )
 
     def _decompose(self) -> None:
         decompose = eigh_once()
