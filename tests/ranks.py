@@ -434,6 +434,12 @@ def a_matrix_without_inverse(rank: int, world: int) -> dict[str, Any]:
 
 
 @case
+def a_matrix_without_numbers(rank: int, world: int) -> dict[str, Any]:
+    matrices = {"large": MATRICES["large"], "none": torch.full((4, 4), torch.nan, dtype=F64)}
+    return refused(lambda: fxkfac.distributed.eigh(matrices))
+
+
+@case
 def other_matrices(rank: int, world: int) -> dict[str, Any]:
     matrices = {key: M for key, M in MATRICES.items() if rank != 1 or key != "one"}
     return refused(lambda: fxkfac.distributed.eigh(matrices))

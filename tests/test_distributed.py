@@ -177,12 +177,14 @@ REFUSED = {
     "an_average_on_one_rank": ("OptionError", ["RunningAverage", "expected the Factors"]),
     "a_model_on_one_rank": ("OptionError", ["program is of type", "fxkfac.trace"]),
     "a_matrix_without_inverse": ("_LinAlgError", ["cholesky"]),
+    "a_matrix_without_numbers": ("NonFiniteError", ["shape (4, 4)", "NaN or Inf"]),
 }
 ON_ONE_RANK = (
     "wrong_data_on_one_rank",
     "an_average_on_one_rank",
     "a_model_on_one_rank",
     "a_matrix_without_inverse",
+    "a_matrix_without_numbers",
 )
 
 

@@ -15,6 +15,7 @@ from fxkfac.distributed.flat import flat
 from fxkfac.distributed.workers import Workers, failure_of
 from fxkfac.errors import MergeError, OptionError
 from fxkfac.isolation import full_precision
+from fxkfac.linalg.operators.symmetric import require_finite
 
 Matrices = Any  # tensors (.., d, d) by name, or in a list
 Result = Any  # a tensor, or a tuple of tensors
@@ -36,12 +37,14 @@ def eigh(matrices: Matrices, group: Any = None) -> Any:
 
     Raises:
         OptionError: A tensor is no square matrix.
+        NonFiniteError: One holds NaN or Inf, on the rank that it is computed on.
         MergeError, RankError: As `spread` does.
     """
     return _spread(_eigh, matrices, group, _require_square)
 
 
 def _eigh(M: Tensor) -> tuple[Tensor, Tensor]:
+    require_finite(M)
     eigenvalues, Q = torch.linalg.eigh(M)
     return eigenvalues, Q
 
