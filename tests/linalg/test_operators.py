@@ -477,6 +477,18 @@ def test_a_factor_is_not_symmetric_and_has_no_eigenvalues_here(within):
             function()
 
 
+def test_what_is_no_operator_is_named():
+    K = REGULAR[0](Source(0), 1, 3, 2)
+    for call in (
+        lambda: ops.to_dense(torch.eye(6)),
+        lambda: ops.logdet(torch.eye(6)),
+        lambda: ops.add(K, 3.0),
+        lambda: ops.add(K, torch.eye(6)),
+    ):
+        with pytest.raises(ParameterError, match=r"of type (Tensor|float); expected .* Dense"):
+            call()
+
+
 def test_without_scipy_it_is_said_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.sparse.linalg", None)
     with pytest.raises(FxkfacError, match="pip install scipy"):

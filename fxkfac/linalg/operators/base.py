@@ -44,6 +44,15 @@ class Operator(ABC):
         return self.like.device
 
 
+def require_operator(operator: object) -> None:
+    """Raise `ParameterError` for something else, such as a matrix."""
+    if not isinstance(operator, Operator):
+        raise ParameterError(
+            f"an operator is of type {type(operator).__name__}; expected one of "
+            "fxkfac.operators. Pass Dense(matrix) for a matrix."
+        )
+
+
 def require_alike(*tensors: Tensor) -> None:
     """Raise `ParameterError` unless tensors have one dtype and are on one device."""
     first = tensors[0]
@@ -57,6 +66,8 @@ def require_alike(*tensors: Tensor) -> None:
 
 def require_same_shape(operators: Sequence[Operator]) -> None:
     """Raise `ParameterError` unless operators act on arrays of one shape, dtype and device."""
+    for operator in operators:
+        require_operator(operator)
     shapes = [tuple(op.shape) for op in operators]
     if not shapes or any(shape != shapes[0] for shape in shapes):
         raise ParameterError(f"the terms act on arrays {shapes}; expected one shape for all.")

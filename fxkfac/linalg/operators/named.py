@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fxkfac.errors import ParameterError, UnknownParameter
-from fxkfac.linalg.operators.base import Operator
+from fxkfac.linalg.operators.base import Operator, require_operator
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -108,6 +108,7 @@ def public(function: F) -> F:
 
     @wraps(function)
     def wrapped(operator: Operator, *arguments: Any) -> Any:
+        require_operator(operator)
         with own_dtype(operator):
             if not isinstance(operator, Named):
                 return function(operator, *arguments)
