@@ -13,8 +13,8 @@ from torch import Tensor
 from fxkfac.curvature.curvature import strided
 from fxkfac.curvature.plan import BlockPlan
 from fxkfac.curvature.schedule import schedule_of
-from fxkfac.curvature.settings import Settings
-from fxkfac.errors import ParameterError, UnknownParameter
+from fxkfac.curvature.settings import Settings, differences
+from fxkfac.errors import MergeError, ParameterError, UnknownParameter
 from fxkfac.graph.program import Program
 from fxkfac.graph.structure import EXACT
 from fxkfac.optim.boxes import Box, boxes_of
@@ -106,6 +106,18 @@ def plans_of(program: Program, settings: Settings) -> dict[str, BlockPlan]:
         program, program.tapped, settings.structures, settings.separate_weight_and_bias
     )
     return {plan.name: plan for plan in schedule.blocks}
+
+
+def require_blocks(found: Settings, expected: Settings) -> None:
+    """Raise `MergeError` unless factors with the first settings have the blocks of the others."""
+    differ = differences(found, expected)
+    for what in ("parameters", "structures", "separate_weight_and_bias"):
+        if what in differ:
+            had, wanted = differ[what]
+            raise MergeError(
+                f"the factors were computed with {what}={had!r}; expected {wanted!r}. Compute them "
+                "with the program and the options of this preconditioner."
+            )
 
 
 def layouts(program: Program, settings: Settings, split: bool) -> dict[str, Layout]:

@@ -25,7 +25,7 @@ from fxkfac.likelihoods.losses import likelihood_of
 from fxkfac.optim import saved
 from fxkfac.optim.basis import Basis, Inverses, basis_of, eigh_once
 from fxkfac.optim.checks import require, require_at_least_one, require_keys, require_positive
-from fxkfac.optim.layout import held, layouts
+from fxkfac.optim.layout import held, layouts, require_blocks
 
 DAMP = ("split", "block")
 
@@ -160,7 +160,7 @@ class Preconditioner:
         """
         if factors is not None:
             require_factors(factors)
-            self._require_own_blocks(factors)
+            require_blocks(factors.settings, self.settings)
             if lost := self._layouts.keys() - set(factors):
                 raise MergeError(
                     f"these data use no {sorted(lost)[:4]}, so that there is no curvature of it; "
@@ -172,15 +172,6 @@ class Preconditioner:
         if self.steps % self.inverse_interval == 0:
             self._decompose()
         self.steps += 1
-
-    def _require_own_blocks(self, factors: Factors) -> None:
-        for what in ("parameters", "structures", "separate_weight_and_bias"):
-            found, expected = getattr(factors.settings, what), getattr(self.settings, what)
-            if found != expected:
-                raise MergeError(
-                    f"the factors were computed with {what} = {found}; expected {expected}. "
-                    "Compute them with the program and the options of this preconditioner."
-                )
 
     def _decompose(self) -> None:
         decompose = eigh_once()
