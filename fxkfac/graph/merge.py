@@ -35,12 +35,19 @@ MOVES = {
 PRODUCTS = {aten.mm.default, aten.bmm.default, aten.mul.Tensor}
 
 
+OWN = "fxkfac_own"  # mark of zeros that the model asks for, as a recurrent net for its first state
+
+
 def drop_zeros(graph: Graph) -> None:
-    """Rewrite in place: `a + 0` is `a`. Forward mode adds the products with zero tangents."""
+    """Rewrite in place: `a + 0` is `a`. Forward mode adds the products with zero tangents.
+
+    Zeros of the model's own are data: the rows of their products count.
+    """
     zero: set[Node] = set()
     for node in list(graph.nodes):
         known = [n for n in node.all_input_nodes if n in zero]
-        if node.target in ZEROS or (known and node.target in PRODUCTS | MOVES):
+        own = (node.meta.get("custom") or {}).get(OWN)
+        if (node.target in ZEROS and not own) or (known and node.target in PRODUCTS | MOVES):
             zero.add(node)
         elif known and node.target is aten.add.Tensor and not node.kwargs:
             others = [a for a in node.args if a not in zero]

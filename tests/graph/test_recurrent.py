@@ -61,3 +61,38 @@ def test_dropout_that_is_switched_off_keeps_the_mean():
     state = dict(model.named_parameters())
     found = without_dropout(captured.module)(*captured.arguments(state), x)
     assert torch.allclose(found, model.eval()(x))
+
+
+class ByHand(nn.Module):
+    """A recurrent net that begins with zeros of its own."""
+
+    def __init__(self, zeros, product):
+        super().__init__()
+        self.zeros, self.product = zeros, product
+        self.U, self.V = nn.Parameter(torch.randn(3, 3)), nn.Parameter(torch.randn(4, 3))
+
+    def forward(self, x):
+        h = self.zeros(x)
+        for t in range(x.shape[1]):
+            h = torch.tanh(self.product(h, self.U) + x[:, t] @ self.V)
+        return h
+
+
+@pytest.mark.parametrize("product", [torch.matmul, torch.mm])
+@pytest.mark.parametrize(
+    "zeros",
+    [
+        lambda x: torch.zeros(len(x), 3),
+        lambda x: x.new_zeros(len(x), 3),
+        lambda x: torch.zeros_like(x[:, 0, :3]),
+    ],
+)
+def test_a_first_state_of_zeros_has_rows(zeros, product):
+    """However it is spelt, and whatever the size of the batches, which choose the front end."""
+    torch.manual_seed(0)
+    x, y = torch.randn(5, 2, 4), torch.randn(5, 3)
+    program = fxkfac.trace(ByHand(zeros, product), x)
+    for size in (5, 4, 1):
+        data = zip(x.split(size), y.split(size), strict=True)
+        factors = fxkfac.kfac(program, nn.MSELoss(), data)
+        assert factors.products["U"][0].rows == factors.products["V"][0].rows == 10

@@ -34,12 +34,17 @@ from fxkfac.graph.front_ends.cleanup import STOP, rebuild
 from fxkfac.graph.front_ends.packed import packing
 from fxkfac.graph.front_ends.pure import is_functional
 from fxkfac.graph.front_ends.recurrence import FUSED
+from fxkfac.graph.merge import OWN
 from fxkfac.graph.signature import Signature
 from fxkfac.graph.source import is_users
 from fxkfac.isolation import in_place_of
 from fxkfac.parameters import nest_names
 
 DATA: Any = Tensor.data.__get__  # type: ignore[attr-defined]  # a descriptor
+MARKS: dict[Any, str] = {
+    **dict.fromkeys((Tensor.detach, torch.detach), STOP),
+    **dict.fromkeys((torch.zeros, torch.zeros_like, Tensor.new_zeros), OWN),
+}
 
 
 class Refusal(Exception):
@@ -221,28 +226,34 @@ def _mutates(module: GraphModule) -> bool:
 
 
 class _RecordSource(TorchFunctionMode):
-    """Give every recorded node the user's line, and mark what the user cut off from gradients.
+    """Give every recorded node the user's line, and mark what the user asked for.
 
-    Below autograd, `detach` also stands wherever autograd saved a tensor for later. Only the
-    user's own detach, and what runs without gradients, stops the gradient.
+    Below autograd, `detach` also stands wherever autograd saved a tensor for later, and zeros where
+    a tensor has no tangent. Only the user's own detach, and what runs without gradients, stops the
+    gradient; and only the user's own zeros are data.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func == DATA:  # leaves no node, and is what `detach` gives
             func = Tensor.detach
-        with _marked(sys._getframe(1), func in (Tensor.detach, torch.detach)):
+        frame = sys._getframe(1)
+        mark = MARKS.get(func, "")
+        if mark == OWN and "_functorch" in frame.f_code.co_filename:  # for what has no tangent
+            mark = ""
+        with _marked(frame, mark):
             return func(*args, **(kwargs or {}))
 
 
 @contextmanager
-def _marked(frame: FrameType | None, detaches: bool = False) -> Iterator[None]:
-    """Give every node that is recorded now the user's line, and whether gradients stop there."""
+def _marked(frame: FrameType | None, mark: str = "") -> Iterator[None]:
+    """Give every node that is recorded now the user's line, a mark, and whether gradients stop."""
     meta = fx_traceback.current_meta
     before = dict(meta)
     if trace := _trace_of(frame):
         meta["stack_trace"] = trace
-    if detaches or not torch.is_grad_enabled():
-        meta["custom"] = {STOP: True}
+    marks = {mark, "" if torch.is_grad_enabled() else STOP} - {""}
+    if marks:
+        meta["custom"] = dict.fromkeys(marks, True)
     try:
         yield
     finally:

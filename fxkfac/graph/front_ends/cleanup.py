@@ -54,7 +54,7 @@ def rebuild(
     buffers: Sequence[str],
     inputs: int,
     result: str,
-    saved_detach: bool = False,
+    below_autograd: bool = False,
 ) -> GraphModule:
     """Copy a graph into the one order of placeholders and the one spelling of ops.
 
@@ -66,7 +66,8 @@ def rebuild(
         selected: Names of the parameters whose curvature is asked for.
         inputs: Number of input tensors, the placeholders that follow.
         result: Name of the node that is the prediction.
-        saved_detach: Whether a `detach` without mark is one that autograd put there.
+        below_autograd: Whether a `detach` without mark is one that autograd put there, and zeros
+            without mark are forward mode's.
     """
     root = nn.Module()
     graph = Graph()
@@ -81,13 +82,14 @@ def rebuild(
             copies[node] = _constant(graph, root, _attribute(module, str(node.target)))
         elif node.target in ASSERTIONS or node.op == "output":
             continue
-        elif _is_what_it_is_given(node) or (saved_detach and _is_saved(node)):
+        elif _is_what_it_is_given(node) or (below_autograd and _is_saved(node)):
             copies[node] = copies[node.all_input_nodes[0]]
         else:
-            copies[node] = _copy(graph, node, copies, stop=saved_detach and _stops(node))
+            copies[node] = _copy(graph, node, copies, stop=below_autograd and _stops(node))
     graph.output(copies[next(n for n in module.graph.nodes if n.name == result)])
     graph.eliminate_dead_code()
-    drop_zeros(graph)
+    if below_autograd:
+        drop_zeros(graph)
     decompose(graph, [named[name] for name in selected], tensors)
     merge_common(graph)
     graph.eliminate_dead_code()
