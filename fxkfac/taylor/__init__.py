@@ -36,7 +36,8 @@ def laplacian(
 
     Args:
         function: A module or function from points (N, D) to (N, *out), made of torch ops. Each row
-            of its result must depend on the same row of x alone; batch norm does not fit.
+            of its result must depend on the same row of x alone; batch norm does not fit. Sums
+            over the rows are refused; other ways to mix them, such as `z - z[0]`, are not seen.
         x: Points (N, D).
         weights: (D,), one for each axis; default: ones, the plain Laplacian. For the heat equation
             put zero on time, and read ∂f/∂t from the gradient.
@@ -45,7 +46,7 @@ def laplacian(
         The value (N, *out), the gradient (D, N, *out) and the weighted Laplacian (N, *out).
 
     Raises:
-        UnsupportedUse: The function calls an op that has no rule here, or mixes the data.
+        UnsupportedUse: The function calls an op that has no rule here, or sums over the data.
         DataError: x is no floating point tensor (N, D).
         OptionError: The weights are not (D,).
     """
