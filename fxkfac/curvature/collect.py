@@ -32,7 +32,7 @@ from fxkfac.curvature.sharing import (
 from fxkfac.curvature.together import of_each
 from fxkfac.graph.form import BatchAxis
 from fxkfac.graph.uses.ir import Use
-from fxkfac.graph.uses.normal import Input, normal_y
+from fxkfac.graph.uses.normal import Input, detached, normal_y
 from fxkfac.likelihoods.backpropagation import sends_back
 
 
@@ -75,9 +75,9 @@ class Collector(Receiver):
     def take_input(self, use: Use, x: Input, y: Tensor) -> None:
         """Sum A, or keep the input for later."""
         if use in self.schedule.exact_of:
-            self._held[use] = x
+            self._held[use] = detached(x)
         if self.hold:
-            self._waiting.append((use, x, y))
+            self._waiting.append((use, detached(x), y.detach()))
         else:
             self._add_input(use, x, y, self._kept[use])
 

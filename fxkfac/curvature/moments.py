@@ -88,13 +88,22 @@ class Moment:
         d = self.gram.matrix(scale).shape[-1]
         for k, c in enumerate(self.scales, start=d):
             assert self.sums is not None
-            border = self.total[:, k, :d]
-            torch.mul(self.sums, c * scale, out=border)
-            self.total[:, :d, k] = border
+            border = torch.mul(self.sums, c * scale, out=self._line(k, 0, 2, d))
+            self._line(0, k, 1, d).copy_(border)
             for m, e in enumerate(self.scales, start=d):
-                corner, number = self.total[:, k, m], c * e * scale * self.count
-                corner.copy_(number) if isinstance(number, Tensor) else corner.fill_(number)
+                corner, number = self._line(k, m, 2, 1), c * e * scale * self.count
+                if isinstance(number, Tensor):
+                    corner.copy_(number.unsqueeze(-1))
+                else:
+                    corner.fill_(number)
         return self.total
+
+    def _line(self, row: int, column: int, axis: int, d: int) -> Float[Tensor, "group d"]:
+        """The numbers of the sum from one place on, along an axis; one call in the place of two."""
+        assert self.total is not None
+        steps = self.total.stride()
+        start = self.total.storage_offset() + row * steps[1] + column * steps[2]
+        return self.total.as_strided((len(self.total), d), (steps[0], steps[axis]), start)
 
     def cleared(self) -> Float[Tensor, "group d d"]:
         """The memory of the sum, with zeros in the place of what was never written there."""

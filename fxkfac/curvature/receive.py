@@ -32,7 +32,7 @@ from fxkfac.curvature.together import (
     send_back,
 )
 from fxkfac.graph.uses.ir import Use
-from fxkfac.graph.uses.normal import Input, Routed, detached
+from fxkfac.graph.uses.normal import Input, Routed
 from fxkfac.likelihoods.backpropagation import has_several
 
 Key = TypeVar("Key")
@@ -87,7 +87,7 @@ class Receiver(ABC):
 
     @abstractmethod
     def take_input(self, use: Use, x: Input, y: Tensor) -> None:
-        """Sum an input, or keep it for later; `_kept` knows which rows count."""
+        """Sum an input, or keep it for later, detached; `_kept` knows which rows count."""
 
     @abstractmethod
     def take_gradient(self, use: Use, g: Tensor) -> None:
@@ -114,7 +114,6 @@ class Receiver(ABC):
         if entered not in self.schedule.heard:
             return
         with torch.no_grad():
-            x, y = detached(x), y.detach()
             if isinstance(x, Routed):
                 self._groups[entered] = chosen_groups(entered, x, y)
             # Rows of padding that only gradients tell have none, and add nothing to B in any case.

@@ -79,7 +79,11 @@ class Gram:
 
     def diagonal(self) -> Float[Tensor, " group_d"]:
         """The diagonals, one after the other."""
-        return self.total.diagonal(dim1=1, dim2=2).flatten()
+        total = self.total
+        if len(total) == 1:  # one call in the place of two
+            step = total.stride(1) + total.stride(2)
+            return total.as_strided((total.shape[1],), (step,), total.storage_offset())
+        return total.diagonal(dim1=1, dim2=2).flatten()
 
     def beta(self, whole: int) -> float:
         """What a product multiplies the total by that comes next, which has such whole blocks.
@@ -167,12 +171,9 @@ def add_rows(gram: Gram, rows: Float[Tensor, "group rows d"]) -> None:
 
 def _add_products(total: Tensor, rows: Tensor, beta: float, width: int) -> None:
     """By matrix products: strips of columns, as long as the triangle has them."""
-    group, _, d = rows.shape
+    d = rows.shape[-1]
     if width == d:
-        if group == 1:
-            x = rows[0]
-            _multiply(total[0], x.mT, x, beta)
-        elif beta:
+        if beta:
             total.baddbmm_(rows.mT, rows)
         else:
             torch.bmm(rows.mT, rows, out=total)

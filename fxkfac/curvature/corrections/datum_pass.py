@@ -22,7 +22,7 @@ from fxkfac.curvature.receive import Awaited, Receiver
 from fxkfac.curvature.schedule import Schedule
 from fxkfac.curvature.sharing import known
 from fxkfac.graph.uses.ir import Use
-from fxkfac.graph.uses.normal import Input
+from fxkfac.graph.uses.normal import Input, detached
 from fxkfac.isolation import are_finite
 from fxkfac.linalg.contraction import Statistic
 from fxkfac.linalg.orders import Order, Sizes, order_of_sums
@@ -77,7 +77,7 @@ class Corrector(Receiver):
         """Keep the input. Raises `BatchAxisError` where it is not known whose a row is."""
         if use in self.schedule.places:
             known(use)
-            self._inputs[use] = x
+            self._inputs[use] = detached(x)
 
     def take_gradient(self, use: Use, g: Tensor) -> None:
         """Sum a part once all uses of all of its terms have theirs."""
