@@ -44,7 +44,7 @@ class DatumRows:
 
     def formed(self) -> Float[Tensor, "group n d_in c d_out"]:
         """G of every datum and vector."""
-        return (self.x.mT @ self.g.flatten(3)).unflatten(-1, self.g.shape[3:])
+        return torch.einsum("gnsi,gnsco->gnico", self.x, self.g)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import torch
 import zoo_functional  # noqa: F401 - registers its entries
 import zoo_wide  # noqa: F401 - likewise
 from benchmarks.models import GPT
+from devices import digits_like, network
 from drawn import classes, generator, rand, seeded
 from quick import quick
 from torch import nn
@@ -285,6 +286,14 @@ def test_convolutions():
 
     x = rand(4, 4, 6, 6)
     compare(fxkfac.trace(seeded(make), x), CE, (x, classes(4)), 1e-10)
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_norms_behind_a_convolution():
+    """Compiled code lays out what a convolution gives in its own way; exact blocks read it."""
+    program = fxkfac.trace(network(), digits_like()[0])
+    compare(program, CE, digits_like(), 1e-10)
 
 
 class Wide(nn.Module):

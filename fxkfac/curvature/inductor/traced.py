@@ -22,6 +22,8 @@ from fxkfac.graph.tapped import Tapped
 
 aten = torch.ops.aten
 
+# Compiled code lays out what it computes in its own way, in which these may need a copy.
+VIEWS = {aten.view.default, aten._unsafe_view.default}
 # Of a tensor whose entries share memory, inductor makes the copy in that memory, and is wrong.
 INTO_A_COPY = {
     aten.index_put.default,
@@ -97,6 +99,8 @@ def traced(function: Callable[..., Any], kinds: Sequence[Kind]) -> tuple[GraphMo
     for node in list(module.graph.nodes):
         if node.target is aten.detach.default:
             node.replace_all_uses_with(node.args[0])
+        elif node.target in VIEWS:
+            node.target = aten.reshape.default
         elif node.target in INTO_A_COPY and _repeats(node.args[0].meta["val"]):
             _write_out(node)
     leaves: Any = module.graph.output_node().args[0]
