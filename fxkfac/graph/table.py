@@ -41,9 +41,14 @@ def headline(program: Program) -> str:
     tapped = program.tapped
     size = "any batch size" if tapped.dynamic else "traced anew for each batch size"
     return (
-        f"{len(program.parameters)} parameters in {len(program.uses)} uses, captured by "
+        f"{counted(len(program.parameters), len(program.uses))}, captured by "
         f"{tapped.captured.front_end}, {size}"
     )
+
+
+def counted(parameters: int, uses: int) -> str:
+    """So many parameters in so many uses."""
+    return f"{parameters} parameter{'s' * (parameters != 1)} in {uses} use{'s' * (uses != 1)}"
 
 
 def use_row(use: Use) -> tuple[str, ...]:

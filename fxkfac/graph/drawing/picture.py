@@ -21,6 +21,7 @@ from fxkfac.graph.drawing.boxes import (
     scopes,
 )
 from fxkfac.graph.drawing.colour import Scale
+from fxkfac.graph.table import counted
 
 if TYPE_CHECKING:
     from fxkfac.graph.program import Program
@@ -69,8 +70,7 @@ def dot_source(
 
 def counts_text(program: Program) -> str:
     """How many parameters are covered, in how many uses."""
-    covered, uses = len(program.parameters), len(program.uses)
-    text = f"{covered} parameter{'s' * (covered != 1)} in {uses} use{'s' * (uses != 1)}"
+    text = counted(len(program.parameters), len(program.uses))
     lost = f", {len(program.uncovered)} {labels.STRUCTURES[program.unsupported]}"
     return text + lost if program.uncovered else text
 
