@@ -22,9 +22,10 @@ from zoo import ZOO
 
 import fxkfac
 from fxkfac import errors
-from fxkfac.attribution import products, solve
+from fxkfac.attribution import solve
 from fxkfac.graph.flat import FlatModel
 from fxkfac.likelihoods.losses import likelihood_of
+from fxkfac.linalg import rows
 
 F64 = torch.float64
 CE, MSE = nn.CrossEntropyLoss(), nn.MSELoss()
@@ -207,7 +208,7 @@ def test_one_test_datum_meets_the_rows_one_by_one(case):
 
 
 def test_chunks_of_one_datum(case, monkeypatch):
-    monkeypatch.setattr(products, "LARGEST_CHUNK", 1)
+    monkeypatch.setattr(rows, "LARGEST_CHUNK", 1)
     factors = case.factors()
     assert_scores(case.scores(factors), case.expected(factors))
 

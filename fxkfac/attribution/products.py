@@ -14,12 +14,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fxkfac.linalg.rows import DatumRows, Rows, TokenRows, chunks
+from fxkfac.linalg.rows import DatumRows, Rows, TokenRows, chunks, room
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
-
-LARGEST_CHUNK = 2**24  # numbers in what is formed at once
 
 
 def own(rows: Rows) -> Float[Tensor, "n group d_in d_out"]:
@@ -59,5 +57,5 @@ def _row_by_row(rows: DatumRows, P: Tensor) -> Tensor:
 
 def _by_chunks(rows: Rows, of: Callable[..., Tensor], numbers: int) -> Tensor:
     """Of some data at a time, for each of which `numbers` are held."""
-    size = LARGEST_CHUNK // max(numbers, 1)
+    size = room() // max(numbers, 1)
     return torch.cat([of(rows.some(*part)) for part in chunks(rows.n, size)])

@@ -24,10 +24,10 @@ from torch import nn
 from fxkfac.curvature.data import batches
 from fxkfac.errors import FxkfacError, TargetError
 from fxkfac.graph.program import Program
+from fxkfac.graph.source import is_foreign
 from fxkfac.isolation import own_randomness
 
 DEFAULT = "target"  # the function of a TARGET that names none
-PACKAGE = Path(__file__).parents[1]
 EXPECTED = "(model, inputs) or (model, loss, data)"
 
 
@@ -170,7 +170,7 @@ def _said(error: BaseException) -> str:
     places = [(f.filename, f.lineno) for f in frames if not f.filename.startswith("<")]
     if isinstance(error, SyntaxError) and error.filename:
         said, places = error.msg, [(error.filename, error.lineno)]
-    places = [place for place in places if not Path(place[0]).is_relative_to(PACKAGE)]
+    places = [place for place in places if not is_foreign(place[0])]
     own = [place for place in places if "site-packages" not in place[0]] or places
     where = f" ({Path(own[-1][0]).name}:{own[-1][1]})" if own else ""
     return f"{type(error).__name__}: {said}{where}. --debug shows more."

@@ -19,11 +19,10 @@ from fxkfac.curvature.plan import TermPlan
 from fxkfac.curvature.sharing import accurate_dtype, summed_gradient
 from fxkfac.graph.uses.ir import Use
 from fxkfac.graph.uses.normal import Input, normal_weight
+from fxkfac.linalg.rows import room
 
 if TYPE_CHECKING:
     from jaxtyping import Float
-
-LARGEST_CHUNK = 2**24  # numbers in the gradients that are held at once
 
 
 def exact_moment(
@@ -58,7 +57,7 @@ def datum_gradients(
 ) -> Iterator[Float[Tensor, "data numel"]]:
     """The gradients of some of the data after those of others."""
     largest = max(u.view.numel for u in uses)
-    data = max(1, LARGEST_CHUNK // max(largest, 1))
+    data = max(1, room() // max(largest, 1))
     each = [_of_use(name, u, inputs(u), gradients(u), data) for u in uses]
     for parts in zip(*each, strict=True):
         yield torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]

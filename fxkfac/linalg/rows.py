@@ -19,6 +19,8 @@ from fxkfac.linalg.orders import Sizes
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
+LARGEST_CHUNK = 2**24  # numbers in the gradients that are held at once
+
 
 @dataclass(frozen=True)
 class DatumRows:
@@ -112,6 +114,11 @@ class Formed:
 
 
 Rows = DatumRows | TokenRows | Formed
+
+
+def room(parts: int = 1) -> int:
+    """The numbers that each of so many parts may hold at once."""
+    return LARGEST_CHUNK // parts
 
 
 def chunks(n: int, size: int) -> Iterator[tuple[int, int]]:

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from zoo import ZOO, Made
 
 import fxkfac
+import fxkfac.linalg.rows as linalg_rows
 from fxkfac import errors
-from fxkfac.curvature import perdatum
 
 CE, MSE, BCE = nn.CrossEntropyLoss(), nn.MSELoss(), nn.BCEWithLogitsLoss()
 N = 5
@@ -274,7 +274,7 @@ class TestEigenvalues:
         data = (case.x, case.y)
         ekfac = fxkfac.ekfac(program, case.loss, data, factors)
         kfoc = fxkfac.kfoc(program, case.loss, data, factors, steps=1)
-        monkeypatch.setattr(perdatum, "LARGEST_CHUNK", largest)
+        monkeypatch.setattr(linalg_rows, "LARGEST_CHUNK", largest)
         same(fxkfac.ekfac(program, case.loss, data, factors, memory=memory), ekfac)
         same(fxkfac.kfoc(program, case.loss, data, factors, steps=1, memory=memory), kfoc)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from zoo import ZOO, Made
 
 import fxkfac
-from fxkfac.curvature import perdatum
+import fxkfac.linalg.rows as linalg_rows
 from fxkfac.curvature.corrections import fit
 
 CE, MSE = nn.CrossEntropyLoss(), nn.MSELoss()
@@ -182,7 +182,7 @@ def test_chunks_and_batches_do_not_matter(monkeypatch, name):
     batches = [(x[:1], y[:1]), (x[1:], y[1:])]
     close(fxkfac.ekfac(program, loss, batches, factors), ekfac)
     close(fxkfac.kfoc(program, loss, batches, factors, steps=1), kfoc)
-    monkeypatch.setattr(perdatum, "LARGEST_CHUNK", 1)
+    monkeypatch.setattr(linalg_rows, "LARGEST_CHUNK", 1)
     close(fxkfac.ekfac(program, loss, (x, y), factors, memory=0), ekfac)
     close(fxkfac.kfoc(program, loss, (x, y), factors, steps=1, memory=0), kfoc)
 

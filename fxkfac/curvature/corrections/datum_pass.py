@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import Tensor
 
-from fxkfac.curvature import perdatum
 from fxkfac.curvature.batch import Batch, Pass
 from fxkfac.curvature.corrections.overlap import Overlap, Place, summed_rows
 from fxkfac.curvature.datum import Heard, require_independent, rows_of, sizes_of
@@ -26,7 +25,7 @@ from fxkfac.graph.uses.normal import Input, detached
 from fxkfac.isolation import are_finite
 from fxkfac.linalg.contraction import Statistic
 from fxkfac.linalg.orders import Order, Sizes, order_of_sums
-from fxkfac.linalg.rows import Rows
+from fxkfac.linalg.rows import Rows, room
 
 
 def places(blocks: Mapping[str, BlockPlan]) -> Iterator[Place]:
@@ -114,7 +113,7 @@ class Corrector(Receiver):
             sizes = _sizes(self._terms[place], of_terms, place, d_in, d_out)
             statistic = self.asked[place].statistic
             order = statistic.order(sizes) if len(part) == 1 else order_of_sums(sizes)
-            at_once.append(order.at_once(sizes, group, perdatum.LARGEST_CHUNK // len(part)))
+            at_once.append(order.at_once(sizes, group, room(len(part))))
             self.orders[place] = order
         data, vectors = (min(sizes) for sizes in zip(*at_once, strict=True))
         each = [

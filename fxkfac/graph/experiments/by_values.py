@@ -17,7 +17,7 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import free_symbols, free_unbacked_symbols
 
 from fxkfac.graph.dependence import depend_on
-from fxkfac.graph.experiments.locate import locate
+from fxkfac.graph.experiments.locate import Located, locate
 from fxkfac.graph.experiments.verify import run_graph
 from fxkfac.graph.overloads import arguments
 from fxkfac.graph.signature import Signature
@@ -109,7 +109,9 @@ def located_again(
     layout = found.prediction, found.uses
     if layout == (tapped.prediction, tuple(use.batch for use in tapped.uses)):
         return tapped
+    return tapped.once(layout, lambda: _laid_out(tapped, found))
+
+
+def _laid_out(tapped: Tapped, found: Located) -> Tapped:
     uses = tuple(replace(u, batch=b) for u, b in zip(tapped.uses, found.uses, strict=True))
-    return tapped.once(
-        layout, lambda: replace(tapped, uses=uses, prediction=found.prediction, memo={})
-    )
+    return replace(tapped, uses=uses, prediction=found.prediction, memo={})

@@ -23,7 +23,7 @@ from fxkfac.graph.uses.normal import Input, OneHotRows, normal_x, normal_y
 
 Layout = tuple[int, int, int]  # axis, outer, inner
 
-FEW_ROUNDINGS = 8.0
+FEW_ROUNDINGS = 8.0  # of one op: what sums in another order make of values that are the same
 
 
 @dataclass(frozen=True)
