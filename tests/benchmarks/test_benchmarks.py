@@ -54,8 +54,12 @@ def test_limits_of_the_arithmetic():
     to_the_taps = 16 * (12 * 6 + 6 * 4)
     triangles = 16 * (9**2 + 12**2 + 13**2 + 6**2 + 7**2 + 4**2) // 2
     gradient = 2 * forward + to_the_taps
-    assert found.limit == pytest.approx((forward + to_the_taps + triangles) / gradient, rel=1e-2)
-    assert found.counted > found.limit  # so small factors are taken whole
+    least = forward + to_the_taps + triangles
+    assert found.mc.limit == pytest.approx(least / gradient, rel=1e-2)
+    assert found.mc.counted > found.mc.limit  # so small factors are taken whole
+    with_gradient = least + to_the_taps + forward  # and one product for every weight
+    assert found.step.limit == pytest.approx(with_gradient / gradient, rel=1e-2)
+    assert found.step.counted > found.step.limit
     assert found.factors_mb == 4 * (81 + 144 + 169 + 36 + 49 + 16) / 2**20
 
 
