@@ -1,5 +1,7 @@
 """Factors come back bit for bit, to the program that they are of and to no other."""
 
+import copy
+import io
 import json
 import os
 import re
@@ -15,7 +17,7 @@ from torch import nn
 from zoo import ZOO
 
 import fxkfac
-from fxkfac.errors import FileError, MergeError
+from fxkfac.errors import FileError, FxkfacError, MergeError
 from fxkfac.likelihoods.losses import likelihood_of
 from fxkfac.persistence.container import read
 
@@ -362,3 +364,18 @@ def test_a_running_average_of_another_program_or_of_nothing_is_refused(tmp_path)
         fxkfac.load(tmp_path / "average", fxkfac.trace(nn.Linear(4, 2).double(), x), CE())
     with pytest.raises(FileError, match=r"holds a running average; .* Use fxkfac\.load"):
         fxkfac.resume(tmp_path / "average", program, CE())
+
+
+def test_pickling_names_the_way_to_save():
+    program = fxkfac.trace(seeded(lambda: nn.Linear(4, 3)), X)
+    accumulation = fxkfac.Accumulation(program, CE())
+    accumulation.add(X, Y)
+    factors = fxkfac.kfac(program, CE(), (X, Y))
+    average = fxkfac.RunningAverage(0.9)
+    average.update(factors)
+    for what in (program, factors, factors["weight"], average, accumulation):
+        with pytest.raises(FxkfacError, match=r"fxkfac\.save .* fxkfac\.load"):
+            torch.save(what, io.BytesIO())
+    assert torch.equal(copy.deepcopy(factors).dense(), factors.dense())
+    again = fxkfac.kfac(copy.deepcopy(program), CE(), (X, Y))
+    assert torch.equal(again.dense(), factors.dense())

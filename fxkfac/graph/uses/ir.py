@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Size, Tensor
 from torch.fx import Node
 
+from fxkfac.errors import FxkfacError
 from fxkfac.graph.form import BatchAxis, Form
 from fxkfac.graph.uses.view import View
 
@@ -32,6 +33,15 @@ class Example:
 
     shapes: Mapping[Node, Size] = field(repr=False)
     numbers: Mapping[Node, Any] = field(repr=False)
+
+
+def refuse_to_pickle() -> NoReturn:
+    """Raise `FxkfacError`: nothing that knows a traced graph is pickled."""
+    raise FxkfacError(
+        "a traced graph is pickled, as by torch.save or on the way to another process, and what "
+        "knows it with it; its operations cannot be. Write factors by fxkfac.save and read them "
+        "by fxkfac.load; trace anew where the graph is needed."
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +93,9 @@ class Use:
     def __deepcopy__(self, memo: dict[int, Any]) -> Use:
         """The same: nothing in it changes, and its nodes are a graph's."""
         return self
+
+    def __reduce__(self) -> NoReturn:
+        refuse_to_pickle()
 
     @property
     def parameter(self) -> str:
