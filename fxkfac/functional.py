@@ -142,7 +142,7 @@ class FunctionalModel:
         """All parameters, with the user's `params` (possibly nested) in their place."""
         values = self.current()
         given: dict[str, str] = {}
-        for name, value in flatten_names(params or {}).items():
+        for name, value in flatten_names({} if params is None else params).items():
             canonical = self.resolve(name)
             before = given.setdefault(canonical, name)
             if before != name:
@@ -172,10 +172,10 @@ def _require_one(a: Tensor, b: Tensor, names: tuple[str, str]) -> None:
         )
 
 
-def unknown(name: str, known: Iterable[str]) -> UnknownParameter:
+def unknown(name: Any, known: Iterable[str]) -> UnknownParameter:
     """An error that names the parameters whose names come closest."""
     names = list(known)
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5) if isinstance(name, str) else []
     hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else f"There are: {names[:8]}."
     return UnknownParameter(f"no parameter matches {name!r}. {hint}")
 
@@ -211,6 +211,11 @@ def bind(
 
 
 def _bind_function(model: Callable[..., Any], params: Any) -> FunctionalModel:
+    if not callable(model) or isinstance(model, type):
+        raise ParameterError(
+            f"the model is {model!r:.80}; expected a module, such as nn.Linear(4, 3), or a "
+            "function f(params, x)."
+        )
     if not isinstance(params, Mapping | list | tuple):
         found = "None" if params is None else type(params).__name__
         raise ParameterError(
@@ -254,7 +259,7 @@ def select(bound: FunctionalModel, patterns: str | Iterable[str]) -> set[str]:
     """The canonical names that match one of the names or shell patterns."""
     chosen: set[str] = set()
     names = [*bound.tensors, *bound.aliases]
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+    for pattern in patterns if _is_several(patterns) else [patterns]:
         if not isinstance(pattern, str):
             raise ParameterError(
                 f"params holds a {type(pattern).__name__}; expected names of parameters, or shell "
@@ -265,6 +270,10 @@ def select(bound: FunctionalModel, patterns: str | Iterable[str]) -> set[str]:
             raise unknown(pattern, names)
         chosen |= {bound.aliases.get(n, n) for n in matches}
     return chosen
+
+
+def _is_several(patterns: object) -> bool:
+    return isinstance(patterns, Iterable) and not isinstance(patterns, str | Tensor)
 
 
 def _in_order(tensors: Mapping[str, Tensor], chosen: set[str]) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ exact where predictions are linear in the parameters, c is square, and C is exac
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import final
 
@@ -31,6 +31,7 @@ from fxkfac.functional import FunctionalModel, Inputs, Params, prediction_of
 from fxkfac.isolation import full_precision
 from fxkfac.linalg import operators
 from fxkfac.linalg.operators import Damping, Named
+from fxkfac.ranges import held, require_number, require_positive
 
 Draws = Mapping[str, Tensor]  # of the parameters, (number, *shape)
 Run = Callable[[dict[str, Tensor]], Tensor]  # one draw -> a prediction
@@ -58,10 +59,7 @@ class Posterior:
     model: FunctionalModel = field(repr=False)
 
     def __post_init__(self) -> None:
-        if not 0 < self.prior_precision < math.inf:
-            raise OptionError(
-                f"prior_precision={self.prior_precision}; expected a positive number."
-            )
+        require_positive("prior_precision", held(self.prior_precision))
 
     @property
     def mean(self) -> dict[str, Tensor]:
@@ -80,7 +78,7 @@ class Posterior:
 def posterior(
     factors: Factors | Corrected,
     prior_precision: float = 1.0,
-    names: tuple[str, ...] = (),
+    names: str | Iterable[str] = (),
     params: Params | None = None,
 ) -> Posterior:
     """The posterior at the parameters that factors were computed at, in the dtype of the factors.
@@ -104,7 +102,8 @@ def posterior(
     """
     base = uncorrected(factors)
     _require_same_data(factors, base)
-    curvature = operators.scaled(factors.operator(*names), 1 / base.reduction)
+    listed = (names,) if isinstance(names, str) else names
+    curvature = operators.scaled(factors.operator(*listed), 1 / base.reduction)
     curvature = operators.diagonalised(curvature)
     assert isinstance(curvature, Named)
     held = {name: t.clone() for name, t in base.model.override(params).items()}
@@ -201,6 +200,11 @@ def predictions(posterior: Posterior, draws: Draws, inputs: Inputs) -> Tensor:
 def _of_each(posterior: Posterior, draws: Draws, together: Run, alone: Run) -> Tensor:
     """Of all draws together, or of one after the other, by what does the same."""
     names = list(posterior.mean)
+    if not isinstance(draws, Mapping):
+        raise ParameterError(
+            f"draws are of type {type(draws).__name__}; expected tensors by name, as "
+            "fxkfac.laplace.sample returns them."
+        )
     if set(draws) != set(names):
         raise UnknownParameter(f"draws of {list(draws)}; expected one of each of {names}.")
     held = {name: draws[name] for name in names}
@@ -237,7 +241,11 @@ def log_evidence(posterior: Posterior, loss: Tensor | float) -> Tensor:
         posterior: At trained parameters.
         loss: The loss there over all data that the factors are of, with its reduction. Where it
             is −log p only up to a constant, as `nn.MSELoss` is, so is the result.
+
+    Raises:
+        OptionError: The loss is no finite number.
     """
+    require_number("loss", held(loss.detach() if isinstance(loss, Tensor) else loss))
     τ, P = posterior.prior_precision, posterior.curvature.numel
     nll = loss / posterior.reduction
     fit = -nll - τ / 2 * _square(posterior)

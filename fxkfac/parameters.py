@@ -59,6 +59,11 @@ def require_alike(selected: Mapping[str, Tensor]) -> None:
 
 def flatten_names(params: Params, prefix: str = "") -> dict[str, Tensor]:
     """Flatten nested dicts, lists and tuples of tensors; keys and positions are joined by dots."""
+    if not isinstance(params, Mapping | list | tuple):
+        raise ParameterError(
+            f"params is of type {type(params).__name__}; expected tensors in a dict, list or "
+            "tuple. Targets go with their inputs, as one pair: (inputs, targets)."
+        )
     flat: dict[str, Tensor] = {}
     for key, value in _items(params):
         name = f"{prefix}{key}"

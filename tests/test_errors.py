@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fxkfac
-from fxkfac import errors
+from fxkfac import errors, laplace, operators
 from fxkfac.errors import (
     BatchAxisError,
     CaptureError,
@@ -557,7 +557,7 @@ class TestOptions:
     @pytest.mark.parametrize("samples", [0, -1, 1.5, True])
     @pytest.mark.parametrize("fisher", ["mc", "type-2"])
     def test_mc_samples(self, program, samples, fisher):
-        with refuses(OptionError, f"mc_samples is {samples}", "at least 1"):
+        with refuses(OptionError, f"mc_samples={samples}", "at least 1"):
             fxkfac.kfac(program, CE(), (X, Y), fisher=fisher, mc_samples=samples)
 
     def test_unsupported(self):
@@ -600,6 +600,129 @@ class TestOptions:
             factors.solve({"gain": rand(4)}, damping=0)
         with refuses(OptionError, "damping=-1", "zero or a positive"):
             factors["gain"].solve(rand(4), damping=-1.0)
+
+
+class TestOtherKinds:
+    """What is of another kind than expected is named, wherever it is passed."""
+
+    @pytest.mark.parametrize("model", [None, "model", nn.Linear, [nn.Linear(4, 3)]], ids=repr)
+    def test_a_model(self, model):
+        with refuses(ParameterError, "the model is", "expected a module", "f(params, x)"):
+            fxkfac.trace(model, X)
+
+    def test_inputs_without_a_tensor(self):
+        with refuses(DataError, "ndarray", "expected a batch", "torch.as_tensor"):
+            fxkfac.trace(seeded(mlp), X.numpy())
+
+    @pytest.mark.parametrize(
+        ("option", "kind"),
+        [
+            ({"params": 3}, ParameterError),
+            ({"structure": "diagonal"}, OptionError),
+            ({"structure": {0: "diagonal"}}, ParameterError),
+            ({"apart": 4}, OptionError),
+            ({"dense_limit": "many"}, OptionError),
+            ({"batch_axis": "0"}, DataError),
+            ({"batch_axis": True}, DataError),
+            ({"batch_axis": (-3,)}, DataError),
+            ({"batch_axis": -3}, DataError),
+        ],
+        ids=repr,
+    )
+    def test_what_a_trace_is_asked_for(self, option, kind):
+        with refuses(kind, "expected"):
+            fxkfac.trace(seeded(mlp), X, **option)
+
+    def test_targets_in_the_place_of_parameters(self, program):
+        with refuses(ParameterError, "params is of type Tensor", "(inputs, targets)"):
+            fxkfac.kfac(program, CE(), X, Y)
+        with refuses(ParameterError, "params is of type Tensor", "(inputs, targets)"):
+            fxkfac.step(program, CE(), X, Y)
+
+    def test_a_name_that_is_none(self, factors):
+        with refuses(UnknownParameter, "no parameter matches 0", "There are"):
+            factors[0]
+
+    def test_a_bias_that_has_joined_a_weight(self, program, factors):
+        with refuses(UnknownParameter, "'0.bias' has no block of its own", "that of '0.weight'"):
+            factors["0.bias"]
+        with refuses(UnknownParameter, "'0.bias' has no block of its own", "that of '0.weight'"):
+            fxkfac.ekfac(program, CE(), (X, Y), factors)["0.bias"]
+
+    @pytest.mark.parametrize("value", ["0.1", None, torch.ones(2)], ids=["text", "None", "several"])
+    def test_a_number(self, program, factors, value):
+        C = operators.damped(factors.operator(), operators.Damping(1.0))
+        gradients = {name: torch.zeros(shape) for name, shape in factors.shapes.items()}
+        own = (CE(), factors, (X, Y), (X, Y))
+        for call in (
+            lambda: factors.solve(gradients, value),
+            lambda: laplace.posterior(factors, value),
+            lambda: laplace.log_evidence(laplace.posterior(factors), value),
+            lambda: operators.power(C, value),
+            lambda: operators.scaled(C, value),
+            lambda: operators.damped(C, value),
+            lambda: fxkfac.influence(program, *own, damping=value),
+            lambda: fxkfac.influence(program, *own, damping=0.1, memory=value),
+            lambda: fxkfac.kfoc(program, CE(), (X, Y), factors, tolerance=value),
+            lambda: fxkfac.RunningAverage(value),
+        ):
+            with refuses(OptionError, "expected"):
+                call()
+
+    def test_numbers_of_numpy_and_of_tensors_count(self, program, factors, tmp_path):
+        gradients = {name: torch.ones(shape) for name, shape in factors.shapes.items()}
+        steps = [
+            factors.solve(gradients, δ)
+            for δ in (0.5, np.float32(0.5), torch.tensor(0.5, dtype=F64))
+        ]
+        for step in steps[1:]:
+            torch.testing.assert_close(step, steps[0])
+        sampled = fxkfac.kfac(program, CE(), (X, Y), fisher="mc", mc_samples=np.int64(2))
+        fxkfac.save(sampled, tmp_path / "f")
+        assert fxkfac.load(tmp_path / "f", program, CE()).settings.mc_samples == 2
+        optimizer = fxkfac.optim.KFAC(program, CE(), lr=np.float32(0.5), damping=np.float64(0.1))
+        torch.save(optimizer.state_dict(), tmp_path / "state")
+        state = torch.load(tmp_path / "state", weights_only=True)
+        assert state["param_groups"][0]["lr"] == 0.5
+
+    def test_tensors_that_are_not_floating(self, factors):
+        """Natural gradients in whole numbers would be truncated."""
+        whole = {name: torch.ones(shape).int() for name, shape in factors.shapes.items()}
+        with refuses(ParameterError, "'0.weight' is torch.int32", "floating"):
+            factors.solve(whole, 0.1)
+        with refuses(ParameterError, "'0.weight' is torch.int32", "floating"):
+            operators.product(factors.operator(), whole)
+        with refuses(OptionError, "dtype=torch.int64", "floating"):
+            operators.to_dtype(factors.operator(), torch.int64)
+
+    def test_tensors_without_names(self, factors):
+        with refuses(ParameterError, "of type list", "expected a mapping"):
+            factors.solve([rand(3, 4)], 0.1)
+        with refuses(ParameterError, "of type list", "expected a mapping"):
+            operators.product(factors.operator(), [rand(3, 4)])
+        posterior = laplace.posterior(factors)
+        with refuses(ParameterError, "of type Tensor", "tensors by name"):
+            laplace.predictions(posterior, rand(2, 3), X)
+
+    def test_operators_and_generators(self, factors):
+        C = operators.damped(factors.operator(), operators.Damping(1.0))
+        with refuses(ParameterError, "of type dict", "fxkfac.operators"):
+            operators.product({}, C)
+        with refuses(OptionError, "generator=0", "torch.Generator"):
+            operators.sample(C, 2, 0)
+
+    def test_one_block_in_the_place_of_all(self, factors):
+        with refuses(OptionError, "of type Block", "fxkfac.kfac"):
+            fxkfac.spectra(factors["0.weight"])
+
+    def test_a_function_that_returns_no_distribution(self, program):
+        with refuses(LossError, "returns Tensor", "torch.distributions"):
+            loss = Likelihood.from_distribution(lambda f: f)
+            fxkfac.kfac(program, loss, (X, rand(5, 3)))
+
+    def test_a_state_that_is_none(self, program):
+        with refuses(OptionError, "a state of NoneType"):
+            fxkfac.optim.KFAC(program, CE(), lr=0.1).load_state_dict(None)
 
 
 class TestBatchAxis:

@@ -25,12 +25,13 @@ from fxkfac.curvature.options import require_program, settings_again
 from fxkfac.curvature.plan import require_same_terms
 from fxkfac.curvature.point import require_here
 from fxkfac.curvature.settings import Settings, differences
-from fxkfac.errors import DataError, MergeError, OptionError
+from fxkfac.errors import DataError, MergeError
 from fxkfac.functional import Params
 from fxkfac.graph.program import Program
 from fxkfac.isolation import full_precision
 from fxkfac.likelihoods.losses import likelihood_of
 from fxkfac.linalg.rows import Rows, chunks
+from fxkfac.ranges import require_positive
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -142,8 +143,7 @@ def _scores(
     require_here(base.point, state)
     for name, given in data.items():
         _require_order(name, given)
-    if not memory > 0:
-        raise OptionError(f"memory={memory}; expected a positive number of bytes.")
+    memory = int(require_positive("memory", memory))
     return _Scores(reader, base, solvers_of(factors, damping), memory)
 
 

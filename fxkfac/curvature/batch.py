@@ -18,13 +18,14 @@ from fxkfac.curvature.receive import Receiver
 from fxkfac.curvature.schedule import Schedule, schedule_of
 from fxkfac.curvature.settings import Settings
 from fxkfac.curvature.together import require_memory
-from fxkfac.errors import DataError, FxkfacError, NonFiniteError, OptionError
+from fxkfac.errors import DataError, FxkfacError, NonFiniteError
 from fxkfac.functional import Params
 from fxkfac.graph.program import Program
 from fxkfac.graph.tapped import Run, Tapped
 from fxkfac.isolation import is_finite, own_randomness, seed_from
 from fxkfac.likelihoods.backpropagation import BY_POSITION, backpropagated_vectors, sends_back
 from fxkfac.likelihoods.base import Likelihood
+from fxkfac.ranges import require_generator
 
 
 class Sums(Protocol):
@@ -229,15 +230,6 @@ def _named(number: int) -> Iterator[None]:
     except Exception as error:
         error.add_note(f"That was batch {number}.")
         raise
-
-
-def require_generator(generator: Any) -> None:
-    """Raise `OptionError` unless it is one."""
-    if not isinstance(generator, Generator):
-        raise OptionError(
-            f"generator={generator!r}; expected a torch.Generator, such as "
-            "torch.Generator().manual_seed(0)."
-        )
 
 
 def require_finite_prediction(prediction: Tensor, number: int) -> None:

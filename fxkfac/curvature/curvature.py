@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
@@ -97,9 +97,15 @@ class Curvature(Mapping[str, AnyBlock]):
         Raises:
             UnknownParameter: A block's other parameter has no gradient here, or no parameter is
                 called so.
+            ParameterError: `gradients` is no mapping, or one of another shape, or not floating.
             OptionError: The damping is negative, or zero where a block is singular; or a gradient
                 is sparse, is none, or comes under two names of one parameter.
         """
+        if not isinstance(gradients, Mapping):
+            raise ParameterError(
+                f"gradients are of type {type(gradients).__name__}; expected a mapping from names "
+                "of parameters to tensors."
+            )
         named = canonical_names(gradients, self.canonical)
         covered = {name: own for own, name in named.items() if name in self.shapes}
         operator = operators.damped(self.operator(*(covered or gradients)), Damping(damping, damp))
@@ -160,7 +166,7 @@ class OfBlocks(Curvature):
     def __getitem__(self, name: str) -> AnyBlock:
         name = self.canonical(name)
         if name not in self.blocks:
-            raise unknown(name, self.blocks)
+            raise no_block(name, {key: block.params for key, block in self.blocks.items()})
         return self.blocks[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -168,6 +174,22 @@ class OfBlocks(Curvature):
 
     def __len__(self) -> int:
         return len(self.blocks)
+
+
+def no_block(name: str, held: Mapping[str, Sequence[str]]) -> UnknownParameter:
+    """An error that names the block which a parameter has joined, or those that there are.
+
+    Args:
+        name: What no block is called.
+        held: For every block by its name, the parameters in it.
+    """
+    joined = [key for key, params in held.items() if name in params]
+    if not joined:
+        return unknown(name, held)
+    return UnknownParameter(
+        f"{name!r} has no block of its own, but is in that of {joined[0]!r}. Ask for this one, or "
+        "compute factors with separate_weight_and_bias=True."
+    )
 
 
 def canonical_names(names: Iterable[str], canonical: Callable[[str], str]) -> dict[str, str]:

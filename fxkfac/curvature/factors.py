@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from fxkfac.curvature.blocks import Block, Dense, Diagonal, Kronecker
-from fxkfac.curvature.curvature import AnyBlock, Curvature
+from fxkfac.curvature.curvature import AnyBlock, Curvature, no_block
 from fxkfac.curvature.plan import BlockPlan, TermPlan, require_same_terms
 from fxkfac.curvature.point import Point
 from fxkfac.curvature.settings import Settings, differences
 from fxkfac.curvature.sharing import accurate_dtype
 from fxkfac.errors import MergeError, OptionError
-from fxkfac.functional import FunctionalModel, unknown
+from fxkfac.functional import FunctionalModel
 from fxkfac.likelihoods.base import Likelihood
 
 
@@ -113,7 +113,8 @@ class Factors(Curvature):
         if (block := self._unfactored(name)) is not None:
             return block
         if name not in self.plans:
-            raise unknown(name, self)
+            joined = {key: plan.parameters for key, plan in self.plans.items()}
+            raise no_block(name, {**dict.fromkeys(self, ()), **joined})
         plan = self.plans[name]
         terms = [
             self._kronecker(plan, term, product)

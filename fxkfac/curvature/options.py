@@ -9,8 +9,9 @@ from fxkfac.curvature.sharing import SHARINGS
 from fxkfac.errors import OptionError
 from fxkfac.graph.program import Program
 from fxkfac.graph.structure import EXACT, NONE
-from fxkfac.likelihoods.backpropagation import require_fisher, require_samples
+from fxkfac.likelihoods.backpropagation import require_fisher
 from fxkfac.likelihoods.losses import loss_text
+from fxkfac.ranges import require_count
 
 
 def settings_of(
@@ -25,7 +26,7 @@ def settings_of(
     """How factors are computed. Raises `OptionError`."""
     require_program(program)
     require_fisher(fisher)
-    require_samples(mc_samples)
+    mc_samples = require_count("mc_samples", mc_samples)
     if sharing not in SHARINGS:
         raise OptionError(f"sharing={sharing!r}; expected 'expand' or 'reduce'.")
     structures, shapes = _structures(program, fisher), program.shapes

@@ -19,6 +19,7 @@ from fxkfac.curvature.factors import Factors, Product, require_factors, require_
 from fxkfac.curvature.sharing import accurate_dtype
 from fxkfac.errors import FxkfacError, OptionError
 from fxkfac.functional import unknown
+from fxkfac.ranges import require_fraction
 
 PARTS = ("AB", "A", "B")
 
@@ -44,11 +45,8 @@ class RunningAverage(Curvature):
     """
 
     def __init__(self, decay: float = 0.95, decay_B: float | None = None):
-        self.decay, self.decay_B = decay, decay if decay_B is None else decay_B
-        for name in ("decay", "decay_B"):
-            β = getattr(self, name)
-            if not (isinstance(β, int | float) and 0 <= β < 1):
-                raise OptionError(f"{name}={β!r}; expected a number in [0, 1), such as 0.95.")
+        self.decay = require_fraction("decay", decay)
+        self.decay_B = self.decay if decay_B is None else require_fraction("decay_B", decay_B)
         self._held: Factors | None = None
         self._updates_A = self._updates_exact = 0
         self._updates_B: list[int | Tensor] = []  # of every product; (group,) with `Product.rows`

@@ -10,6 +10,7 @@ from fxkfac.curvature.eigen import EigenBlock
 from fxkfac.isolation import full_precision
 from fxkfac.linalg import operators
 from fxkfac.linalg.operators import Operator
+from fxkfac.ranges import require
 
 
 @full_precision()
@@ -26,9 +27,15 @@ def spectra(curvature: Curvature) -> dict[str, dict[str, list[float]]]:
         on as `program.draw("model.html", details=fxkfac.spectra(factors))`.
 
     Raises:
+        OptionError: `curvature` is something else, such as one block.
         NonFiniteError: A factor holds NaN or Inf.
         OptionError: An eigenvalue is negative beyond rounding.
     """
+    require(
+        isinstance(curvature, Curvature),
+        f"curvature is of type {type(curvature).__name__}; expected what fxkfac.kfac, ekfac or "
+        "kfoc returns.",
+    )
     return {
         name: {label: _numbers(operator) for label, operator in _operators(block)}
         for name, block in curvature.items()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fxkfac.curvature.sharing import accurate_dtype
-from fxkfac.errors import OptionError
+from fxkfac.ranges import require_count
 
 Item = TypeVar("Item")
 
@@ -27,10 +27,8 @@ MEMORY_ELSEWHERE = 2**30  # on a device where every call costs more than a misse
 
 def require_memory(memory: int | None) -> None:
     """Raise `OptionError` unless it is a number of bytes."""
-    if memory is not None and (
-        not isinstance(memory, int) or isinstance(memory, bool) or memory < 0
-    ):
-        raise OptionError(f"memory={memory!r}; expected a number of bytes, zero or more.")
+    if memory is not None:
+        require_count("memory", memory, "whole number of bytes", least=0)
 
 
 def memory_on(device: torch.device) -> int:

@@ -223,9 +223,8 @@ def signature_of(inputs: Any, batch_axis: BatchAxes) -> Signature:
     _require_padded(inputs)
     leaves, spec = pytree.tree_flatten(_as_tuple(inputs))
     constants = {k: leaf for k, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)}
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    if isinstance(batch_axis, int):
-        return Signature(spec, constants, _same_length(tensors, batch_axis))
+    if isinstance(batch_axis, int) and not isinstance(batch_axis, bool):
+        return Signature(spec, constants, _same_length(leaves, batch_axis))
     tree = tuple(batch_axis) if isinstance(batch_axis, list) else batch_axis
     per_leaf = pytree._broadcast_to_and_flatten(tree, spec)
     if per_leaf is None:
@@ -233,8 +232,24 @@ def signature_of(inputs: Any, batch_axis: BatchAxes) -> Signature:
             f"batch_axis={batch_axis!r} does not fit inputs nested as {spec}; expected an int, or "
             "an int or None for each input, as in_dims of torch.vmap."
         )
-    axes = tuple(a for a, leaf in zip(per_leaf, leaves, strict=True) if isinstance(leaf, Tensor))
+    axes = tuple(
+        _axis_of(leaf, a)
+        for a, leaf in zip(per_leaf, leaves, strict=True)
+        if isinstance(leaf, Tensor)
+    )
     return Signature(spec, constants, axes)
+
+
+def _axis_of(t: Tensor, axis: Any) -> int | None:
+    """An axis as a number from zero up."""
+    if axis is None:
+        return None
+    if not isinstance(axis, int) or isinstance(axis, bool) or not -t.ndim <= axis < t.ndim:
+        raise DataError(
+            f"batch_axis is {axis!r} for an input of shape {tuple(t.shape)}; expected one of its "
+            "axes, or None."
+        )
+    return axis % t.ndim
 
 
 def _require_padded(inputs: Any) -> None:
@@ -247,17 +262,24 @@ def _require_padded(inputs: Any) -> None:
         )
 
 
-def _same_length(tensors: list[Tensor], axis: int) -> tuple[int | None, ...]:
-    lengths = [t.shape[axis] if t.ndim > axis else None for t in tensors]
+def _same_length(leaves: list[Any], axis: int) -> tuple[int | None, ...]:
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    lengths = [t.shape[axis] if -t.ndim <= axis < t.ndim else None for t in tensors]
     first = next((n for n in lengths if n is not None), None)
     if not tensors:
-        raise DataError("no tensor among the inputs; expected a batch of examples. Pass one.")
+        kinds = ", ".join(sorted({type(leaf).__name__ for leaf in leaves})) or "empty"
+        raise DataError(
+            f"no tensor among the inputs, which are {kinds}; expected a batch of examples as a "
+            "tensor, or several in a tuple, list or dict. Pass one, as by torch.as_tensor."
+        )
     if not first:
         raise DataError(
-            f"no input has data along axis {axis}: found {[tuple(t.shape) for t in tensors]}. "
-            "Pass a batch of at least one example, with the batch axis first, or say batch_axis."
+            f"no input has data along axis {axis}: found {[tuple(t.shape) for t in tensors]}; "
+            "expected a batch of at least one example. Put the batch axis first, or say batch_axis."
         )
-    return tuple(axis if n == first else None for n in lengths)
+    return tuple(
+        axis % t.ndim if n == first else None for t, n in zip(tensors, lengths, strict=True)
+    )
 
 
 def require_finite(tensors: list[Tensor]) -> None:

@@ -7,13 +7,17 @@ with a use that has no normal form what the policy `unsupported` says.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from fxkfac.errors import OptionError
 from fxkfac.functional import FunctionalModel, select
 from fxkfac.graph.tapped import Tapped
 from fxkfac.graph.uses.ir import Use
+from fxkfac.ranges import require_not_negative
+
+T = TypeVar("T")
 
 STRUCTURES = ("kronecker", "diagonal", "dense", "identity", "derived", "skip")
 EXACT = ("diagonal", "dense")  # made from every datum's own gradient
@@ -155,21 +159,31 @@ def structures_of(
     """Match the patterns in `structure`; a later one overrides an earlier one.
 
     Raises:
-        OptionError: There is no such structure or policy.
+        OptionError: There is no such structure or policy, or what should be a mapping is none.
         UnknownParameter: A pattern matches nothing.
     """
     if unsupported not in POLICIES:
         raise OptionError(f"unsupported={unsupported!r}; expected one of {', '.join(POLICIES)}.")
     wanted: dict[str, str] = {}
-    for pattern, kind in (structure or {}).items():
+    for pattern, kind in _by_pattern("structure", structure, "diagonal"):
         if kind not in STRUCTURES:
             raise OptionError(
                 f"structure[{pattern!r}] is {kind!r}; expected one of {', '.join(STRUCTURES)}."
             )
         wanted |= {name: kind for name in select(bound, pattern) if name in bound.selected}
+    require_not_negative("dense_limit", dense_limit)
     parts: dict[str, int] = {}
-    for pattern, number in (apart or {}).items():
+    for pattern, number in _by_pattern("apart", apart, 4):
         if not isinstance(number, int) or number < 1:
             raise OptionError(f"apart[{pattern!r}] is {number!r}; expected a number of parts.")
         parts |= dict.fromkeys(select(bound, pattern), number)
     return Structures(bound.selected, wanted, unsupported, dense_limit, parts)
+
+
+def _by_pattern(option: str, value: Mapping[str, T] | None, such_as: T) -> Iterable[tuple[str, T]]:
+    if value is not None and not isinstance(value, Mapping):
+        raise OptionError(
+            f"{option} is {value!r:.80}; expected a mapping from names or shell patterns, such as "
+            f"{{'*': {such_as!r}}}."
+        )
+    return (value or {}).items()

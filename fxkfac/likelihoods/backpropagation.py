@@ -18,6 +18,7 @@ from torch import Tensor
 from fxkfac.errors import OptionError
 from fxkfac.isolation import generator_on
 from fxkfac.likelihoods.base import Likelihood, hessian_root
+from fxkfac.ranges import require_count
 
 
 def backpropagated_vectors(
@@ -47,7 +48,7 @@ def backpropagated_vectors(
         LossError: The likelihood lacks what the flavour needs (sampling, labels, convexity).
     """
     require_fisher(fisher)
-    require_samples(mc_samples)
+    require_count("mc_samples", mc_samples)
     assert datum is None or datum.shape == prediction.shape
     f = prediction.detach()
     return _VECTORS[fisher](_Backpropagation(likelihood, f, target, datum, mc_samples, generator))
@@ -65,12 +66,6 @@ def require_fisher(fisher: str) -> None:
         hint = f"Did you mean {near[0]!r}? " if near else ""
         choices = ", ".join(map(repr, FISHERS))
         raise OptionError(f"no fisher is called {fisher!r}. {hint}Choose one of {choices}.")
-
-
-def require_samples(mc_samples: int) -> None:
-    """Raise `OptionError` unless it is a number of vectors."""
-    if not isinstance(mc_samples, int) or isinstance(mc_samples, bool) or mc_samples < 1:
-        raise OptionError(f"mc_samples is {mc_samples!r}; expected a whole number, at least 1.")
 
 
 def has_several(fisher: str, mc_samples: int) -> bool:

@@ -191,7 +191,13 @@ class _FromDistribution(Likelihood):
         self.reduction_factor(1.0)  # refuses an unknown reduction now rather than later
 
     def distribution(self, prediction: Tensor) -> Distribution:
-        return self.fn(prediction)
+        found = self.fn(prediction)
+        if not isinstance(found, Distribution):
+            raise LossError(
+                f"the function of Likelihood.from_distribution returns {type(found).__name__}; "
+                "expected a torch.distributions object for a prediction."
+            )
+        return found
 
 
 def hessian_root(likelihood: Likelihood, f: Tensor, y: Target) -> Callable[[Tensor], Tensor]:

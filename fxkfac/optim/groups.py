@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fxkfac.errors import OptionError, ParameterError
 from fxkfac.functional import FunctionalModel, select
-from fxkfac.optim.checks import require, require_fraction, require_not_negative, require_positive
+from fxkfac.ranges import require, require_fraction, require_not_negative, require_positive
 
 OF_KFAC = ("lr", "momentum", "weight_decay", "decoupled")
 OF_ADAM = ("betas", "eps", "weight_decay", "decoupled")
@@ -71,7 +71,7 @@ def _by_method(
     covered: Collection[str],
     options: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
-    _require_in_range(options)
+    options = {**options, **_in_range(options)}
     kfac = {"method": "kfac", **{key: options[key] for key in OF_KFAC}}
     adam = {"method": "adam", "lr": options["adam_lr"], **{key: options[key] for key in OF_ADAM}}
     made = []
@@ -84,16 +84,16 @@ def _by_method(
     return made
 
 
-def _require_in_range(options: Mapping[str, Any]) -> None:
-    for name in ("lr", "adam_lr", "weight_decay"):
-        require_not_negative(name, options[name])
-    require_fraction("momentum", options["momentum"])
+def _in_range(options: Mapping[str, Any]) -> dict[str, Any]:
     betas = options["betas"]
     pair = isinstance(betas, Sequence) and len(betas) == 2
     require(pair, f"betas={betas!r}; expected two numbers, such as (0.9, 0.999).")
-    for beta in betas:
-        require_fraction("betas", beta)
-    require_positive("eps", options["eps"])
+    return {
+        **{n: require_not_negative(n, options[n]) for n in ("lr", "adam_lr", "weight_decay")},
+        "momentum": require_fraction("momentum", options["momentum"]),
+        "betas": tuple(require_fraction("betas", beta) for beta in betas),
+        "eps": require_positive("eps", options["eps"]),
+    }
 
 
 def require_held(

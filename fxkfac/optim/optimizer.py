@@ -21,7 +21,6 @@ from fxkfac.errors import FxkfacError
 from fxkfac.graph.program import Program
 from fxkfac.isolation import own_randomness, seed_from
 from fxkfac.optim.adam import move_by_adam, named
-from fxkfac.optim.checks import require, require_at_least_one, require_keys, require_positive
 from fxkfac.optim.gradients import (
     Batches,
     loss_and_gradients,
@@ -33,6 +32,7 @@ from fxkfac.optim.groups import grouped, require_held, require_same_groups
 from fxkfac.optim.layout import held
 from fxkfac.optim.policies import clipped, kl_factor, next_damping, predicted_change
 from fxkfac.optim.preconditioner import Preconditioner
+from fxkfac.ranges import require, require_count, require_keys, require_positive
 
 
 class KFAC(Optimizer):
@@ -97,7 +97,7 @@ class KFAC(Optimizer):
             if value is not None:
                 require_positive(name, value)
         if lm_interval is not None:
-            require_at_least_one("lm_interval", lm_interval)
+            require_count("lm_interval", lm_interval, "whole number of steps")
         self.program, self.loss = program, loss
         self.max_norm, self.kl_clip, self.lm_interval = max_norm, kl_clip, lm_interval
         self.preconditioner = Preconditioner(program, loss, **preconditioner)

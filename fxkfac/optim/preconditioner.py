@@ -24,8 +24,8 @@ from fxkfac.isolation import full_precision
 from fxkfac.likelihoods.losses import likelihood_of
 from fxkfac.optim import saved
 from fxkfac.optim.basis import Basis, Inverses, basis_of, eigh_once
-from fxkfac.optim.checks import require, require_at_least_one, require_keys, require_positive
 from fxkfac.optim.layout import held, layouts, require_blocks
+from fxkfac.ranges import require, require_count, require_keys, require_positive
 
 DAMP = ("split", "block")
 
@@ -89,8 +89,8 @@ class Preconditioner:
     ):
         require(damp in DAMP, f"damp={damp!r}; expected 'split' or 'block'.")
         require(not ekfac or damp == "block", "ekfac=True has no two factors; pass damp='block'.")
-        require_at_least_one("factor_interval", factor_interval)
-        require_at_least_one("inverse_interval", inverse_interval)
+        require_count("factor_interval", factor_interval, "whole number of steps")
+        require_count("inverse_interval", inverse_interval, "whole number of steps")
         self.program, self.loss, self.likelihood = program, loss, likelihood_of(loss)
         self.damping, self.split, self.ekfac, self.decay = damping, damp == "split", ekfac, decay
         self.factor_interval, self.inverse_interval = factor_interval, inverse_interval
@@ -123,8 +123,7 @@ class Preconditioner:
 
     @damping.setter
     def damping(self, value: float) -> None:
-        require_positive("damping", value)
-        self._damping = value
+        self._damping = require_positive("damping", value)
 
     @property
     def covered(self) -> tuple[str, ...]:

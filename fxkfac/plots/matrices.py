@@ -125,6 +125,10 @@ def _absolute(matrix: Tensor, sizes: Sequence[int]) -> Tensor:
     shape = tuple(matrix.shape)
     if len(shape) != 2 or shape[0] != shape[1]:
         raise OptionError(f"the matrix has shape {shape}; expected a square one.")
+    if not isinstance(sizes, Sequence):
+        raise OptionError(
+            f"sizes is {sizes!r:.80}; expected the numbers of entries of all blocks, in a list."
+        )
     if sizes and sum(sizes) != shape[0]:
         raise OptionError(
             f"the blocks have {sum(sizes)} rows, and the matrix {shape[0]}; expected as many. "

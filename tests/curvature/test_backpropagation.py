@@ -204,7 +204,7 @@ class TestOptions:
 
     @pytest.mark.parametrize("wrong", [0, -1, 1.5, True])
     def test_mc_samples(self, wrong):
-        with pytest.raises(OptionError, match=f"mc_samples is {wrong}"):
+        with pytest.raises(OptionError, match=f"mc_samples={wrong}"):
             vectors("mc", Gaussian(), rand(2, 2), rand(2, 2), mc_samples=wrong)
 
     def test_errors_come_before_the_first_vector(self):

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from fxkfac.curvature.batch import require_generator
 from fxkfac.curvature.blocks import Block, Kronecker
 from fxkfac.curvature.corrections.common import Correction, alone, products_of, shape_of
 from fxkfac.curvature.corrections.corrected import Corrected
@@ -28,11 +27,12 @@ from fxkfac.curvature.corrections.overlap import Place
 from fxkfac.curvature.data import Data
 from fxkfac.curvature.factors import Factors
 from fxkfac.curvature.padding import Mask
-from fxkfac.errors import DataError, OptionError
+from fxkfac.errors import DataError
 from fxkfac.functional import Params
 from fxkfac.graph.program import Program
 from fxkfac.isolation import full_precision
 from fxkfac.linalg.contraction import Left, Right
+from fxkfac.ranges import require_count, require_generator, require_not_negative
 
 
 @full_precision()
@@ -99,10 +99,8 @@ def kfoc(
 
 
 def _require_steps(steps: int, tolerance: float) -> None:
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-        raise OptionError(f"steps={steps!r}; expected a whole number, at least 1.")
-    if not tolerance >= 0:
-        raise OptionError(f"tolerance={tolerance!r}; expected zero or a positive number.")
+    require_count("steps", steps)
+    require_not_negative("tolerance", tolerance)
 
 
 def _require_again(data: Data) -> None:

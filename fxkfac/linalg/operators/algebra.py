@@ -20,6 +20,7 @@ from fxkfac.linalg.operators.factored import (
     KroneckerSum,
 )
 from fxkfac.linalg.operators.named import public
+from fxkfac.ranges import held, require, require_not_negative
 
 
 @public
@@ -77,8 +78,7 @@ def scaled(operator: Operator, factor: float) -> Operator:
     Raises:
         OptionError: The factor is negative, or not finite.
     """
-    if not 0 <= factor < float("inf"):
-        raise OptionError(f"factor={factor}; expected zero or a positive number.")
+    require_not_negative("factor", held(factor))
     match operator:
         case Kronecker():
             return Kronecker(operator.A, factor * operator.B)
@@ -106,7 +106,12 @@ def to_dtype(operator: Operator, dtype: torch.dtype) -> Operator:
     Args:
         operator: C, of which nothing is changed.
         dtype: A floating dtype.
+
+    Raises:
+        OptionError: It is none.
     """
+    floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+    require(floating, f"dtype={dtype!r}; expected a floating dtype, such as torch.float64.")
     if isinstance(operator, Sum | KroneckerSum | BlockDiagonal | Placed):
         return each_part(lambda part: to_dtype(part, dtype), operator)
     assert is_dataclass(operator)

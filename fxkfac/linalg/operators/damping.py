@@ -16,6 +16,7 @@ from fxkfac.linalg.operators.entries import trace
 from fxkfac.linalg.operators.factored import Kronecker, KroneckerSum
 from fxkfac.linalg.operators.named import public
 from fxkfac.linalg.operators.spectra import each_block, in_place, mapped
+from fxkfac.ranges import held, require, require_not_negative
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -51,8 +52,7 @@ class Damping:
     def __post_init__(self) -> None:
         if self.damp not in DAMP:
             raise OptionError(f"damp={self.damp!r}; expected one of {', '.join(map(repr, DAMP))}.")
-        if not 0 <= self.value < float("inf"):
-            raise OptionError(f"damping={self.value}; expected zero or a positive number.")
+        require_not_negative("damping", held(self.value))
         if self.value == 0 and self.damp in ("factors", "pi"):
             raise OptionError("damping=0; expected a positive number to damp factors with.")
 
@@ -62,8 +62,13 @@ def damped(operator: Operator, damping: Damping) -> Operator:
     """The operator with damping.
 
     Raises:
+        OptionError: `damping` is no `Damping`.
         NonFiniteError, OptionError: Where eigenvalues are needed, as `diagonalised`.
     """
+    require(
+        isinstance(damping, Damping),
+        f"damping={damping!r}; expected a Damping, such as Damping(1e-3).",
+    )
     match damping.damp:
         case "floor":
             return mapped(lambda λ: λ.clamp_min(damping.value), operator)

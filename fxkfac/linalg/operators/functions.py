@@ -19,6 +19,7 @@ from fxkfac.linalg.operators.spectra import (
     mapped,
     of_blocks,
 )
+from fxkfac.ranges import held, require_number
 
 
 @public
@@ -33,9 +34,10 @@ def power(operator: Operator, exponent: float) -> Operator:
 
     Raises:
         NonFiniteError: A factor holds NaN or Inf.
-        OptionError: The exponent is negative and the operator singular, up to rounding; or what
-            `diagonalised` raises.
+        OptionError: The exponent is no number, or negative and the operator singular, up to
+            rounding; or what `diagonalised` raises.
     """
+    require_number("exponent", held(exponent))
     match operator:
         case BlockDiagonal():
             return each_block(lambda block: power(block, exponent), operator)

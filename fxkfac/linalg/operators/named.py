@@ -64,8 +64,14 @@ class Named(Operator):
 
         Raises:
             UnknownParameter: A name is missing, or is not among the operator's.
-            ParameterError: A tensor has another shape.
+            ParameterError: They are no mapping, or one of them is no floating tensor, or has
+                another shape.
         """
+        if not isinstance(tensors, Mapping):
+            raise ParameterError(
+                f"the tensors are of type {type(tensors).__name__}; expected a mapping from the "
+                f"names {list(self.shapes)[:4]} to tensors."
+            )
         if set(tensors) != set(self.shapes):
             missing = [name for name in self.shapes if name not in tensors]
             unknown = [name for name in tensors if name not in self.shapes]
@@ -84,6 +90,9 @@ class Named(Operator):
         return torch.cat([t.to(self.dtype) for t in flat], dim=-1)
 
     def _batch(self, name: str, t: Tensor) -> tuple[int, ...]:
+        if not isinstance(t, Tensor) or not t.is_floating_point():
+            found = t.dtype if isinstance(t, Tensor) else f"of type {type(t).__name__}"
+            raise ParameterError(f"{name!r} is {found}; expected a floating tensor.")
         shape = tuple(self.shapes[name])
         before = t.ndim - len(shape)
         if before < 0 or tuple(t.shape[before:]) != shape:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fxkfac.errors import OptionError, ParameterError
-from fxkfac.linalg.operators.base import Operator
+from fxkfac.linalg.operators.base import Operator, require_operator
 from fxkfac.linalg.operators.composed import BlockDiagonal, Dense, Diagonal, Placed, Sum
 from fxkfac.linalg.operators.factored import (
     Congruence,
@@ -31,9 +31,10 @@ def product(operator: Operator, x: Array) -> Array:
 
     Raises:
         ParameterError: The array has another shape or dtype than the operator, or a tensor by name
-            another shape.
+            another shape, or no floating dtype.
         UnknownParameter: A name is missing, or is not among the operator's.
     """
+    require_operator(operator)
     with own_dtype(operator):
         if not isinstance(x, Tensor):
             return _by_name(operator, x)

@@ -20,6 +20,7 @@ from fxkfac.linalg.operators.symmetric import (
     require_finite,
     require_semidefinite,
 )
+from fxkfac.ranges import require_count, require_generator
 
 
 @public
@@ -97,8 +98,8 @@ def sample(
 
     Raises as `power`, and `OptionError` unless the number is one.
     """
-    if not isinstance(number, int) or isinstance(number, bool) or number < 0:
-        raise OptionError(f"number={number!r}; expected a whole number of draws, zero or more.")
+    number = require_count("number", number, "whole number of draws", least=0)
+    require_generator(generator)
     noise = torch.randn(
         number, *operator.shape, dtype=operator.dtype, device=operator.device, generator=generator
     )
