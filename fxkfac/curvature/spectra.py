@@ -27,9 +27,9 @@ def spectra(curvature: Curvature) -> dict[str, dict[str, list[float]]]:
         on as `program.draw("model.html", details=fxkfac.spectra(factors))`.
 
     Raises:
-        OptionError: `curvature` is something else, such as one block.
+        OptionError: `curvature` is something else, such as one block; or an eigenvalue is negative
+            beyond rounding.
         NonFiniteError: A factor holds NaN or Inf.
-        OptionError: An eigenvalue is negative beyond rounding.
     """
     require(
         isinstance(curvature, Curvature),
