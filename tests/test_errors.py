@@ -540,6 +540,55 @@ class TestLoss:
         with refuses(LossError, "Gaussian", "cannot be enumerated", "'mc'"):
             fxkfac.kfac(program, MSE(), (X, rand(5, 3)), fisher="type-1")
 
+    @pytest.mark.parametrize(
+        ("nll", "found"),
+        [
+            (lambda self, f, y: None, "returned NoneType"),
+            (lambda self, f, y: 3.0, "returned float"),
+            (lambda self, f, y: (f - y).square(), "shape (5, 3)"),
+        ],
+        ids=["None", "number", "entries"],
+    )
+    def test_an_nll_without_a_value_for_each_row(self, program, nll, found):
+        loss = type("Own", (Likelihood,), {"nll": nll})()
+        with refuses(LossError, "Own.nll", found, "one value for each row"):
+            fxkfac.kfac(program, loss, (X, rand(5, 3)), fisher="empirical")
+
+    @pytest.mark.parametrize(
+        ("fisher", "formula"),
+        [
+            ("empirical", {"gradient": lambda self, f, y: (f - y)[:, :1]}),
+            ("mc", {"gradient": lambda self, f, y: (f - y)[:, :1], "sample": lambda _, f, g: f}),
+            ("type-2", {"hessian_sqrt": lambda self, f, y, v: v[:, :1]}),
+            ("curvature-propagation", {"hessian_sqrt": lambda self, f, y, v: v[:, :1]}),
+            (
+                "type-2",
+                {
+                    "event_axes": lambda self, f: (),
+                    "hessian_columns": lambda self, f, y: iter([f.new_ones(5, 1)]),
+                },
+            ),
+        ],
+        ids=["empirical", "mc", "type-2", "curvature-propagation", "several sites"],
+    )
+    def test_a_formula_of_another_shape(self, program, fisher, formula):
+        """That of several sites would be broadcast to them."""
+        formula["nll"] = lambda self, f, y: (f - y).square().sum(1) / 2
+        with refuses(LossError, "a formula of Own", "(5, 1)", "(5, 3)"):
+            loss = type("Own", (Likelihood,), formula)()
+            fxkfac.kfac(program, loss, (X, rand(5, 3)), fisher=fisher)
+
+    def test_one_sampled_label_for_all_data(self, program):
+        class Own(Likelihood):
+            def nll(self, f, y):
+                return (f - y).square().sum(1) / 2
+
+            def sample(self, f, generator):
+                return torch.randn(3, dtype=F64, generator=generator)
+
+        with refuses(LossError, "Own.sample", "(3,)", "each of 5 data"):
+            fxkfac.kfac(program, Own(), (X, rand(5, 3)), fisher="mc")
+
     def test_class_weights_of_another_number(self, program):
         with refuses(LossError, "(2,)", "3 classes", "expected one each"):
             fxkfac.kfac(program, CE(weight=torch.ones(2, dtype=F64)), (X, Y))
@@ -710,6 +759,10 @@ class TestOtherKinds:
             operators.product({}, C)
         with refuses(OptionError, "generator=0", "torch.Generator"):
             operators.sample(C, 2, 0)
+        with refuses(OptionError, "generator=0", "torch.Generator"):
+            fxkfac.exact.mc_fisher(seeded(mlp), CE(), (X, Y), ["0.bias"], generator=0)
+        with refuses(DataError, "cotangent is list", "(5, 3)"):
+            fxkfac.exact.vector_jacobian_product(seeded(mlp), X, [1.0])
 
     def test_one_block_in_the_place_of_all(self, factors):
         with refuses(OptionError, "of type Block", "fxkfac.kfac"):

@@ -24,7 +24,7 @@ ALLOWED = {
     "measure": set(),
     "graph": {"errors", "ranges", "isolation", "parameters", "functional"},
     "curvature": {"errors", "ranges", "isolation", "functional", "likelihoods", "graph", "linalg"},
-    "exact": {"errors", "parameters", "isolation", "functional", "linalg", "likelihoods"},
+    "exact": {"errors", "ranges", "parameters", "isolation", "functional", "linalg", "likelihoods"},
     "optim": {
         "errors",
         "ranges",

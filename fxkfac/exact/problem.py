@@ -24,6 +24,7 @@ from fxkfac.likelihoods.backpropagation import backpropagated_vectors
 from fxkfac.likelihoods.base import Likelihood
 from fxkfac.likelihoods.losses import Gaussian, likelihood_of
 from fxkfac.likelihoods.targets import require_prediction
+from fxkfac.ranges import require_generator
 
 Model = nn.Module | Callable[..., Any]
 Loss = nn.Module | Likelihood
@@ -94,6 +95,7 @@ class Problem:
         if fisher == "type-1" and isinstance(self.likelihood, Gaussian):
             return lambda U: self.factor * U  # E[(f - ỹ)(f - ỹ)ᵀ] = I for ỹ ~ N(f, I)
         source = torch.Generator() if generator is None else generator
+        require_generator(source)
         vectors = self._vectors(fisher, mc_samples, source)
 
         def outer(U: Tensor) -> Tensor:

@@ -76,9 +76,11 @@ def vector_jacobian_product(
     bound = bind_for(model, params, listed)
     chosen = canonical(bound, bound.selected if listed is None else listed)
     prediction = predict(bound, chosen, inputs)
-    if cotangent.shape != prediction.f.shape:
+    if not isinstance(cotangent, Tensor) or cotangent.shape != prediction.f.shape:
+        of = isinstance(cotangent, Tensor)
+        found = f"has shape {tuple(cotangent.shape)}" if of else f"is {type(cotangent).__name__}"
         raise DataError(
-            f"the cotangent has shape {tuple(cotangent.shape)}; expected that of the prediction, "
+            f"the cotangent {found}; expected a tensor of the prediction's shape, "
             f"{tuple(prediction.f.shape)}."
         )
     pulled = prediction.vjp(cotangent)

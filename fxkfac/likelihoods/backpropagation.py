@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxkfac.errors import OptionError
+from fxkfac.errors import LossError, OptionError
 from fxkfac.isolation import generator_on
 from fxkfac.likelihoods.base import Likelihood, hessian_root
 from fxkfac.ranges import require_count
@@ -87,10 +87,20 @@ class _Backpropagation:
     mc_samples: int
     generator: torch.Generator
 
+    def fitting(self, vector: Tensor) -> Tensor:
+        """What a formula of the likelihood gave. Raises `LossError` unless it is like `f`."""
+        if vector.shape != self.f.shape:
+            raise LossError(
+                f"a formula of {type(self.likelihood).__name__} gave a vector of shape "
+                f"{tuple(vector.shape)}; expected that of the prediction, {tuple(self.f.shape)}. "
+                "Look at its `gradient`, `hessian_sqrt` and `hessian_columns`."
+            )
+        return vector
+
 
 def _type2(at: _Backpropagation) -> Iterator[Tensor]:
     site, sites = _sites(at)
-    for column in at.likelihood.hessian_columns(at.f, at.y):
+    for column in map(at.fitting, at.likelihood.hessian_columns(at.f, at.y)):
         # Sites are independent, so that one column serves each of them, and all data.
         yield from _at_each(column, site, sites)
 
@@ -99,7 +109,7 @@ def _mc(at: _Backpropagation) -> Iterator[Tensor]:
     for _ in range(at.mc_samples):
         sampled = at.likelihood.sample(at.f, at.generator)
         # ▲ = ∇_f c(f, ỹ) / √M, Definition 20
-        gradient = at.likelihood.sampled_gradient(at.f, at.y, sampled)
+        gradient = at.fitting(at.likelihood.sampled_gradient(at.f, at.y, sampled))
         yield gradient if at.mc_samples == 1 else gradient / math.sqrt(at.mc_samples)
 
 
@@ -108,7 +118,7 @@ def _type1(at: _Backpropagation) -> Iterator[Tensor]:
     for probability, label in at.likelihood.labels(at.f):
         # ▲ = √p(y) ∇_f c(f, y). Sites are independent and their would-be gradients have mean
         # zero, so that the expectation has no terms between two sites: one vector for each.
-        gradient = at.likelihood.sampled_gradient(at.f, at.y, label)
+        gradient = at.fitting(at.likelihood.sampled_gradient(at.f, at.y, label))
         yield from _at_each((probability.sqrt() * gradient).to(at.f.dtype), site, sites)
 
 
@@ -117,11 +127,11 @@ def _curvature_propagation(at: _Backpropagation) -> Iterator[Tensor]:
     g = generator_on(at.f.device, at.generator)
     for _ in range(at.mc_samples):
         signs = 2 * torch.randint(2, at.f.shape, generator=g, device=g.device).to(at.f) - 1
-        yield S(signs) / math.sqrt(at.mc_samples)  # ▲ = S ε / √M
+        yield at.fitting(S(signs)) / math.sqrt(at.mc_samples)  # ▲ = S ε / √M
 
 
 def _empirical(at: _Backpropagation) -> Iterator[Tensor]:
-    yield at.likelihood.gradient(at.f, at.y)  # ▲ = ∇_f c(f, y), Definition 21
+    yield at.fitting(at.likelihood.gradient(at.f, at.y))  # ▲ = ∇_f c(f, y), Definition 21
 
 
 def _forward_only(at: _Backpropagation) -> Iterator[Tensor]:

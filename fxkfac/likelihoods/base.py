@@ -84,9 +84,12 @@ class Likelihood:
     def criterion(self, f: Tensor, y: Target) -> Tensor:
         """Σ_n c(f_n, y_n), a scalar, without R. Equation 1."""
         rows = self.nll(f, y)
-        if rows.shape != f.shape[:1]:
+        if not isinstance(rows, Tensor) or rows.shape != f.shape[:1]:
+            found = (
+                f"shape {tuple(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
+            )
             raise LossError(
-                f"{type(self).__name__}.nll returned shape {tuple(rows.shape)}; expected one value "
+                f"{type(self).__name__}.nll returned {found}; expected a tensor with one value "
                 f"for each row of the prediction, shape {tuple(f.shape[:1])}. Sum over all other "
                 "axes, and leave the reduction to `reduction`."
             )
@@ -147,6 +150,11 @@ class Likelihood:
 
     def sampled_gradient(self, f: Tensor, y: Target, sampled: Target) -> Tensor:
         """The would-be gradient ∇_f c(f, ỹ), times √ of the weight of `y`. Section 2.5.3."""
+        if isinstance(sampled, Tensor) and sampled.shape[:1] != f.shape[:1]:
+            raise LossError(
+                f"{type(self).__name__}.sample returned shape {tuple(sampled.shape)}; expected "
+                f"labels for each of {len(f)} data along axis 0, which nothing is broadcast to."
+            )
         return without_ignored(self, f, y, self.gradient(f, sampled))
 
     def labels(self, f: Tensor) -> Iterator[tuple[Tensor, Target]]:
@@ -176,7 +184,8 @@ class Likelihood:
                 )
         try:
             rows = self.nll(f.detach(), y)
-            if isinstance(y, Tensor) and len(f) > 1 and rows.shape == f.shape[:1]:
+            has_rows = isinstance(rows, Tensor) and rows.shape == f.shape[:1]
+            if isinstance(y, Tensor) and len(f) > 1 and has_rows:
                 alone = self.nll(f[:1].detach(), y[:1])
                 require_rows(type(self).__name__, rows, alone, f, y)
         except FxkfacError:
