@@ -61,6 +61,11 @@ class Posterior:
     def __post_init__(self) -> None:
         require_positive("prior_precision", held(self.prior_precision))
 
+    def __repr__(self) -> str:
+        names = list(self.curvature.shapes)
+        of = ", ".join(names[:4]) + ", .." * (len(names) > 4)
+        return f"Posterior(over {of}; prior_precision={self.prior_precision:g})"
+
     @property
     def mean(self) -> dict[str, Tensor]:
         """θ* of the parameters that the posterior is over."""

@@ -122,6 +122,11 @@ def test_precision_is_that_of_the_sum_of_the_loss(names: tuple[str, ...]) -> Non
     close(operators.to_dense(found.precision), H + PRECISION * torch.eye(len(H)).double())
 
 
+def test_a_posterior_prints_what_it_is_of_and_no_matrix() -> None:
+    found, _ = network_posterior(names=("2.weight", "2.bias"))
+    assert repr(found) == f"Posterior(over 2.weight, 2.bias; prior_precision={PRECISION:g})"
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("correct", [fxkfac.ekfac, fxkfac.kfoc])
 def test_corrected_factors_have_a_posterior(correct: Any, reduction: str) -> None:

@@ -51,6 +51,10 @@ class RunningAverage(Curvature):
         self._updates_A = self._updates_exact = 0
         self._updates_B: list[int | Tensor] = []  # of every product; (group,) with `Product.rows`
 
+    def __repr__(self) -> str:
+        of = f"{len(self)} blocks, update {self._updates_A} of A" if self._held else "nothing yet"
+        return f"RunningAverage({of}; decay={self.decay}, decay_B={self.decay_B})"
+
     @torch.no_grad()
     def update(self, factors: Factors, parts: str = "AB") -> None:
         """Take in the factors of one batch.

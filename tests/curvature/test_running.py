@@ -91,6 +91,14 @@ def test_the_first_update_is_what_it_was_given(program):
     assert average["q.weight"].A.data_ptr() != first["q.weight"].A.data_ptr()
 
 
+def test_it_prints_what_it_averages(program):
+    average = fxkfac.RunningAverage(0.9, decay_B=0.5)
+    assert repr(average) == "RunningAverage(nothing yet; decay=0.9, decay_B=0.5)"
+    average.update(factors_of(program, BATCHES[0]))
+    expected = f"{len(average)} blocks, update 1 of A; decay=0.9, decay_B=0.5"
+    assert repr(average) == f"RunningAverage({expected})"
+
+
 def test_the_two_at_intervals_of_their_own(program):
     average, seen, seen_A = fxkfac.RunningAverage(0.7, 0.9), [], []
     for number, batch in enumerate(BATCHES * 2):
