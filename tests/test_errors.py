@@ -734,13 +734,17 @@ class TestOtherKinds:
         state = torch.load(tmp_path / "state", weights_only=True)
         assert state["param_groups"][0]["lr"] == 0.5
 
-    def test_tensors_that_are_not_floating(self, factors):
+    def test_tensors_that_are_not_floating(self, program, factors):
         """Natural gradients in whole numbers would be truncated."""
         whole = {name: torch.ones(shape).int() for name, shape in factors.shapes.items()}
         with refuses(ParameterError, "'0.weight' is torch.int32", "floating"):
             factors.solve(whole, 0.1)
         with refuses(ParameterError, "'0.weight' is torch.int32", "floating"):
             operators.product(factors.operator(), whole)
+        preconditioner = fxkfac.optim.Preconditioner(program, CE())
+        preconditioner.update(X, Y)
+        with refuses(ParameterError, "'0.weight' is torch.int32", "floating"):
+            preconditioner.solve(whole)
         with refuses(OptionError, "dtype=torch.int64", "floating"):
             operators.to_dtype(factors.operator(), torch.int64)
 
@@ -776,6 +780,10 @@ class TestOtherKinds:
     def test_a_state_that_is_none(self, program):
         with refuses(OptionError, "a state of NoneType"):
             fxkfac.optim.KFAC(program, CE(), lr=0.1).load_state_dict(None)
+
+    def test_groups_that_are_none(self, program):
+        with refuses(OptionError, "groups is 3", "a list of dicts"):
+            fxkfac.optim.KFAC(program, CE(), lr=0.1, groups=3)
 
 
 class TestBatchAxis:

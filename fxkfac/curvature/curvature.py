@@ -204,7 +204,12 @@ def canonical_names(names: Iterable[str], canonical: Callable[[str], str]) -> di
 
 
 def strided(name: str, gradient: Tensor) -> Tensor:
-    """A gradient without its graph. Raises `OptionError` for one that is sparse, or none."""
+    """A gradient without its graph.
+
+    Raises:
+        OptionError: It is sparse, or none.
+        ParameterError: It is not floating: its natural gradient would be truncated to its dtype.
+    """
     if not isinstance(gradient, Tensor):
         raise OptionError(
             f"the gradient of {name!r} is of type {type(gradient).__name__}; expected a tensor. "
@@ -214,6 +219,11 @@ def strided(name: str, gradient: Tensor) -> Tensor:
         raise OptionError(
             f"the gradient of {name!r} is of layout {gradient.layout}; expected a dense one, since "
             "a natural gradient has entries everywhere. Make the embedding with sparse=False."
+        )
+    if not gradient.is_floating_point():
+        raise ParameterError(
+            f"the gradient of {name!r} is {gradient.dtype}; expected a floating tensor. Convert it "
+            "by `.float()`."
         )
     return gradient.detach()
 

@@ -31,6 +31,8 @@ def grouped(
         groups: The user's, for some of the parameters.
         defaults: All options, for the rest, and for what a group does not say.
     """
+    several = isinstance(groups, Iterable)
+    require(several, f"groups is {groups!r:.80}; expected a list of dicts, with 'params' in each.")
     taken: set[str] = set()
     made: list[dict[str, Any]] = []
     for group in groups:

@@ -195,7 +195,7 @@ class Preconditioner:
             UnknownParameter: A parameter of one of the blocks has a gradient and another one none,
                 or no parameter is called so.
             OptionError: A gradient is sparse, is none, or comes under two names of one parameter.
-            ParameterError: A gradient has another shape than its parameter.
+            ParameterError: A gradient has another shape than its parameter, or is not floating.
             FxkfacError: There was no update yet.
         """
         if self.steps == 0:
