@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import io
 import json
 import os
@@ -632,3 +633,15 @@ def test_examples_in_the_help_are_right():
     assert len(examples) > len(COMMANDS)
     for example in examples:
         assert make_parser().parse_args(shlex.split(example)[1:])
+
+
+def test_defaults_in_the_help_are_those_of_the_functions(capsys):
+    assert main(["factors", "--help"]) == 0
+    said = " ".join(capsys.readouterr().out.replace("-\n", "-").split())
+    of = {
+        **inspect.signature(fxkfac.trace).parameters,
+        **inspect.signature(fxkfac.kfac).parameters,
+    }
+    for option in ("unsupported", "batch-axis", "fisher", "sharing", "mc-samples"):
+        (found,) = re.findall(rf"--{option} [A-Z]+ [^;]*; default: (\S+)", said)
+        assert found == str(of[option.replace("-", "_")].default), option

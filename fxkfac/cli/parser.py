@@ -134,7 +134,10 @@ def _command(commands: argparse._SubParsersAction[Parser], name: str, about: str
     )
     parser.add_argument("target", metavar="TARGET", help="a function that returns the model")
     parser.add_argument(
-        "--seed", type=_seed, default=0, help="of the function's, the data's and the labels' draws"
+        "--seed",
+        type=_seed,
+        default=0,
+        help="of the function's, the data's and the labels' draws; default: %(default)s",
     )
     parser.add_argument("--json", action="store_true", help="plain data on standard output")
     parser.add_argument("--debug", action="store_true", help="the traceback of an error")
@@ -154,7 +157,7 @@ def _about_trace(parser: Parser) -> None:
         "--unsupported",
         metavar="POLICY",
         choices=POLICIES,
-        help="for parameters without a rule: %(choices)s",
+        help="for parameters without a rule: %(choices)s; default: error",
     )
     group.add_argument(
         "--structure",
@@ -162,14 +165,20 @@ def _about_trace(parser: Parser) -> None:
         action="append",
         help="what the blocks of some parameters are made of; may be repeated",
     )
-    group.add_argument("--batch-axis", metavar="AXIS", type=int, help="of the inputs")
+    group.add_argument("--batch-axis", metavar="AXIS", type=int, help="of the inputs; default: 0")
 
 
 def _about_factors(parser: Parser) -> None:
     group = parser.add_argument_group("factors, as of fxkfac.kfac")
-    group.add_argument("--fisher", metavar="NAME", choices=FISHERS, help="%(choices)s")
-    group.add_argument("--sharing", metavar="NAME", choices=SHARINGS, help="%(choices)s")
-    group.add_argument("--mc-samples", metavar="M", type=int, help="draws for each datum")
+    group.add_argument(
+        "--fisher", metavar="NAME", choices=FISHERS, help="%(choices)s; default: type-2"
+    )
+    group.add_argument(
+        "--sharing", metavar="NAME", choices=SHARINGS, help="%(choices)s; default: expand"
+    )
+    group.add_argument(
+        "--mc-samples", metavar="M", type=int, help="draws for each datum; default: 1"
+    )
 
 
 def _about_bench(parser: Parser) -> None:
