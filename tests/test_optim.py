@@ -249,9 +249,46 @@ def test_a_block_reads_gradients_by_its_table_with_or_without_strides(case: str)
         {n: g.mT.clone().mT if g.ndim > 1 else g for n, g in gradients.items()}, torch.float64
     )
     assert torch.equal(found, flat[layout.entries].double())
-    back = layout.parameters(found.float())
+    back = layout.parameters(found.float(), gradients, damping=0.5)
     inside = torch.zeros(len(flat)).index_fill(0, layout.entries.flatten(), 1.0)
-    assert torch.equal(torch.cat([g.flatten() for g in back.values()]), inside * flat)
+    expected = torch.where(inside > 0, flat, flat / 0.5)
+    assert torch.equal(torch.cat([g.flatten() for g in back.values()]), expected)
+
+
+linear, conv1d = nn.functional.linear, nn.functional.conv1d
+SHARED: dict[str, tuple[Any, dict[str, tuple[int, ...]]]] = {  # model, shapes of its parameters
+    "twice": (lambda p, x: x @ torch.cat([p["W"], p["W"]], 1), {"W": (4, 3)}),
+    "one kernel": (
+        lambda p, x: conv1d(x.unsqueeze(1), p["W"].expand(6, 1, 4)).flatten(1),
+        {"W": (1, 1, 4)},
+    ),
+    "its own bias": (lambda p, x: linear(x, p["W"], p["W"][:, 0]), {"W": (6, 4)}),
+    "diagonals": (lambda p, x: x @ p["W"].as_strided((4, 6), (1, 1)), {"W": (9,)}),
+    "a part": (lambda p, x: x @ p["W"][:4], {"W": (7, 6)}),
+    "parts": (lambda p, x: x @ p["W"][:4] + x[:, :3] @ p["W"][4:], {"W": (7, 6)}),
+}
+
+
+@pytest.mark.parametrize("damp", ["split", "block"])
+@pytest.mark.parametrize("case", SHARED)
+def test_entries_that_come_twice_or_never_are_solved_as_those_of_the_block(
+    case: str, damp: str
+) -> None:
+    torch.manual_seed(0)
+    model, shapes = SHARED[case]
+    params = {name: torch.randn(shape).double() for name, shape in shapes.items()}
+    x, y = torch.randn(10, 4).double(), torch.randn(10, 6).double()
+    program = fxkfac.trace(model, x, params)
+    gradients = {name: torch.randn(shape).double() for name, shape in shapes.items()}
+    p = Preconditioner(program, MSE, damping=0.1, damp=damp, fisher="type-2")
+    p.update(x, y)
+    factors = fxkfac.kfac(program, MSE, (x, y))
+    if damp == "split" and case == "a part":
+        expected = factors.solve(gradients, 0.1, damp="pi")
+    else:
+        C = factors.dense() + 0.1 * torch.eye(params["W"].numel()).double()
+        expected = {"W": torch.linalg.solve(C, gradients["W"].flatten()).view(shapes["W"])}
+    assert_close(p.solve(gradients), expected)
 
 
 def test_averages_have_their_bias_corrected() -> None:

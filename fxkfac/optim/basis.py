@@ -19,8 +19,9 @@ from fxkfac.curvature.blocks import Block, Diagonal
 from fxkfac.curvature.curvature import AnyBlock
 from fxkfac.curvature.laid_out import turned
 from fxkfac.errors import OptionError
-from fxkfac.linalg.operators import Damping, Kronecker, KroneckerSum, damped
+from fxkfac.linalg.operators import BlockDiagonal, Damping, Kronecker, KroneckerSum, damped
 from fxkfac.linalg.operators.pencil import pencil
+from fxkfac.linalg.operators.spectra import of_blocks, written_out
 from fxkfac.linalg.operators.symmetric import factor_eigh, symmetric_eigh
 
 if TYPE_CHECKING:
@@ -153,8 +154,8 @@ def basis_of(block: AnyBlock, kind: str, damping: float, split: bool, decompose:
 
     Raises:
         NonFiniteError: A factor holds NaN or Inf.
-        OptionError: A factor has a negative eigenvalue; or the damping is too small for a sum of
-            two products.
+        OptionError: A factor has a negative eigenvalue; the damping is too small for a sum of
+            two products; or a block is too large to be written out.
     """
     if isinstance(block, Diagonal):  # a copy, as of one-hot rows: averages change in place
         return _exact(None, block.diagonal.reshape(1, -1).clone())
@@ -162,7 +163,8 @@ def basis_of(block: AnyBlock, kind: str, damping: float, split: bool, decompose:
         return _of_product(block.terms[0].operator, split, decompose)
     if isinstance(block, Block) and kind == "two":
         return _of_two(block, damping)
-    eigenvalues, Q = symmetric_eigh(block.dense())
+    named = BlockDiagonal((block.operator,), (", ".join(block.params),))  # errors say which
+    ((eigenvalues, Q),) = of_blocks(lambda one: symmetric_eigh(written_out(one)), named)
     return _exact(Q.unsqueeze(0), eigenvalues.unsqueeze(0))
 
 

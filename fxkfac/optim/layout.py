@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -64,7 +64,7 @@ class Layout:
                     f"parameter, {shape}. Solve for several gradients one after the other."
                 )
         if self.boxes is None:
-            flat = torch.cat([g.flatten() for g in found])
+            flat = _joined(found)
             return flat[self.entries.to(flat.device)].to(dtype)
         parts = [box.of(g.contiguous()) for box, g in zip(self.boxes, found, strict=True)]
         if len(parts) == 1:
@@ -74,18 +74,26 @@ class Layout:
             box.part(G).copy_(part)
         return G
 
-    def parameters(self, matrix: Float[Tensor, "group d_in d_out"]) -> dict[str, Tensor]:
-        """Inverse of `matrix`; zero where the block has no entry."""
+    def parameters(
+        self,
+        matrix: Float[Tensor, "group d_in d_out"],
+        gradients: Mapping[str, Tensor],
+        damping: float,
+    ) -> dict[str, Tensor]:
+        """What was solved in the block's order, by parameter.
+
+        Where the block has no entry the curvature is zero, so that damping alone divides.
+        """
         if self.boxes is None:
-            return self._looked_up(matrix)
+            own = [strided(name, gradients[name]) for name in self.params]
+            return self._looked_up(matrix, _joined(own).to(matrix.dtype) / damping)
         made = {}
         for name, shape, box in zip(self.params, self.shapes, self.boxes, strict=True):
             made[name] = matrix.new_empty(shape)
             box.of(made[name]).copy_(box.part(matrix))
         return made
 
-    def _looked_up(self, matrix: Tensor) -> dict[str, Tensor]:
-        flat = matrix.new_zeros(sum(self._sizes))
+    def _looked_up(self, matrix: Tensor, flat: Tensor) -> dict[str, Tensor]:
         flat[self.entries.to(flat.device)] = matrix
         named = zip(self.params, self.shapes, flat.split(self._sizes), strict=True)
         return {name: part.view(shape) for name, shape, part in named}
@@ -136,16 +144,26 @@ def layouts(program: Program, settings: Settings, split: bool) -> dict[str, Layo
 
 def _of_plan(plan: BlockPlan, split: bool) -> Layout:
     entries = [term.entries(plan.offsets) for term in plan.terms]
-    if len(entries) == 1:
+    # An entry that comes twice ties what the product holds apart: its inverse is not the block's.
+    once = not any(_repeats(own) for own in entries)
+    if once and len(entries) == 1:
         return Layout(plan.parameters, plan.shapes, entries[0], "product")
-    if split and len(entries) == 2 and _lie_alike(*entries):
+    if once and split and len(entries) == 2 and _lie_alike(*entries):
         return Layout(plan.parameters, plan.shapes, entries[0], "two")
     return Layout(plan.parameters, plan.shapes, _column(plan.numel), "exact")
+
+
+def _repeats(entries: Tensor) -> bool:
+    return bool((entries.flatten().bincount() > 1).any())
 
 
 def _lie_alike(first: Tensor, second: Tensor) -> bool:
     """Whether two products are of the same entries, in one orientation or in both."""
     return second.equal(first) or second.mT.equal(first)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat([part.flatten() for part in parts])
 
 
 def _column(numel: int) -> Tensor:

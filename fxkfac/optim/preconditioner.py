@@ -210,7 +210,7 @@ class Preconditioner:
             if self.ekfac and layout.kind == "product":
                 own = layout.matrix(first, G.dtype) if first else G
                 basis = self.bases[name] = basis.observe(own, self.reduction, self.decay)
-            solved = layout.parameters(self._solved(name, basis, G))
+            solved = layout.parameters(self._solved(name, basis, G), given, self.damping)
             natural |= {n: part.to(given[n].dtype) for n, part in solved.items()}
         return dict(zip(gradients, natural.values(), strict=True))
 
