@@ -213,6 +213,41 @@ def test_chunks_of_one_datum(case, monkeypatch):
     assert_scores(case.scores(factors), case.expected(factors))
 
 
+class LongOnly(nn.Module):
+    """A scale that only long sequences meet."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.head = nn.Parameter(torch.randn(4)), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head((x * self.scale if x.shape[1] > 3 else x).tanh()).mean(1)
+
+
+@pytest.mark.parametrize("lengths", [(5, 2), (2, 5)])
+def test_a_scale_that_some_test_data_do_not_use(lengths):
+    torch.manual_seed(0)
+    model = LongOnly().double()
+    train, *test = ((torch.randn(4, T, 4).double(), torch.randint(3, (4,))) for T in (5, *lengths))
+    program = fxkfac.trace(model, train[0])
+    factors = fxkfac.kfac(program, CE, train)
+    found = fxkfac.influence(program, CE, factors, train, test, DAMPING)
+
+    def gradients(x, y):
+        params = dict(model.named_parameters())
+        return vmap(
+            grad(lambda p, x, y: CE(functional_call(model, p, (x[None],)), y[None])), (None, 0, 0)
+        )(params, x, y)
+
+    def flat(data):
+        parts = [gradients(*one) for one in data]
+        return torch.cat([torch.cat([p[n].flatten(1) for n in factors.shapes], 1) for p in parts])
+
+    C = factors.dense()
+    inverse = torch.linalg.inv(C + DAMPING * torch.eye(len(C)).double())
+    assert_scores(found, -flat([train]) @ inverse @ flat(test).mT)
+
+
 def test_reduction_is_the_factors_alone(mlp):
     factors = mlp.factors()
     loss = nn.CrossEntropyLoss(reduction="sum")

@@ -229,10 +229,12 @@ class _Scores:
     def _products(self, batch: Batch, group: list[SolvedData]) -> Float[Tensor, "n m"]:
         like = self.factors.like
         total = [like.new_zeros(batch.n, part.n) for part in group]
-        for name in group[0].blocks:
-            for k, rows in enumerate(self._rows(batch, name)):
-                for j, part in enumerate(group):
-                    total[j] = total[j] + part.blocks[name][k].products(rows)
+        for name in self.solvers:
+            rows = self._rows(batch, name)
+            for j, part in enumerate(group):
+                # Either side has none where nothing uses the parameter.
+                for solved, own in zip(part.blocks.get(name, ()), rows, strict=False):
+                    total[j] = total[j] + solved.products(own)
         return torch.cat(total, 1)
 
 
