@@ -274,8 +274,7 @@ def test_damped_factors_are_regular(make, damp, size, seed):
     op = make(s, *size)
     found = ops.damped(op, Damping(0.3, damp))
     x = s.rand(2, *op.shape)
-    if not (isinstance(op, ops.Placed) and op.repeats):  # one entry is nowhere
-        off(ops.product(found, ops.solve(found, x)), x)
+    off(ops.product(found, ops.solve(found, x)), x)
     if not isinstance(op, ops.Kronecker):
         return
     for k in range(op.shape[0]):
@@ -287,6 +286,17 @@ def test_damped_factors_are_regular(make, damp, size, seed):
         B = B + 0.3**0.5 / π * torch.eye(len(B), dtype=F64)
         n = len(A) * len(B)
         close(ops.to_dense(found)[k * n : (k + 1) * n, k * n : (k + 1) * n], torch.kron(A, B))
+
+
+def test_where_nothing_lies_damped_factors_leave_the_damping():
+    s = Source(0)
+    inside = ops.Kronecker(s.regular(1, 3), s.regular(1, 2))
+    entries = torch.tensor([0, 1, 2, 0, 3, 3]).view(1, 3, 2)
+    found = ops.to_dense(ops.damped(ops.Placed(inside, entries, (6,)), Damping(0.3, "factors")))
+    whole = matrix(ops.damped(inside, Damping(0.3, "factors")))
+    P = torch.nn.functional.one_hot(entries.flatten(), 6).to(F64)
+    expected = P.T @ whole @ P + 0.3 * torch.diag(torch.tensor([0, 0, 0, 0, 1, 1]).to(F64))
+    close(found, expected)
 
 
 def test_a_diagonal_factor_is_never_written_out():

@@ -107,9 +107,9 @@ def _factors_damped(operator: Operator, damping: Damping) -> Operator:
             return Kronecker(_plus(operator.A, π * root), _plus(operator.B, root / π))
         case BlockDiagonal():
             return each_block(lambda block: _factors_damped(block, damping), operator)
-        case Placed() if not operator.repeats:
+        case Placed() if not operator.repeats or _has_factors(operator):
             return in_place(lambda placed: _factors_damped(placed, damping), operator)
-        case Placed() | Sum() | KroneckerSum() if _has_factors(operator):
+        case Sum() | KroneckerSum() if _has_factors(operator):
             return each_part(lambda part: _term_damped(part, damping), operator)
         case _:
             return _shifted(operator, damping.value)
