@@ -24,7 +24,7 @@ from fxkfac.errors import (
     UnknownParameter,
 )
 from fxkfac.optim import KFAC, Preconditioner
-from fxkfac.optim.policies import next_damping
+from fxkfac.optim.policies import kl_factor, next_damping, predicted_change
 
 MSE, CE = nn.MSELoss(), nn.CrossEntropyLoss()
 Gradients = dict[str, Tensor]
@@ -503,6 +503,29 @@ def test_a_bias_that_goes_against_its_gradient_takes_from_the_divergence(seed: i
     ν = (1e-3 / (0.25 * sum((v[n] * g[n]).sum() for n in g))) ** 0.5
     optimizer.step(x, y)
     assert_close(values(model), {n: before[n] - 0.5 * ν * v[n] for n in g})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_kl_divergence_that_half_precision_does_not_hold_is_clipped(dtype: torch.dtype) -> None:
+    small = torch.full((4, 25), 2.0**-10, dtype=dtype)
+    total = (1e-3 * 2.0**-10) ** 2 * 200
+    found = kl_factor([(1e-3, small, small), (1e-3, small, small)], total / 100)
+    assert float(found) == pytest.approx(0.1, rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_change_that_half_precision_does_not_hold_is_foretold(dtype: torch.dtype) -> None:
+    def foretold(dtype: torch.dtype) -> float:
+        model = nn.Linear(4, 3, bias=False).to(dtype)
+        nn.init.constant_(model.weight, 0.25)
+        data = torch.full((6, 4), 0.5, dtype=dtype), torch.full((6, 3), 0.53125, dtype=dtype)
+        before = {"weight": model.weight.detach()}
+        step = {"weight": torch.full((3, 4), 2.0**-13, dtype=dtype)}
+        (slope,) = torch.autograd.grad(MSE(model(data[0]), data[1]), [model.weight])
+        program = fxkfac.trace(model, data[0])
+        return predicted_change(program.model, MSE, data, before, {"weight": slope}, step)
+
+    assert foretold(dtype) == pytest.approx(foretold(torch.float64), rel=1e-2)
 
 
 def test_several_batches_are_one() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxkfac.curvature.sharing import accurate
 from fxkfac.exact import ggn_vector_product
 from fxkfac.functional import FunctionalModel
 from fxkfac.parameters import nest_names
@@ -40,7 +41,7 @@ def kl_factor(
     if kl_clip is None or not steps:
         return 1.0
     # A parameter's own part may be negative, as a bias' that has joined a weight; the sum is not.
-    total = torch.stack([lr**2 * (v * g).sum() for lr, v, g in steps]).sum().clamp_min(0.0)
+    total = torch.stack([lr**2 * _inner(v, g) for lr, v, g in steps]).sum().clamp_min(0.0)
     return (kl_clip / total).sqrt().clamp_max(1.0)  # of zero it is one
 
 
@@ -64,9 +65,14 @@ def predicted_change(
     if model.structure is not None:
         params = nest_names({**model.tensors, **before, **_tied(model, before)}, model.structure)
     curved = ggn_vector_product(model.model, loss, data, dict(step), params)
-    slope = sum((gradients[n] * δ).sum() for n, δ in step.items())
-    bend = sum((curved[n] * δ).sum() for n, δ in step.items())
+    slope = sum(_inner(gradients[n], δ) for n, δ in step.items())
+    bend = sum(_inner(curved[n], δ) for n, δ in step.items())
     return float(slope + bend / 2)
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """⟨a, b⟩ in float32 or better: float16 has no room for a product of small numbers."""
+    return (accurate(a) * accurate(b)).sum()
 
 
 def _tied(model: FunctionalModel, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
