@@ -1100,6 +1100,66 @@ def test_a_first_batch_without_a_parameter_is_refused_and_forgotten() -> None:
     optimizer.step(x, y)
 
 
+class Positions(nn.Module):
+    """With other entries of a table, or another orientation, for sequences of other lengths."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.table, self.head, self.kind = nn.Parameter(torch.randn(8, 4)), nn.Linear(4, 3), kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        T, W = x.shape[1], self.table
+        short = {"first": x + W[:T], "other": x @ W[4:], "turned": x @ W[:4].T}[self.kind]
+        return self.head((short if T < 8 or self.kind == "first" else x @ W[:4]).tanh()).mean(1)
+
+
+def sequences(T: int, seed: int = 2) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(6, T, 4, generator=generator, dtype=torch.float64)
+    return x, torch.randint(3, (6,), generator=generator)
+
+
+@pytest.mark.parametrize("kind", ["first", "other", "turned"])
+@pytest.mark.parametrize("damp", ["split", "block"])
+def test_sequences_of_another_length_than_the_traces_are_solved_by_their_entries(
+    kind: str, damp: str
+) -> None:
+    torch.manual_seed(0)
+    model, (x, y) = Positions(kind).double(), sequences(5)
+    program = fxkfac.trace(model, sequences(8)[0])
+    p = Preconditioner(program, CE, damping=0.1, damp=damp, fisher="type-2")
+    p.update(x, y)
+    gradients = {name: torch.randn_like(t) for name, t in model.named_parameters()}
+    factors = fxkfac.kfac(program, CE, (x, y))
+    expected = factors.solve(gradients, 0.1, damp="pi" if damp == "split" else "block")
+    assert_close(p.solve(gradients), expected)
+    if damp == "block":
+        C = factors.dense("table") + 0.1 * torch.eye(32).double()
+        solved = torch.linalg.solve(C, gradients["table"].flatten()).view(8, 4)
+        assert_close({"table": p.solve(gradients)["table"]}, {"table": solved})
+
+
+def test_a_state_of_other_entries_is_refused_and_goes_on_where_they_are_those_of_the_trace() -> (
+    None
+):
+    def made(T: int) -> tuple[nn.Module, KFAC]:
+        torch.manual_seed(0)
+        model = Positions("other").double()
+        return model, KFAC(fxkfac.trace(model, sequences(T)[0]), CE, lr=0.1)
+
+    model, optimizer = made(8)
+    optimizer.step(*sequences(5))
+    state, trained = optimizer.state_dict(), copy.deepcopy(model.state_dict())
+    with pytest.raises(OptionError, match=r"other entries of \['table'\]"):
+        made(8)[1].load_state_dict(state)
+    again, resumed = made(5)
+    again.load_state_dict(trained)
+    resumed.load_state_dict(state)
+    for one in (optimizer, resumed):
+        one.step(*sequences(5, seed=3))
+    assert_equal(values(again), values(model))
+
+
 @pytest.mark.parametrize("options", [{"max_norm": 1e-3}, {"weight_decay": 9.0, "decoupled": False}])
 def test_second_moments_are_those_of_the_loss(options: dict[str, Any]) -> None:
     """Not of what is clipped, or decays."""

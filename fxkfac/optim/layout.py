@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -128,18 +128,36 @@ def require_blocks(found: Settings, expected: Settings) -> None:
             )
 
 
-def layouts(program: Program, settings: Settings, split: bool) -> dict[str, Layout]:
+def layouts(
+    plans: Mapping[str, BlockPlan], settings: Settings, own: Collection[str], split: bool
+) -> dict[str, Layout]:
     """Every block whose parameters are all the model's own, by name.
 
     The block of a weight that is computed from parameters says nothing of their gradients.
+
+    Args:
+        plans: The blocks with Kronecker factors.
+        settings: Which others there are.
+        own: Names of the selected parameters.
+        split: Whether factors are damped.
     """
-    found = {name: _of_plan(plan, split) for name, plan in plans_of(program, settings).items()}
+    found = {name: _of_plan(plan, split) for name, plan in plans.items()}
     for name, kind in settings.structures.items():
         if kind in EXACT:
             shape = settings.parameters[name]
             found[name] = Layout((name,), (shape,), _column(torch.Size(shape).numel()), "exact")
-    own = set(program.asked.selected)
-    return {name: layout for name, layout in found.items() if own.issuperset(layout.params)}
+    return {name: layout for name, layout in found.items() if set(own).issuperset(layout.params)}
+
+
+def require_all(found: Mapping[str, Layout], expected: Mapping[str, Layout]) -> None:
+    """Raise `MergeError` unless the blocks found hold all parameters that others do."""
+    held = {name for layout in found.values() for name in layout.params}
+    if lost := [name for name, layout in expected.items() if not held.issuperset(layout.params)]:
+        raise MergeError(
+            f"these data use no {sorted(lost)[:4]}, so that there is no curvature of it; "
+            "expected data that use all that was traced. Leave it out: trace with "
+            "structure='skip' for it."
+        )
 
 
 def _of_plan(plan: BlockPlan, split: bool) -> Layout:

@@ -17,14 +17,15 @@ from fxkfac.curvature.factors import Factors, require_factors
 from fxkfac.curvature.kfac import kfac
 from fxkfac.curvature.options import settings_of
 from fxkfac.curvature.padding import Mask
+from fxkfac.curvature.plan import BlockPlan
 from fxkfac.curvature.running import RunningAverage
-from fxkfac.errors import FxkfacError, MergeError
+from fxkfac.errors import FxkfacError
 from fxkfac.graph.program import Program
 from fxkfac.isolation import full_precision
 from fxkfac.likelihoods.losses import likelihood_of
 from fxkfac.optim import saved
 from fxkfac.optim.basis import Basis, Inverses, basis_of, eigh_once
-from fxkfac.optim.layout import held, layouts, require_blocks
+from fxkfac.optim.layout import Layout, held, layouts, plans_of, require_all, require_blocks
 from fxkfac.ranges import require, require_count, require_keys, require_positive
 
 DAMP = ("split", "block")
@@ -114,7 +115,10 @@ class Preconditioner:
         self.reduction = 1.0
         self.bases: dict[str, Basis] = {}
         self._inverses: dict[str, tuple[Basis, float, Inverses]] = {}  # of which basis and damping
-        self._layouts = layouts(program, self.settings, self.split)
+        self._layouts = self._laid_out(plans_of(program, self.settings))
+
+    def _laid_out(self, plans: Mapping[str, BlockPlan]) -> dict[str, Layout]:
+        return layouts(plans, self.settings, self.program.asked.selected, self.split)
 
     @property
     def damping(self) -> float:
@@ -160,13 +164,12 @@ class Preconditioner:
         if factors is not None:
             require_factors(factors)
             require_blocks(factors.settings, self.settings)
-            if lost := self._layouts.keys() - set(factors):
-                raise MergeError(
-                    f"these data use no {sorted(lost)[:4]}, so that there is no curvature of it; "
-                    "expected data that use all that was traced. Leave it out: trace with "
-                    "structure='skip' for it."
-                )
+            found = self._layouts
+            if self.average.averages is None:  # inputs of other shapes may use other entries
+                found = self._laid_out(factors.plans)
+                require_all(found, self._layouts)
             self.average.update(factors)
+            self._layouts = found
             self.reduction = factors.reduction
         if self.steps % self.inverse_interval == 0:
             self._decompose()
@@ -255,26 +258,28 @@ class Preconditioner:
         """Go on from there, bit for bit.
 
         Raises:
-            OptionError: The state has other blocks, or tensors of other shapes, or is one with
-                another `damp` or `ekfac`.
+            OptionError: The state has other blocks, or other entries in them, or tensors of other
+                shapes, or is one with another `damp` or `ekfac`.
         """
         require_keys(state, ("steps", "damping", "generator", "reduction", "average", "bases"))
-        saved.require_same_blocks(state["bases"], self._layouts)
-        device = next(iter(held(self.program).values())).device
+        plans = plans_of(self.program, self.settings)
+        own = self._laid_out(plans)
+        saved.require_same_blocks(state["bases"], own)
+        device = self.program.like.device
         bases = {name: saved.to_basis(kept, device) for name, kept in state["bases"].items()}
         for name, basis in bases.items():
-            self._require_fit(name, basis)
+            self._require_fit(name, basis, own[name])
+        saved.require_same_entries(state["average"], plans)
         self.steps, self.damping = state["steps"], state["damping"]
         self.generator.set_state(state["generator"].cpu())
         self.reduction = state["reduction"]
         self.average = saved.to_average(
-            state["average"], self.program, self.settings, self.likelihood, self.decay, device
+            state["average"], self.program, self.settings, plans, self.likelihood, self.decay
         )
-        self.bases = bases
+        self.bases, self._layouts = bases, own
 
-    def _require_fit(self, name: str, basis: Basis) -> None:
+    def _require_fit(self, name: str, basis: Basis, layout: Layout) -> None:
         """Raise `OptionError` unless a basis is one that is made here."""
-        layout = self._layouts[name]
         expected, found = layout.entries.shape[1:], basis.eigenvalues().shape[1:]
         require(
             found == expected,

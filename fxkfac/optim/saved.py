@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from fxkfac.curvature.factors import Factors, Product
+from fxkfac.curvature.plan import BlockPlan
 from fxkfac.curvature.running import RunningAverage
 from fxkfac.curvature.settings import Settings
 from fxkfac.errors import OptionError
 from fxkfac.graph.program import Program
 from fxkfac.likelihoods.base import Likelihood
 from fxkfac.optim.basis import Basis
-from fxkfac.optim.layout import plans_of
 
 
 def of_average(average: RunningAverage) -> dict[str, Any]:
@@ -32,19 +32,25 @@ def of_average(average: RunningAverage) -> dict[str, Any]:
             for name, products in held.products.items()
         },
         "exact": dict(held.exact),
+        "entries": _entries_of(held.plans),
     }
+
+
+def _entries_of(plans: Mapping[str, BlockPlan]) -> dict[str, list[str]]:
+    """Digests of which entries the terms of every block are of."""
+    return {name: [term.entries for term in plan.identities] for name, plan in plans.items()}
 
 
 def to_average(
     state: Mapping[str, Any],
     program: Program,
     settings: Settings,
+    plans: Mapping[str, BlockPlan],
     likelihood: Likelihood,
     decay: float,
-    device: torch.device,
 ) -> RunningAverage:
     """Inverse of `of_average`, for a program of the same blocks."""
-    average, copied = RunningAverage(decay), _Once(device)
+    average, copied = RunningAverage(decay), _Once(program.like.device)
     if state:
         products = {
             name: tuple(Product(**{key: copied(value) for key, value in p.items()}) for p in kept)
@@ -56,7 +62,7 @@ def to_average(
             count=state["count"],
             model=program.model,
             likelihood=likelihood,
-            plans=plans_of(program, settings),
+            plans=plans,
             products=products,
             exact={name: copied(block) for name, block in state["exact"].items()},
         )
@@ -73,6 +79,17 @@ def to_basis(state: Mapping[str, Any], device: torch.device) -> Basis:
     """Inverse of `of_basis`."""
     copied = _Once(device)
     return Basis(**{name: copied(value) for name, value in state.items()})
+
+
+def require_same_entries(average: Mapping[str, Any], plans: Mapping[str, BlockPlan]) -> None:
+    """Raise `OptionError` unless averages, if there are any, are of the entries in these plans."""
+    found, expected = average.get("entries", {}), _entries_of(plans)
+    if differ := [name for name in found if name in expected and found[name] != expected[name]]:
+        raise OptionError(
+            f"the state is of other entries of {sorted(differ)[:4]} than those that the inputs of "
+            "the trace use, as of a table of positions; expected the same. Trace the model on "
+            "inputs of the shape that the optimizer was trained with."
+        )
 
 
 def require_same_blocks(found: Collection[str], expected: Collection[str]) -> None:
