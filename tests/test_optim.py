@@ -1149,7 +1149,7 @@ def test_a_state_of_other_entries_is_refused_and_goes_on_where_they_are_those_of
 
     model, optimizer = made(8)
     optimizer.step(*sequences(5))
-    state, trained = optimizer.state_dict(), copy.deepcopy(model.state_dict())
+    state, trained = copy.deepcopy((optimizer.state_dict(), model.state_dict()))
     with pytest.raises(OptionError, match=r"other entries of \['table'\]"):
         made(8)[1].load_state_dict(state)
     again, resumed = made(5)
@@ -1157,6 +1157,10 @@ def test_a_state_of_other_entries_is_refused_and_goes_on_where_they_are_those_of
     resumed.load_state_dict(state)
     for one in (optimizer, resumed):
         one.step(*sequences(5, seed=3))
+    assert_equal(values(again), values(model))
+    optimizer.load_state_dict(state)  # its program has met sequences of this length
+    model.load_state_dict(trained)
+    optimizer.step(*sequences(5, seed=3))
     assert_equal(values(again), values(model))
 
 

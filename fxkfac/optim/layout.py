@@ -108,12 +108,11 @@ class Layout:
         return [torch.Size(shape).numel() for shape in self.shapes]
 
 
-def plans_of(program: Program, settings: Settings) -> dict[str, BlockPlan]:
-    """The blocks with Kronecker factors, by name."""
-    schedule = schedule_of(
-        program, program.tapped, settings.structures, settings.separate_weight_and_bias
-    )
-    return {plan.name: plan for plan in schedule.blocks}
+def plans_of(program: Program, settings: Settings) -> list[dict[str, BlockPlan]]:
+    """The blocks with Kronecker factors, by name, of every graph; the first is the trace's."""
+    how = settings.structures, settings.separate_weight_and_bias
+    schedules = [schedule_of(program, tapped, *how) for tapped in program.graphs]
+    return [{plan.name: plan for plan in schedule.blocks} for schedule in schedules]
 
 
 def require_blocks(found: Settings, expected: Settings) -> None:

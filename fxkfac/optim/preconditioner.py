@@ -115,7 +115,7 @@ class Preconditioner:
         self.reduction = 1.0
         self.bases: dict[str, Basis] = {}
         self._inverses: dict[str, tuple[Basis, float, Inverses]] = {}  # of which basis and damping
-        self._layouts = self._laid_out(plans_of(program, self.settings))
+        self._layouts = self._laid_out(plans_of(program, self.settings)[0])
 
     def _laid_out(self, plans: Mapping[str, BlockPlan]) -> dict[str, Layout]:
         return layouts(plans, self.settings, self.program.asked.selected, self.split)
@@ -262,7 +262,7 @@ class Preconditioner:
                 shapes, or is one with another `damp` or `ekfac`.
         """
         require_keys(state, ("steps", "damping", "generator", "reduction", "average", "bases"))
-        plans = plans_of(self.program, self.settings)
+        plans = saved.plans_like(state["average"], plans_of(self.program, self.settings))
         own = self._laid_out(plans)
         saved.require_same_blocks(state["bases"], own)
         device = self.program.like.device

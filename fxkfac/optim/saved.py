@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -81,15 +81,26 @@ def to_basis(state: Mapping[str, Any], device: torch.device) -> Basis:
     return Basis(**{name: copied(value) for name, value in state.items()})
 
 
+def plans_like(
+    average: Mapping[str, Any], every: Sequence[Mapping[str, BlockPlan]]
+) -> Mapping[str, BlockPlan]:
+    """The first plans of whose entries averages are; the very first where there are none."""
+    return next((plans for plans in every if not _differing(average, plans)), every[0])
+
+
 def require_same_entries(average: Mapping[str, Any], plans: Mapping[str, BlockPlan]) -> None:
     """Raise `OptionError` unless averages, if there are any, are of the entries in these plans."""
-    found, expected = average.get("entries", {}), _entries_of(plans)
-    if differ := [name for name in found if name in expected and found[name] != expected[name]]:
+    if differ := _differing(average, plans):
         raise OptionError(
-            f"the state is of other entries of {sorted(differ)[:4]} than those that the inputs of "
-            "the trace use, as of a table of positions; expected the same. Trace the model on "
-            "inputs of the shape that the optimizer was trained with."
+            f"the state is of other entries of {differ[:4]} than those that the inputs of the "
+            "trace use, as of a table of positions; expected the same. Trace the model on inputs "
+            "of the shape that the optimizer was trained with."
         )
+
+
+def _differing(average: Mapping[str, Any], plans: Mapping[str, BlockPlan]) -> list[str]:
+    found, expected = average.get("entries", {}), _entries_of(plans)
+    return sorted(name for name in found if found[name] != expected.get(name, found[name]))
 
 
 def require_same_blocks(found: Collection[str], expected: Collection[str]) -> None:
