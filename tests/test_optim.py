@@ -617,6 +617,19 @@ def test_damping_rises_where_a_step_is_too_long() -> None:
     assert optimizer.preconditioner.damping == pytest.approx(0.1 / (19 / 20))
 
 
+def test_a_step_to_nowhere_is_a_bad_one_and_the_next_one_changes_nothing() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3).double()
+    x, y = 100 * torch.randn(20, 4).double(), 100 * torch.randn(20, 3).double()
+    optimizer = KFAC(fxkfac.trace(model, x), MSE, lr=1e307, damping=0.1, lm_interval=1)
+    optimizer.step(x, y)
+    assert optimizer.preconditioner.damping == pytest.approx(0.1 / (19 / 20))
+    before = values(model)
+    with pytest.raises(NonFiniteError, match="the prediction"):
+        optimizer.step(x, y)
+    assert_equal(values(model), before)
+
+
 def test_the_prediction_of_the_quadratic_model_is_exact_for_least_squares(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -9,6 +9,7 @@ long. Parameters without curvature take a step of Adam.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from math import inf
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.optim import Optimizer
 
 from fxkfac.curvature.data import batches
 from fxkfac.curvature.step import step as pass_over
-from fxkfac.errors import FxkfacError
+from fxkfac.errors import FxkfacError, NonFiniteError
 from fxkfac.graph.program import Program
 from fxkfac.isolation import own_randomness, seed_from
 from fxkfac.optim.adam import move_by_adam, named
@@ -234,7 +235,10 @@ class KFAC(Optimizer):
         p, model = self.preconditioner, self.program.model
         again = torch.Generator(p.generator.device)
         again.set_state(drawn)
-        after = loss_and_gradients(self.program, p.likelihood, data, again, ()).loss
+        try:
+            after = loss_and_gradients(self.program, p.likelihood, data, again, ()).loss
+        except NonFiniteError:  # as bad as a step can be, and the next one says so
+            after = torch.full_like(loss, inf)
         now = held(self.program)
         step = {name: now[name].detach() - before[name] for name in gradients}
         again.set_state(drawn)
