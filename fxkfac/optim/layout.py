@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fxkfac.curvature.corrections.overlap import may_repeat
 from fxkfac.curvature.curvature import strided
-from fxkfac.curvature.plan import BlockPlan
+from fxkfac.curvature.plan import BlockPlan, TermPlan
 from fxkfac.curvature.schedule import schedule_of
 from fxkfac.curvature.settings import Settings, differences
 from fxkfac.errors import MergeError, ParameterError, UnknownParameter
@@ -127,6 +128,11 @@ def require_blocks(found: Settings, expected: Settings) -> None:
             )
 
 
+def are_same(plans: Mapping[str, BlockPlan], others: Mapping[str, BlockPlan]) -> bool:
+    """Whether they are of one graph, as nearly always."""
+    return [*map(id, plans.values())] == [*map(id, others.values())]
+
+
 def layouts(
     plans: Mapping[str, BlockPlan], settings: Settings, own: Collection[str], split: bool
 ) -> dict[str, Layout]:
@@ -162,7 +168,7 @@ def require_all(found: Mapping[str, Layout], expected: Mapping[str, Layout]) -> 
 def _of_plan(plan: BlockPlan, split: bool) -> Layout:
     entries = [term.entries(plan.offsets) for term in plan.terms]
     # An entry that comes twice ties what the product holds apart: its inverse is not the block's.
-    once = not any(_repeats(own) for own in entries)
+    once = not any(map(_repeats, plan.terms, entries))
     if once and len(entries) == 1:
         return Layout(plan.parameters, plan.shapes, entries[0], "product")
     if once and split and len(entries) == 2 and _lie_alike(*entries):
@@ -170,8 +176,8 @@ def _of_plan(plan: BlockPlan, split: bool) -> Layout:
     return Layout(plan.parameters, plan.shapes, _column(plan.numel), "exact")
 
 
-def _repeats(entries: Tensor) -> bool:
-    return bool((entries.flatten().bincount() > 1).any())
+def _repeats(term: TermPlan, entries: Tensor) -> bool:
+    return may_repeat(term) and bool((entries.flatten().bincount() > 1).any())
 
 
 def _lie_alike(first: Tensor, second: Tensor) -> bool:

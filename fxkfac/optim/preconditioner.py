@@ -25,7 +25,15 @@ from fxkfac.isolation import full_precision
 from fxkfac.likelihoods.losses import likelihood_of
 from fxkfac.optim import saved
 from fxkfac.optim.basis import Basis, Inverses, basis_of, eigh_once
-from fxkfac.optim.layout import Layout, held, layouts, plans_of, require_all, require_blocks
+from fxkfac.optim.layout import (
+    Layout,
+    are_same,
+    held,
+    layouts,
+    plans_of,
+    require_all,
+    require_blocks,
+)
 from fxkfac.ranges import require, require_count, require_keys, require_positive
 
 DAMP = ("split", "block")
@@ -165,8 +173,9 @@ class Preconditioner:
             require_factors(factors)
             require_blocks(factors.settings, self.settings)
             found = self._layouts
-            if self.average.averages is None:  # inputs of other shapes may use other entries
-                found = self._laid_out(factors.plans)
+            trace, *_ = plans_of(self.program, self.settings)
+            if self.average.averages is None and not are_same(factors.plans, trace):
+                found = self._laid_out(factors.plans)  # other shapes may use other entries
                 require_all(found, self._layouts)
             self.average.update(factors)
             self._layouts = found
@@ -268,7 +277,7 @@ class Preconditioner:
         device = self.program.like.device
         bases = {name: saved.to_basis(kept, device) for name, kept in state["bases"].items()}
         for name, basis in bases.items():
-            self._require_fit(name, basis, own[name])
+            saved.require_fit(name, basis, own[name], self.split, self.ekfac)
         saved.require_same_entries(state["average"], plans)
         self.steps, self.damping = state["steps"], state["damping"]
         self.generator.set_state(state["generator"].cpu())
@@ -277,18 +286,3 @@ class Preconditioner:
             state["average"], self.program, self.settings, plans, self.likelihood, self.decay
         )
         self.bases, self._layouts = bases, own
-
-    def _require_fit(self, name: str, basis: Basis, layout: Layout) -> None:
-        """Raise `OptionError` unless a basis is one that is made here."""
-        expected, found = layout.entries.shape[1:], basis.eigenvalues().shape[1:]
-        require(
-            found == expected,
-            f"the state's block of {name!r} is of {tuple(found)} entries; expected "
-            f"{tuple(expected)}. Load the state of an optimizer of the same program.",
-        )
-        if layout.kind == "product":
-            require(
-                basis.split == self.split and (self.ekfac or basis.values is None),
-                f"the state's block of {name!r} was made with another damp= or ekfac=; expected "
-                "the same. Load it with the options with which it was saved.",
-            )

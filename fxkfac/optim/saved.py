@@ -17,6 +17,8 @@ from fxkfac.errors import OptionError
 from fxkfac.graph.program import Program
 from fxkfac.likelihoods.base import Likelihood
 from fxkfac.optim.basis import Basis
+from fxkfac.optim.layout import Layout
+from fxkfac.ranges import require
 
 
 def of_average(average: RunningAverage) -> dict[str, Any]:
@@ -109,6 +111,22 @@ def require_same_blocks(found: Collection[str], expected: Collection[str]) -> No
         raise OptionError(
             f"the state is of the blocks {sorted(found)[:8]}; expected those of this program, "
             f"{sorted(expected)[:8]}. Load the state of an optimizer of the same program."
+        )
+
+
+def require_fit(name: str, basis: Basis, layout: Layout, split: bool, ekfac: bool) -> None:
+    """Raise `OptionError` unless a basis is one that is made for a layout with these options."""
+    expected, found = layout.entries.shape[1:], basis.eigenvalues().shape[1:]
+    require(
+        found == expected,
+        f"the state's block of {name!r} is of {tuple(found)} entries; expected "
+        f"{tuple(expected)}. Load the state of an optimizer of the same program.",
+    )
+    if layout.kind == "product":
+        require(
+            basis.split == split and (ekfac or basis.values is None),
+            f"the state's block of {name!r} was made with another damp= or ekfac=; expected "
+            "the same. Load it with the options with which it was saved.",
         )
 
 

@@ -54,7 +54,7 @@ def parts_of(plan: BlockPlan) -> Iterator[Overlap]:
     Raises:
         UnsupportedUse: Terms have entries in common, and do not lie alike.
     """
-    if len(plan.terms) == 1 and not _may_repeat(plan.terms[0]):
+    if len(plan.terms) == 1 and not may_repeat(plan.terms[0]):
         yield {(plan.name, 0): Lying()}
         return
     entries = [term.entries(plan.offsets) for term in plan.terms]
@@ -62,7 +62,7 @@ def parts_of(plan: BlockPlan) -> Iterator[Overlap]:
         yield _part(plan, terms, [entries[k] for k in terms])
 
 
-def _may_repeat(term: TermPlan) -> bool:
+def may_repeat(term: TermPlan) -> bool:
     """Whether an entry may come twice: by a layout op, or in a weight and in a bias of it."""
     biases = [column.bias for column in term.columns]
     names = [name for use in (term.uses[0], *biases) for name in use.parameters]
