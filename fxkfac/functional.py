@@ -15,10 +15,11 @@ from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fxkfac.errors import FxkfacError, ParameterError, UnknownParameter
+from fxkfac.errors import CaptureError, FxkfacError, ParameterError, UnknownParameter
 from fxkfac.isolation import Autocast, in_place_of, without_graph
 from fxkfac.parameters import Params as Params
 from fxkfac.parameters import (
@@ -44,6 +45,15 @@ def prediction_of(output: Any) -> Tensor:
             "the model in a function or module that returns that tensor alone."
         )
     return tensors[0]
+
+
+def require_gradients_on() -> None:
+    """Raise `CaptureError` where no gradient can be taken."""
+    if torch.is_inference_mode_enabled():
+        raise CaptureError(
+            "torch.inference_mode() is on, and gradients are needed; expected that they can be "
+            "taken. Leave inference mode around this call; torch.no_grad() does no harm."
+        )
 
 
 def split_inputs(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:

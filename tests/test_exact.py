@@ -12,6 +12,7 @@ from torch import nn
 
 from fxkfac import exact
 from fxkfac.errors import (
+    CaptureError,
     DataError,
     FxkfacError,
     LossError,
@@ -737,6 +738,24 @@ class TestErrors:
             exact.ggn(mlp(), nn.L1Loss(), (X, Y[MSE]))
         with pytest.raises(DataError, match="every target is ignored"):
             exact.ggn(mlp(), CE(), (X, torch.full_like(Y[CE], -100)))
+
+    @pytest.mark.parametrize(
+        "compute",
+        [
+            exact.hessian,
+            exact.ggn,
+            exact.type1_fisher,
+            exact.mc_fisher,
+            exact.empirical_fisher,
+            lambda net, *of: exact.ggn_vector_product(net, *of, vector_like(net, ["0.bias"])),
+            lambda net, _, data: exact.vector_jacobian_product(net, data[0], rand(5, 3)),
+            lambda *_: exact.jacobian(torch.sin, X),
+        ],
+    )
+    def test_inference_mode(self, compute):
+        """In which nothing would depend on the parameters."""
+        with torch.inference_mode(), pytest.raises(CaptureError, match="Leave inference mode"):
+            compute(mlp(), CE(), (X, Y[CE]))
 
     def test_closed_form_classes_are_the_ones_of_the_losses(self):
         # guards the special case of the square loss in the exact type-1 Fisher

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from fxkfac.errors import OptionError, UnsupportedUse
+from fxkfac.functional import require_gradients_on
 from fxkfac.linalg import cvec, rvec
 
 FLATTENINGS: dict[str, Callable[[Tensor], Tensor]] = {"rvec": rvec, "cvec": cvec}
@@ -85,6 +86,7 @@ def vjp(
     out: Tensor, inputs: Sequence[Tensor], cotangent: Tensor, create_graph: bool = False
 ) -> tuple[Tensor, ...]:
     """Jᵀ u for a computed `out`; zeros where it does not depend on an input. Definition 5."""
+    require_gradients_on()  # or else nothing would depend on anything
     if not out.requires_grad:
         return tuple(torch.zeros_like(t) for t in inputs)
     return torch.autograd.grad(

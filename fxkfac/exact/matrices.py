@@ -66,6 +66,7 @@ def hessian(
         LossError: The loss has no likelihood here.
         NonFiniteError: The prediction holds NaN or Inf.
         OptionError: There is no such `vec`, or a tuple of `names` is not of two.
+        CaptureError: `torch.inference_mode()` is on.
     """
     block = _block(model, loss, data, names, params, vec)
     leaves = block.problem.prediction.of

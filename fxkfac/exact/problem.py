@@ -118,7 +118,8 @@ class Problem:
         if fisher == "empirical":  # the criterion's own gradient, not the likelihood's formula
             with torch.enable_grad():
                 at = f.requires_grad_()
-                return [torch.autograd.grad(self.likelihood.criterion(at, self.target), at)[0]]
+                c = self.likelihood.criterion(at, self.target)
+                return vjp(c, [at], torch.ones_like(c))
         positions = torch.arange(f.numel() // self.size, device=f.device)
         datum = positions.expand(self.size, -1).reshape(f.shape)
         return backpropagated_vectors(

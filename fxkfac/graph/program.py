@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from fxkfac.functional import FunctionalModel, Inputs, Params
+from fxkfac.functional import FunctionalModel, Inputs, Params, require_gradients_on
 from fxkfac.graph.coverage import Coverage, coverage
 from fxkfac.graph.experiments.by_values import located_again
 from fxkfac.graph.experiments.verify import agrees
 from fxkfac.graph.flat import FlatModel
-from fxkfac.graph.front_ends.constructs import require_gradients_on, require_own_gradients
+from fxkfac.graph.front_ends.constructs import require_own_gradients
 from fxkfac.graph.front_ends.watch import Watch, watch_for
 from fxkfac.graph.quiet import quietly
 from fxkfac.graph.signature import Signature, require_finite

@@ -196,12 +196,3 @@ class _Values(TorchFunctionMode):
             name = f"a value of a tensor that Python reads, by {func.__name__},"
             self.found.append(Construct(name, caller(frame), NUMBER))
         return func(*args, **(kwargs or {}))
-
-
-def require_gradients_on() -> None:
-    """Raise `CaptureError` where no gradient can be taken."""
-    if torch.is_inference_mode_enabled():
-        raise CaptureError(
-            "torch.inference_mode() is on, and gradients are needed; expected that they can be "
-            "taken. Leave inference mode around this call; torch.no_grad() does no harm."
-        )
