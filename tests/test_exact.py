@@ -651,6 +651,13 @@ class TestLeavesTheCallerAlone:
         for (name, new), old in zip(net.named_buffers(), before.buffers(), strict=True):
             assert torch.equal(new, old), name
 
+    @pytest.mark.parametrize("compute", [exact.hessian, exact.ggn, exact.empirical_fisher])
+    @all_losses
+    def test_data_that_inference_mode_has_made(self, compute, kind):
+        with torch.inference_mode():
+            made = X.clone(), Y[kind].clone()
+        close(compute(mlp(), kind(), made), compute(mlp(), kind(), (X, Y[kind])), rtol=0, atol=0)
+
     def test_seeds(self):
         def fisher(generator):
             return exact.mc_fisher(mlp(), CE(), (X, Y[CE]), mc_samples=2, generator=generator)

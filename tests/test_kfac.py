@@ -502,6 +502,12 @@ class TestParameters:
         found = function(program, CE(), (made, classes(5)), params, fisher="empirical")
         same_factors(*(getattr(r, "factors", r) for r in (found, expected)), exactly=True)
 
+    def test_data_to_check_that_inference_mode_has_made(self, mlp):
+        _, program, X = mlp
+        with torch.inference_mode():
+            made = X.clone(), classes(5)
+        assert max(fxkfac.check(program, CE(), made).values()) < 1e-12
+
     def test_sums_with_something_else(self, parts_of_one):
         for other in (fxkfac.sum_of(parts_of_one, parts_of_one), 3):
             with pytest.raises(TypeError, match="unsupported operand"):

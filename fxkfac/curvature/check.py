@@ -19,7 +19,7 @@ from fxkfac.graph.experiments.verify import tap_gradients
 from fxkfac.graph.flat import FlatModel
 from fxkfac.graph.program import Program
 from fxkfac.graph.tap import Taps
-from fxkfac.isolation import full_precision, own_randomness
+from fxkfac.isolation import full_precision, own_randomness, without_graph
 from fxkfac.likelihoods.losses import likelihood_of, loss_value
 
 
@@ -55,7 +55,7 @@ def check(
         run = program.run(inputs, params, taps)
         likelihood.validate(run.prediction.detach(), targets)
         cotangent = _loss_gradient(loss, run.prediction.detach(), targets)
-        tensors = program.signature.tensors(inputs)
+        tensors = [without_graph(t) for t in program.signature.tensors(inputs)]
         at_taps = taps.gradients(run.prediction, cotangent)
         found = tap_gradients(run.tapped, taps.inputs, at_taps, names, state, tensors)
         lowest = run.tapped.captured.lowest
@@ -74,6 +74,6 @@ def _loss_gradient(loss: Any, prediction: Tensor, targets: Tensor) -> Tensor:
     """Gradient of the loss, with its reduction, in the prediction."""
     leaf = prediction.requires_grad_()
     with torch.enable_grad():
-        value = loss_value(loss, leaf, targets)
+        value = loss_value(loss, leaf, without_graph(targets))
     (gradient,) = torch.autograd.grad(value, leaf)
     return gradient

@@ -127,9 +127,9 @@ class Problem:
         )
 
 
-def copied(inputs: Inputs) -> Inputs:
-    """The same inputs, which a model may write into."""
-    return pytree.tree_map_only(Tensor, Tensor.clone, inputs)
+def copied(data: Any) -> Any:
+    """The same inputs or targets, which a model may write into, and autograd may keep."""
+    return pytree.tree_map_only(Tensor, Tensor.clone, data)
 
 
 def predict(bound: FunctionalModel, names: Iterable[str], inputs: Inputs) -> Prediction:
@@ -161,6 +161,7 @@ def pose(bound: FunctionalModel, names: Iterable[str], loss: Loss, data: Data) -
     """
     likelihood = likelihood_of(loss)
     inputs, target = merge(data)
+    target = copied(target)
     size = size_of(inputs)
     prediction = predict(bound, names, inputs)
     f = prediction.f.detach()
