@@ -5,7 +5,8 @@ Paper, Definitions 3-10 and 12-15: Jacobians, Hessians and linearisation, rvec a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -89,9 +90,30 @@ def vjp(
     require_gradients_on()  # or else nothing would depend on anything
     if not out.requires_grad:
         return tuple(torch.zeros_like(t) for t in inputs)
-    return torch.autograd.grad(
-        out, inputs, cotangent, retain_graph=True, create_graph=create_graph, materialize_grads=True
-    )
+    with _derivatives():
+        return torch.autograd.grad(
+            out,
+            inputs,
+            cotangent,
+            retain_graph=True,
+            create_graph=create_graph,
+            materialize_grads=True,
+        )
+
+
+@contextmanager
+def _derivatives() -> Iterator[None]:
+    """Name an op of model or loss whose backward pass PyTorch cannot differentiate."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "not implemented" not in str(error):
+            raise
+        raise UnsupportedUse(
+            f"{str(error).rstrip('.')}; expected ops whose backward pass has a derivative in "
+            "PyTorch. Build model and loss of others, as of nn.Embedding and a sum in the place of "
+            "nn.EmbeddingBag."
+        ) from error
 
 
 def jvp(out: Tensor, inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> Tensor:
@@ -102,14 +124,7 @@ def jvp(out: Tensor, inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> Te
     u = torch.zeros_like(out, requires_grad=True)
     pulled = vjp(out, inputs, u, create_graph=True)
     paired = torch.stack([(p * t).sum() for p, t in zip(pulled, tangents, strict=True)]).sum()
-    try:
-        return vjp(paired, [u], torch.ones_like(paired))[0]
-    except NotImplementedError as error:
-        raise UnsupportedUse(
-            f"{str(error).rstrip('.')}; expected ops whose backward pass has a derivative in "
-            "PyTorch. Build the model of others, as of nn.Embedding and a sum in the place of "
-            "nn.EmbeddingBag."
-        ) from error
+    return vjp(paired, [u], torch.ones_like(paired))[0]
 
 
 def order(shapes: Sequence[torch.Size], vec: str) -> Tensor:

@@ -67,6 +67,7 @@ def hessian(
         NonFiniteError: The prediction holds NaN or Inf.
         OptionError: There is no such `vec`, or a tuple of `names` is not of two.
         CaptureError: `torch.inference_mode()` is on.
+        UnsupportedUse: PyTorch cannot differentiate the backward pass of an op of model or loss.
     """
     block = _block(model, loss, data, names, params, vec)
     leaves = block.problem.prediction.of

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -257,9 +258,24 @@ def row_hessians(likelihood: Likelihood, f: Tensor, y: Target) -> Tensor:
     for d in range(rows.shape[1]):
         e = torch.zeros_like(rows)
         e[:, d] = 1
-        columns.append(pullback(e.reshape(f.shape))[0].reshape(rows.shape))
+        with _second_derivatives(likelihood):
+            columns.append(pullback(e.reshape(f.shape))[0].reshape(rows.shape))
     H = torch.stack(columns, dim=2)
     return (H + H.mT) / 2
+
+
+@contextmanager
+def _second_derivatives(likelihood: Likelihood) -> Iterator[None]:
+    """Say what there is where PyTorch cannot differentiate a criterion twice."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "not implemented" not in str(error):
+            raise
+        raise LossError(
+            f"the criterion of {type(likelihood).__name__} has no second derivative in PyTorch: "
+            f"{error}. Use fisher='mc' or 'empirical', or define `hessian_sqrt`."
+        ) from error
 
 
 def _require_convex(likelihood: Likelihood, eigenvalues: Tensor) -> None:

@@ -3,11 +3,13 @@
 import pytest
 import torch
 import torch.distributions as D
+import torch.nn.functional as F
 from torch import nn
 from torch.autograd.functional import hessian as autograd_hessian
 
 import fxkfac
-from fxkfac.errors import DataError, LossError, NonFiniteError
+from fxkfac import exact
+from fxkfac.errors import DataError, LossError, NonFiniteError, UnsupportedUse
 from fxkfac.isolation import own_randomness
 from fxkfac.likelihoods.base import Likelihood
 from fxkfac.likelihoods.losses import Bernoulli, Categorical, Gaussian, likelihood_of
@@ -443,6 +445,23 @@ class TestUsersOwn:
         # the same criterion where it is convex
         near = torch.tensor([[0.0], [0.5]], dtype=F64)
         assert Cauchy().hessian_sqrt(near, y, torch.ones_like(f)).min() > 0
+
+    def test_without_second_derivative_is_refused(self):
+        """PyTorch has none of its margin losses and of CTC."""
+
+        class Margin(Likelihood):
+            def nll(self, prediction, target):
+                return F.multi_margin_loss(prediction, target, reduction="none")
+
+        f, y = torch.tensor([[0.0, 1.0]], dtype=F64), torch.tensor([0])
+        with pytest.raises(LossError, match=r"Margin has no second derivative.*'empirical'"):
+            Margin().hessian_sqrt(f, y, f)
+        model, x = nn.Linear(1, 2).double(), torch.ones(1, 1, dtype=F64)
+        for matrix in (exact.ggn, exact.hessian):
+            with pytest.raises(
+                UnsupportedUse, match=r"multi_margin_loss.*model and loss of others"
+            ):
+                matrix(model, Margin(), (x, y))
 
     def test_infinite_curvature_is_refused(self):
         f = torch.tensor([[1000.0]], dtype=F64)
