@@ -160,11 +160,18 @@ def _total(rows: Sequence[LayerError]) -> LayerError:
 
 
 def _require_batch_first(program: Program) -> None:
-    axes = program.signature.axes
+    axes, at = program.signature.axes, program.tapped.prediction
     if any(axis not in (0, None) for axis in axes):
         raise BatchAxisError(
             f"the inputs have their data along axes {list(axes)}; expected axis 0, where exact "
             "matrices look for them. Wrap the model in one that moves that axis to the front."
+        )
+    if at is not None and at[:2] != (0, 1):
+        axis, outer, inner = at
+        raise BatchAxisError(
+            f"axis {axis} of the prediction is laid out as ({outer} · N · {inner}); expected the "
+            "data in front, on axis 0, where exact matrices look for them. Wrap the model in one "
+            "that moves them there, and the targets with them."
         )
 
 

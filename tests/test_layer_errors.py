@@ -161,6 +161,19 @@ class TestRefusals:
         with pytest.raises(BatchAxisError, match=r"axes \[1\]; expected axis 0"):
             fxkfac.layer_errors(program, MSE, (x, y), factors)
 
+    @pytest.mark.parametrize(
+        ("moved", "said"),
+        [(lambda f: f.T, r"axis 1 .* \(1 · N · 1\)"), (lambda f: f.T.flatten(), r"\(4 · N · 1\)")],
+    )
+    def test_predictions_along_another_axis(self, moved, said):
+        """As long along axis 0 as there are data, or a multiple: exact matrices cannot tell."""
+        x, y = rand(4, 3), rand(4, 4)
+        program = fxkfac.trace(lambda p, x: moved(x @ p["W"]), x, {"W": rand(3, 4)})
+        data = x, moved(y).contiguous()
+        factors = fxkfac.kfac(program, MSE, data, fisher="empirical")
+        with pytest.raises(BatchAxisError, match=f"{said}; expected the data in front"):
+            fxkfac.layer_errors(program, MSE, data, factors)
+
     def test_a_derived_weight(self):
         x, y = rand(8, 4), rand(8, 2)
         program = fxkfac.trace(
