@@ -36,8 +36,9 @@ def laplacian(
 
     Args:
         function: A module or function from points (N, D) to (N, *out), made of torch ops. Each row
-            of its result must depend on the same row of x alone; batch norm does not fit. Sums
-            over the rows are refused; other ways to mix them, such as `z - z[0]`, are not seen.
+            of its result must depend on the same row of x alone; batch norm does not fit. `sum`
+            and its kin over the rows are refused; other ways to mix them, such as `z - z[0]` or
+            a matrix product over the rows, are not seen.
         x: Points (N, D).
         weights: (D,), one for each axis; default: ones, the plain Laplacian. For the heat equation
             put zero on time, and read ∂f/∂t from the gradient.
