@@ -100,6 +100,13 @@ class TestEqualsAutodiff:
             torch.sinh,
             torch.expm1,
             torch.abs,
+            torch.absolute,
+            torch.arctan,
+            torch.arcsinh,
+            torch.special.expit,
+            torch.special.erf,
+            F.relu6,
+            nn.Hardswish(),
         ],
         ids=lambda act: getattr(act, "__name__", str(act)),
     )
@@ -115,6 +122,17 @@ class TestEqualsAutodiff:
     )  # fmt: skip
     def test_of_positive_numbers(self, function):
         same(lambda x: function((x @ rand(2, 3, seed=5)).square() + 0.5), rand(N, 2))
+
+    @pytest.mark.parametrize(
+        "function",
+        [
+            lambda u: u.clip(-0.3, 0.4), lambda u: u.clamp_min(0.1), lambda u: u.clamp_max(0.1),
+            lambda u: torch.arccos(u / 2), lambda u: torch.arcsin(u / 2),
+            lambda u: torch.arctanh(u / 2), lambda u: torch.arccosh(u + 3),
+        ],
+    )  # fmt: skip
+    def test_other_names(self, function):
+        same(lambda x: function((x @ rand(2, 3, seed=5)).sin()), rand(N, 2))
 
     def test_bounds_with_more_axes(self):
         """As many along the first as there are axes of x: then all shapes fit by chance."""

@@ -163,8 +163,10 @@ CLOSED: dict[str, Callable[..., Derivatives]] = {
     "abs": lambda v: (torch.abs(v), torch.sign(v), None),
 }
 BY_JVP = """
-    acos acosh asin asinh atan atanh celu clamp cosh elu erfc exp2 expm1 hardtanh leaky_relu log10
-    log1p log2 log_sigmoid logsigmoid mish selu sinh softsign tan tanhshrink
+    absolute acos acosh arccos arccosh arcsin arcsinh arctan arctanh asin asinh atan atanh celu
+    clamp clamp_max clamp_min clip cosh elu erfc exp2 expm1 hardswish hardtanh leaky_relu log10
+    log1p log2 log_sigmoid logsigmoid mish relu6 selu sinh softsign special_erf special_expit tan
+    tanhshrink
 """
 RULES: dict[str, Callable[..., Any]] = dict.fromkeys([*CLOSED, *BY_JVP.split()], elementwise)
 del RULES["pow"]  # its exponent may be the jet: see products
