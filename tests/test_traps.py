@@ -81,6 +81,30 @@ class TestTraps:
             assert buffer is before[name][0]
             assert torch.equal(buffer, before[name][1])
 
+    @pytest.mark.parametrize("fisher", ["type-2", "type-1"])
+    @pytest.mark.parametrize("coupled", ["batch norm", "differences"])
+    def test_data_that_depend_on_each_other_send_back_one_by_one(self, coupled, fisher):
+        """Together they meet at the taps, in a sum that hangs on the choice of the root."""
+        norm = nn.BatchNorm1d(3, affine=False)
+        first, rest = linear(), seeded(lambda: nn.Sequential(norm, nn.Tanh(), nn.Linear(3, 3)))
+
+        def heads(h):
+            return rest(h) if coupled == "batch norm" else torch.tanh(h - h.mean(0))
+
+        model = Made(lambda m, x: heads(m.first(x)), first=first, rest=rest)
+        program = fxkfac.trace(model, X, ["first.*"])
+        found = fxkfac.kfac(program, nn.CrossEntropyLoss(), (X, LABELS), fisher=fisher)
+        h = first(X)
+        f = heads(h)
+        expected = torch.zeros(3, 3, dtype=F64)
+        for n, σ in enumerate(f.detach().softmax(1)):
+            for root in (σ.sqrt().diag() - torch.outer(σ, σ.sqrt())).T:
+                v = torch.zeros_like(f)
+                v[n] = root
+                (g,) = torch.autograd.grad(f, h, v, retain_graph=True)
+                expected += g.T @ g / 5
+        close(found["first.weight"].B, expected)
+
     def test_dropout_leaves_the_global_random_state(self):
         model = seeded(lambda: nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5), nn.Linear(3, 3)))
         before = torch.get_rng_state()

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Generic, Protocol, Self, TypeVar
 
+import torch
 from torch import Generator, Tensor
 
 from fxkfac.curvature.backends import Backend, Differentiable, Forward, backend_of
@@ -214,10 +215,22 @@ class Pass(ABC, Generic[Sink, Total]):
             self.likelihood,
             run.prediction.detach(),
             targets,
-            positions_in_datum(run) if fisher in BY_POSITION else None,
+            _positions(run) if fisher in BY_POSITION else None,
             self.settings.mc_samples,
             self.generator,
         )
+
+
+def _positions(run: Run) -> Tensor:
+    """For every entry of the prediction, its position within its own datum.
+
+    Data that depend on each other, or may, are one datum: what several of them send back at once
+    would meet at the taps, in a sum that hangs on the choice of the square root.
+    """
+    own = positions_in_datum(run)
+    if run.tapped.coupled or run.tapped.alike:
+        return torch.arange(own.numel(), device=own.device).view(own.shape)
+    return own
 
 
 @contextmanager
