@@ -33,13 +33,22 @@ LIKE = {
 STOPS = {aten.detach.default}
 
 
+def is_float(node: Node) -> bool:
+    """Whether a gradient may pass; where the front end did not say, it may."""
+    value = node.meta.get("val")
+    return not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex()
+
+
 def reach_output(graph: Graph) -> set[Node]:
-    """All nodes on whose values the output depends by a path that lets gradients pass."""
+    """All nodes on whose values the output depends by a path that lets gradients pass.
+
+    Whole numbers and truth values, as of a nearest code or a gate, let none pass.
+    """
     alive: set[Node] = set()
     for node in reversed(graph.nodes):
         reached = node.op == "output" or node in alive
         if reached and node.target not in SHAPE_ONLY | LIKE | STOPS:
-            alive |= set(node.all_input_nodes)
+            alive |= {n for n in node.all_input_nodes if is_float(n)}
     return alive
 
 

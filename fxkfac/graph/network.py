@@ -12,13 +12,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import networkx as nx
-from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from fxkfac.graph.attributes import parameter_attributes, shape_of, symbols_of, use_attributes
-from fxkfac.graph.dependence import LIKE, SHAPE_ONLY
+from fxkfac.graph.dependence import LIKE, SHAPE_ONLY, is_float
 from fxkfac.graph.source import module_of, source_of
 from fxkfac.graph.table import shape_text, where
 from fxkfac.graph.uses.ir import Use
@@ -94,7 +93,7 @@ class _Builder:
         self.origins[node] = self._origins(node)
         if self.origins[node] != [(node.name, ())]:
             return
-        if node.target in STOPS or not _is_float(node):
+        if node.target in STOPS or not is_float(node):
             self.gradient_stops.add(node.name)
         if node in self.parameters:
             parameter = parameter_attributes(self.program, self.names[node], self.structures)
@@ -216,12 +215,6 @@ def _input_names(program: Program) -> list[str]:
 def _is_plain(node: Node) -> bool:
     """Whether this is a Python function, as those that reckon with sizes are."""
     return node.op == "call_function" and not isinstance(node.target, OpOverload)
-
-
-def _is_float(node: Node) -> bool:
-    """Whether a gradient may pass; where the front end did not say, it may."""
-    value = node.meta.get("val")
-    return not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex()
 
 
 def _mark_gradients(network: nx.MultiDiGraph, stops: set[str]) -> None:

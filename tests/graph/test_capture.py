@@ -614,6 +614,8 @@ STOPPED = {"W": rand(4, 3), "U": rand(4, 3, seed=1), "V": rand(3, 3, seed=2)}
 class TestStoppedGradients:
     """The user's own detach stops the gradient; one that autograd puts there does not."""
 
+    SPELLINGS = ("detached", "no_grad", "frozen_use", "whole_numbers")
+
     @staticmethod
     def detached(params, x):
         h = torch.tanh(x @ params["W"])
@@ -632,6 +634,14 @@ class TestStoppedGradients:
         return torch.tanh(x @ params["W"]) @ params["V"] + x @ params["W"].detach()
 
     @staticmethod
+    def whole_numbers(params, x):
+        """Which code of a table is nearest, and which of two products is larger."""
+        z = torch.tanh(x @ params["W"])
+        code = params["V"][torch.cdist(z, params["V"]).argmin(-1)]
+        larger = x @ params["U"] > x @ params["U"].exp()
+        return z + (code - z).detach() + larger * code
+
+    @staticmethod
     def inside_a_derivative(params, x):
         """Here autograd saves tensors by detaching them, next to the user's own detach."""
 
@@ -641,13 +651,13 @@ class TestStoppedGradients:
 
         return torch.func.jvp(f, (x,), (torch.ones_like(x),))[1]
 
-    @pytest.mark.parametrize("name", ["detached", "no_grad", "frozen_use", "inside_a_derivative"])
+    @pytest.mark.parametrize("name", [*SPELLINGS, "inside_a_derivative"])
     def test_of_a_function(self, name):
         function = getattr(self, name)
         program = fxkfac.trace(function, X, STOPPED)
         proves(program, X, Y)
 
-    @pytest.mark.parametrize("name", ["detached", "no_grad", "frozen_use"])
+    @pytest.mark.parametrize("name", SPELLINGS)
     def test_of_a_module(self, name):
         function, tensors = getattr(self, name), STOPPED
 
