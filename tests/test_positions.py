@@ -22,6 +22,7 @@ from fxkfac.graph.front_ends.capture import FRONT_ENDS
 
 T = 4  # positions
 APART = torch.arange(T)[:, None] - torch.arange(T) + T - 1  # how far each is from each other
+WAVES = rand(2, 2 * T - 1, seed=5)
 PARAMS = {"table": rand(2 * T - 1, 2), "W": rand(4, 6, seed=1), "out": rand(6, 3, seed=2)}
 
 Biased = Callable[[Tensor, Tensor], Tensor]
@@ -63,6 +64,12 @@ def split_windows(params: dict[str, Tensor], x: Tensor) -> Tensor:
     return found.transpose(1, 2).flatten(2).mean(1) @ params["out"]
 
 
+def in_windows(p: dict[str, Tensor], x: Tensor, positions: Tensor) -> Tensor:
+    """Positions within windows, of which each datum has two."""
+    y = torch.tanh(x.view(-1, 2, 4)[..., :2] + positions) @ p["W"][:2]
+    return y.view(len(x), -1, 6).mean(1) @ p["out"]
+
+
 SPELLINGS: dict[str, Callable[[dict[str, Tensor], Tensor], Tensor]] = {
     "the mask itself": lambda p, x: attend(p, x, lambda bias, x: bias),
     "where, a number last": lambda p, x: attend(
@@ -78,6 +85,8 @@ SPELLINGS: dict[str, Callable[[dict[str, Tensor], Tensor], Tensor]] = {
     ),
     "one head": one_head,
     "places in one row": split_windows,
+    "looked up for each window": lambda p, x: in_windows(p, x, p["table"][torch.arange(2)]),
+    "a product for each window": lambda p, x: in_windows(p, x, WAVES @ p["table"]),
 }
 
 
@@ -92,7 +101,15 @@ def test_a_table_of_positions(name):
     assert not program.tapped.unsupported
 
 
-@pytest.mark.parametrize("name", ["where, a number last", "places in one row"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "where, a number last",
+        "places in one row",
+        "looked up for each window",
+        "a product for each window",
+    ],
+)
 def test_its_factors_add_up(name):
     x, y = rand(5, T, 4, seed=3), rand(5, 3, seed=4)
     program = fxkfac.trace(SPELLINGS[name], x, PARAMS)
@@ -101,6 +118,15 @@ def test_its_factors_add_up(name):
         singles = [(x[k : k + 1], y[k : k + 1]) for k in range(5)]
         apart = fxkfac.kfac(program, MSE, singles, sharing=sharing)
         torch.testing.assert_close(apart.dense(), whole.dense(), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["looked up for each window", "a product for each window"])
+def test_eigenvalues_of_a_table_for_each_window(name):
+    model, x, y = SPELLINGS[name], rand(5, T, 4, seed=3), rand(5, 3, seed=4)
+    program = fxkfac.trace(model, x, PARAMS)
+    block = fxkfac.ekfac(program, MSE, (x, y), fxkfac.kfac(program, MSE, (x, y)))["table"]
+    expected = fxkfac.exact.ggn(model, MSE, (x, y), "table", PARAMS)
+    torch.testing.assert_close(block.eigenvalues.sum(), expected.trace(), rtol=1e-10, atol=1e-12)
 
 
 def test_a_table_that_is_summed_over_heads_is_refused():

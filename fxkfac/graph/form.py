@@ -168,11 +168,13 @@ class Form:
         return self._normal_rows(self.routes.axes, [], batch)
 
     def spread(self, axes: str, batch: BatchAxis) -> list[str]:
-        """Shared axes that a tensor lacks while it has others: it repeats itself along them."""
-        shared = [a for a in self.rows if a != batch.axis]
+        """Shared axes that a tensor lacks while it has others: it repeats itself along them.
+
+        The axis of the data is one of them where it holds several rows of each datum.
+        """
+        shared = [a for a in self.rows if a != batch.axis or batch.outer * batch.inner > 1]
         lacking = [a for a in shared if a not in letters(axes)]
-        inside = batch.outer * batch.inner > 1 and batch.axis in letters(axes)
-        return lacking if inside or len(lacking) < len(shared) else []
+        return lacking if len(lacking) < len(shared) else []
 
     def normal_y(self, batch: BatchAxis | None = None) -> str:
         """The same for y: (group, rows.., out) or (group, batch, shared, out)."""

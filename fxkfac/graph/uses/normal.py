@@ -111,9 +111,10 @@ def _normal_x(x: Tensor, use: Use, batch: BatchAxis | None) -> Tensor | OneHotRo
 def _spread(use: Use, t: Tensor, axes: str, batch: BatchAxis | None) -> tuple[Tensor, str]:
     """Repeat a tensor along the shared axes that it lacks, where it has others of them."""
     lacking = use.form.spread(axes, batch) if batch is not None else []
-    if not lacking:
+    if batch is None or not lacking:
         return t, axes
     lengths = axis_lengths(use.form.y, use.y_shape, use.form.sizes)
+    lengths |= {batch.axis: batch.outer * batch.inner}  # the same for all data
     sizes = {a: lengths[a] for a in lacking} | dict(use.form.row_sizes(axes, None))
     wider = f"{axes} {' '.join(lacking)}"
     return repeat(t, f"{axes} -> {wider}", **sizes), wider
