@@ -127,7 +127,7 @@ def match_and_locate(trial: Trial, example: Example) -> tuple[Matched, Located]:
     """Match, and find by experiment where the data are in each tap.
 
     An op that meets no data may need to be lifted. Whether it does, the same experiment tells: both
-    ways are tapped in it.
+    ways are tapped in it. One datum has no other order: there what can be lifted is.
     """
     plain = _match(trial, example, ())
     dependent = depend_on(trial.captured.module.graph, trial.captured.inputs())
@@ -139,6 +139,8 @@ def match_and_locate(trial: Trial, example: Example) -> tuple[Matched, Located]:
     uses, located = _locate(trial, [u for way in ways.values() for u in way.uses])
     constant = zip(uses[: len(plain.uses)], located.constant, strict=False)
     lifted = frozenset(u.node for u, c in constant if c and u.node in apart)
+    if apart and trial.model.signature.batch_size(trial.data) == 1:
+        lifted = frozenset(apart - {u.node for u in ways[frozenset(apart)].unsupported})
     if lifted not in ways:  # some are to be lifted and others not
         ways = {lifted: _match(trial, example, lifted)}
         uses, located = _locate(trial, ways[lifted].uses)

@@ -97,7 +97,7 @@ def _named(
     places: Tensor, tokens: list[str], y_shape: tuple[int, ...]
 ) -> tuple[list[str], dict[str, str], dict[str, int]]:
     """Names of the addition's axes; what axes taken apart became, and the sizes of the parts."""
-    names = ["1" if size == 1 else f"s{a}" for a, size in enumerate(places.shape)]
+    names = [f"s{a}" for a in range(places.ndim)]
     parts: dict[str, str] = {}
     sizes: dict[str, int] = {}
     for token, own in zip(tokens, own_axes(places, y_shape), strict=True):
