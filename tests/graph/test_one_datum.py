@@ -75,7 +75,36 @@ class Squeezed(nn.Module):
         return self.head(x.mean(1)).tanh().squeeze()
 
 
-MODELS = [Added, ClassToken, FirstState, Positions, Queries, Squeezed]
+class Unrolled(nn.Module):
+    """The first product is one with zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.W, self.U = (nn.Parameter(torch.randn(4, 4)) for _ in range(2))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.zeros(len(x), 4, dtype=x.dtype)
+        for step in x.unbind(1):
+            h = torch.tanh(h @ self.W + step @ self.U)
+        return self.head(h)
+
+
+class Members(nn.Module):
+    """Heads under vmap, whose biases have all axes of the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.weight = nn.Parameter(torch.randn(2, 4)), nn.Parameter(rand(2, 3, 4))
+        self.bias = nn.Parameter(rand(2, 3, seed=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.mean(1) + torch.zeros(len(x), 1, dtype=x.dtype)
+        scaled = torch.vmap(torch.mul, (None, 0))(h, self.scale)
+        return torch.vmap(nn.functional.linear)(scaled, self.weight, self.bias).mean(0).tanh()
+
+
+MODELS = [Added, ClassToken, FirstState, Positions, Queries, Squeezed, Unrolled, Members]
 X, Y = rand(6, 3, 4, seed=1), rand(6, 3, seed=2)
 
 

@@ -214,13 +214,12 @@ def broadcast(call: Call, name: str, scale: float = 1.0) -> Form:
 def aligned(call: Call, name: str) -> str:
     """The axes of an operand that broadcasts to the output: `1` where it has length one only.
 
-    The first axis of an output is one of rows even where it is of length one, for a single datum.
+    Where it has all axes of the output, as a table of positions or the biases of an ensemble have,
+    one of length one is of rows even where the output's is, as for a single datum.
     """
     shape, y_shape = call.shape(name), call.y_shape
     own = len(y_shape) - len(shape)
     y = rows(len(y_shape)).split()[own:]
+    all_axes = own == 0 and len(shape) > 1
     pairs = zip(y, y_shape[own:], shape, strict=True)
-    tokens = [a if n == m else "1" for a, m, n in pairs]
-    if own == 0 and len(shape) > 1 and shape[0] == 1:
-        tokens[0] = "1"
-    return " ".join(tokens)
+    return " ".join("1" if n != m or (all_axes and n == 1) else a for a, m, n in pairs)
