@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -18,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from fxkfac.errors import DataError, FxkfacError, LossError, NoDataError, NonFiniteError
+from fxkfac.errors import DataError, FxkfacError, LossError, NoDataError
 from fxkfac.isolation import own_randomness, seed_from
+from fxkfac.likelihoods.roots import row_roots
 from fxkfac.likelihoods.targets import (
     require_finite,
     require_labels,
@@ -223,17 +223,10 @@ def derived_hessian_sqrt(
     """v -> S v with S = √H, the symmetric square root of the autodiff Hessian of each row.
 
     Raises:
-        LossError: The criterion is not convex in f, so that no real square root exists.
+        LossError, NonFiniteError: As `row_roots`.
     """
-    H = row_hessians(likelihood, widen(f.detach()), y)
-    if not H.isfinite().all():
-        raise NonFiniteError(
-            f"the Hessian of {type(likelihood).__name__} holds NaN or Inf. Look for infinite "
-            "predictions, or for an `nll` whose second derivative does not exist there."
-        )
-    eigenvalues, Q = torch.linalg.eigh(H)
-    _require_convex(likelihood, eigenvalues)
-    S = (Q * eigenvalues.clamp(min=0).sqrt().unsqueeze(1)) @ Q.mT  # S = Q √Λ Qᵀ
+    name = type(likelihood).__name__
+    S = row_roots(name, lambda at: likelihood.criterion(at, y), widen(f.detach()))
 
     def apply(v: Tensor) -> Tensor:
         rows = v.reshape(len(v), -1, 1).to(S.dtype)
@@ -246,49 +239,6 @@ def without_ignored(likelihood: Likelihood, f: Tensor, y: Target, g: Tensor) -> 
     """What is like `f`, with zeros at sites that count for nothing: there may be rounding."""
     ignored = likelihood.ignored(f, y)
     return g if ignored is None else g.masked_fill(ignored, 0.0)
-
-
-def row_hessians(likelihood: Likelihood, f: Tensor, y: Target) -> Tensor:
-    """H_f c(f_n, y_n) for every row of axis 0, shape [N, dim F, dim F]. Definition 9."""
-    slope = torch.func.grad(lambda at: likelihood.criterion(at, y))
-    pullback = torch.func.vjp(slope, f)[1]
-    rows = f.reshape(len(f), -1)
-    # Rows are independent, so that one product serves column d of every row's Hessian.
-    columns = []
-    for d in range(rows.shape[1]):
-        e = torch.zeros_like(rows)
-        e[:, d] = 1
-        with _second_derivatives(likelihood):
-            columns.append(pullback(e.reshape(f.shape))[0].reshape(rows.shape))
-    H = torch.stack(columns, dim=2)
-    return (H + H.mT) / 2
-
-
-@contextmanager
-def _second_derivatives(likelihood: Likelihood) -> Iterator[None]:
-    """Say what there is where PyTorch cannot differentiate a criterion twice."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "not implemented" not in str(error):
-            raise
-        raise LossError(
-            f"the criterion of {type(likelihood).__name__} has no second derivative in PyTorch: "
-            f"{error}. Use fisher='mc' or 'empirical', or define `hessian_sqrt`."
-        ) from error
-
-
-def _require_convex(likelihood: Likelihood, eigenvalues: Tensor) -> None:
-    eps = torch.finfo(eigenvalues.dtype).eps
-    # A saturated row's Hessian is rounding alone: measure by the largest one, not by its own.
-    rounding = eps**0.5 * eigenvalues.abs().max() + eps
-    if eigenvalues.min() < -rounding:
-        row = int(eigenvalues.amin(1).argmin())
-        raise LossError(
-            f"{type(likelihood).__name__} is not convex in the prediction: its Hessian at row "
-            f"{row} has the eigenvalue {eigenvalues.min().item():.3g}, so it has no real square "
-            "root. Use fisher='mc' or 'empirical', or define `hessian_sqrt`."
-        )
 
 
 def sum_rows(values: Tensor) -> Tensor:
