@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from drawn import rand
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
+import fxkfac
 from fxkfac.graph.decompositions import decompose
 from fxkfac.graph.front_ends.recurrence import FUSED
 
@@ -51,3 +52,42 @@ def test_cells_that_a_gpu_runs_as_one_op(name: str, biased: bool) -> None:
     else:
         found, expected = FUSED[op](*gates, h, *biases)[:1], (cell(x, h),)
     torch.testing.assert_close(found, tuple(expected), rtol=0, atol=1e-14)
+
+
+Z = rand(3, 4, seed=9)
+# The model, and the shapes of the parameters that constants are joined with.
+PARTS: dict[str, tuple[Any, dict[str, tuple[int, ...]]]] = {
+    "bias": (
+        lambda p, x: F.linear(x, p["W"], torch.cat((p["q"], Z[0, :2], p["v"]))),
+        {"q": (3,), "v": (1,)},
+    ),
+    "addmm": (
+        lambda p, x: torch.addmm(
+            torch.cat((Z[0, :2], p["q"])), x.flatten(1), p["W"].repeat(1, 3).T
+        ),
+        {"q": (4,)},
+    ),
+    "last axis": (lambda p, x: torch.cat((p["t"], Z[:3, :1]), -1) + x, {"t": (3, 3)}),
+    "first axis": (lambda p, x: x + torch.cat([Z[:1], p["t"]]), {"t": (2, 4)}),
+}
+
+
+@pytest.mark.parametrize("case", PARTS)
+def test_constants_that_are_joined_with_parameters(case: str) -> None:
+    """Each entry meets one place of each datum, and its block is exact."""
+    first, shapes = PARTS[case]
+
+    def model(p: dict[str, Tensor], x: Tensor) -> Tensor:
+        return first(p, x).tanh().reshape(len(x), -1)
+
+    x, y = rand(5, 3, 4), rand(5, 1)
+    params = {name: rand(*shape, seed=k) for k, (name, shape) in enumerate(shapes.items())}
+    params["W"] = rand(6, 4, seed=7)
+    y = y.expand(model(params, x).shape)
+    program = fxkfac.trace(model, x, params)
+    loss = nn.MSELoss()
+    assert max(fxkfac.check(program, loss, (x, y)).values()) < 1e-14
+    factors = fxkfac.kfac(program, loss, (x, y), sharing="reduce")
+    for name in shapes:
+        exact = fxkfac.exact.ggn(model, loss, (x, y), [name], params)
+        torch.testing.assert_close(factors[name].dense(), exact, rtol=1e-12, atol=1e-15)
