@@ -60,8 +60,8 @@ def tied() -> nn.Module:
 
 
 def unused() -> nn.Module:
-    """No gradient arrives at one of the orientations."""
-    return Made(lambda m, x: (x * ((x @ m.V) @ m.W.T > 0)) @ m.W, V=weight(4, 3), W=weight(4, 3))
+    """The gradient at one of the orientations is zero."""
+    return Made(lambda m, x: (x * ((x @ m.V) @ m.W.T).sign()) @ m.W, V=weight(4, 3), W=weight(4, 3))
 
 
 CASES = {
