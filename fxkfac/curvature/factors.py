@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -108,6 +109,13 @@ class Factors(Curvature):
         }
         return self.n, rows
 
+    @cached_property
+    def _unused(self) -> tuple[str, ...]:
+        """Parameters with factors on other data, of inputs of other shapes, but not on these."""
+        used = {name for plan in self.plans.values() for name in plan.parameters}
+        wanted = (name for name, kind in self.settings.structures.items() if kind == "kronecker")
+        return tuple(name for name in wanted if name not in used)
+
     def __getitem__(self, name: str) -> AnyBlock:
         name = self.canonical(name)
         if (block := self._unfactored(name)) is not None:
@@ -123,14 +131,18 @@ class Factors(Curvature):
         return Block(plan.parameters, plan.shapes, tuple(terms))
 
     def _unfactored(self, name: str) -> AnyBlock | None:
-        """An exact block, or the identity; `None` for a parameter that is in another's block."""
+        """An exact block, or the identity; `None` for a parameter that has factors.
+
+        Zero for one that should have, but that these data do not use.
+        """
         kind = self.settings.structures.get(name)
-        if kind in (None, "kronecker"):
+        if kind is None or (kind == "kronecker" and name not in self._unused):
             return None
         shape = self.settings.parameters[name]
-        if kind == "identity":
-            ones = torch.ones(shape, dtype=accurate_dtype(self.like), device=self.like.device)
-            return Diagonal((name,), (shape,), ones)
+        if kind in ("identity", "kronecker"):
+            fill = torch.ones if kind == "identity" else torch.zeros
+            dtype, device = accurate_dtype(self.like), self.like.device
+            return Diagonal((name,), (shape,), fill(shape, dtype=dtype, device=device))
         made = Dense if kind == "dense" else Diagonal
         return made((name,), (shape,), self.exact[name])
 
@@ -147,7 +159,7 @@ class Factors(Curvature):
 
     def __iter__(self) -> Iterator[str]:
         same = [name for name, kind in self.settings.structures.items() if kind == "identity"]
-        return iter([*self.plans, *self.exact, *same])
+        return iter([*self.plans, *self.exact, *same, *self._unused])
 
     def __len__(self) -> int:
         return len(list(iter(self)))

@@ -102,6 +102,8 @@ def _sum(blocks: Sequence[AnyBlock], shapes: Mapping[str, tuple[int, ...]]) -> A
         return replace(first, diagonal=torch.stack(parts).sum(0))
     if all(isinstance(b, Dense | Diagonal) for b in blocks):
         return Dense(first.params, first.shapes, torch.stack([b.dense() for b in blocks]).sum(0))
+    if any(_is_zero(b) for b in blocks):  # of a loss that does not use the parameter
+        return _sum([b for b in blocks if not _is_zero(b)], shapes)
     params = tuple(dict.fromkeys(name for b in blocks for name in b.params))
     if not all(isinstance(b, Block) for b in blocks):
         raise MergeError(
@@ -115,3 +117,7 @@ def _sum(blocks: Sequence[AnyBlock], shapes: Mapping[str, tuple[int, ...]]) -> A
         start += torch.Size(shapes[name]).numel()
     terms = [replace(t, offsets=offsets) for b in blocks if isinstance(b, Block) for t in b.terms]
     return Block(params, tuple(shapes[name] for name in params), tuple(terms))
+
+
+def _is_zero(block: AnyBlock) -> bool:
+    return isinstance(block, Diagonal) and not block.diagonal.any()

@@ -68,6 +68,53 @@ def test_damped_factors_of_a_tied_weight():
     torch.testing.assert_close(matrix @ block.solve(g, 0.04, "factors"), g)
 
 
+def assert_solved(curvature, names, gradients):
+    """As by the matrix."""
+    λ = 0.3
+    solved = curvature.solve(gradients, damping=λ)
+    C = curvature.dense(*names) + λ * torch.eye(sum(gradients[n].numel() for n in names))
+    flat = torch.cat([gradients[name].flatten() for name in names])
+    found = torch.cat([solved[name].flatten() for name in names])
+    torch.testing.assert_close(found, torch.linalg.solve(C, flat))
+
+
+def test_losses_that_each_use_a_head_of_their_own():
+    """To the other's head each one adds nothing."""
+    heads = PARAMS | {"V2": rand(2, 5, seed=6)}
+
+    def second(params, x):
+        return net(params | {"V": params["V2"]}, x)
+
+    first, other = (
+        fxkfac.kfac(fxkfac.trace(f, X, heads), nn.MSELoss(), (X, torch.zeros(6, d, dtype=F64)))
+        for f, d in ((net, 1), (second, 2))
+    )
+    total = fxkfac.sum_of(first, other)
+    expected = first.dense(*heads) + other.dense(*heads)
+    torch.testing.assert_close(total.dense(*heads), expected)
+    assert_solved(total, tuple(heads), {n: rand(*t.shape, seed=9) for n, t in heads.items()})
+
+
+def test_a_weight_that_some_inputs_do_not_use_has_a_block_of_zeros():
+    def model(params, x):
+        h = torch.einsum("ntd,de->nte", x, params["W"]) if x.shape[1] > 2 else x
+        return torch.tanh(h.sum(1)) @ params["V"]
+
+    weights = {"W": rand(3, 3), "V": rand(3, 1, seed=1)}
+    long, short = rand(5, 4, 3), rand(5, 2, 3)
+    program = fxkfac.trace(model, long, weights)
+    each = [fxkfac.kfac(program, nn.MSELoss(), (x, rand(5, 1, seed=2))) for x in (short, long)]
+    assert not each[0]["W"].dense().any()
+    assert set(each[0].operator().shapes) == set(weights)
+    assert [row.params for row in each[0].report()] == [("V",), ("W",)]
+    for curvature in (each[0], fxkfac.sum_of(*each)):
+        assert_solved(
+            curvature, ("W", "V"), {n: rand(*t.shape, seed=9) for n, t in weights.items()}
+        )
+    total = fxkfac.sum_of(*each).dense("W", "V")
+    torch.testing.assert_close(total, each[0].dense("W", "V") + each[1].dense("W", "V"))
+
+
 def test_parts_do_not_fit():
     one = factors(net, X)
     smaller = {"W": rand(5, 2), "b": rand(5), "V": rand(2, 5)}
