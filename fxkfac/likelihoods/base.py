@@ -21,6 +21,7 @@ from fxkfac.errors import DataError, FxkfacError, LossError, NoDataError
 from fxkfac.isolation import own_randomness, seed_from
 from fxkfac.likelihoods.roots import row_roots
 from fxkfac.likelihoods.targets import (
+    require_dependence,
     require_finite,
     require_labels,
     require_prediction,
@@ -184,11 +185,14 @@ class Likelihood:
                     "many targets as predictions along axis 0."
                 )
         try:
-            rows = self.nll(f.detach(), y)
+            with torch.enable_grad():
+                rows = self.nll(f.detach().requires_grad_(), y)
             has_rows = isinstance(rows, Tensor) and rows.shape == f.shape[:1]
+            if has_rows and type(self).gradient is Likelihood.gradient:  # it is derived
+                require_dependence(type(self).__name__, rows)
             if isinstance(y, Tensor) and len(f) > 1 and has_rows:
                 alone = self.nll(f[:1].detach(), y[:1])
-                require_rows(type(self).__name__, rows, alone, f, y)
+                require_rows(type(self).__name__, rows.detach(), alone, f, y)
         except FxkfacError:
             raise
         except ValueError as error:  # torch.distributions: outside of the support

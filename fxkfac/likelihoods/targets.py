@@ -64,6 +64,16 @@ def require_labels(distribution: Distribution, target: Tensor) -> None:
         )
 
 
+def require_dependence(name: str, rows: Tensor) -> None:
+    """Raise `LossError` unless autograd sees that values depend on the prediction."""
+    if not rows.requires_grad:
+        raise LossError(
+            f"{name}.nll does not depend on the prediction, as far as autograd sees; expected one "
+            "that does. Compute it of the prediction itself, not of what is detached or no "
+            "longer PyTorch's."
+        )
+
+
 def require_rows(name: str, rows: Tensor, alone: Tensor, f: Tensor, y: Tensor) -> None:
     """Raise `LossError` unless the first row by itself is worth what it is among the others.
 

@@ -476,6 +476,22 @@ class TestUsersOwn:
         with pytest.raises(LossError, match=r"Reduced.nll returned shape \(\); .* shape \(3,\)"):
             Reduced().gradient(rand(3, 2), rand(3, 2))
 
+    def test_an_nll_that_autograd_cannot_follow_needs_a_gradient(self):
+        class Detached(Likelihood):
+            def nll(self, prediction, target):
+                return (prediction.detach() - target).square().sum(1) / 2
+
+        class Formula(Detached):
+            def gradient(self, f, y):
+                return f - y
+
+        f, y = rand(3, 2), rand(3, 2, seed=1)
+        with pytest.raises(LossError, match=r"Detached.nll does not depend on the prediction"):
+            Detached().validate(f, y)
+        Formula().validate(f, y)
+        with torch.no_grad():
+            LogCosh().validate(f, y)
+
     def test_nothing_given(self):
         with pytest.raises(LossError, match="Likelihood has no distribution"):
             Likelihood().criterion(rand(3, 2), rand(3, 2))
