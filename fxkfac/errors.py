@@ -58,6 +58,10 @@ class TapMismatch(FxkfacError):
     """The gradient put together from the taps differs from autograd's."""
 
 
+class BlockError(FxkfacError, AttributeError):
+    """A block has not what is asked of it, as a diagonal has no factors and a sum several."""
+
+
 class MergeError(FxkfacError, ValueError):
     """Two partial results do not belong to the same computation."""
 

@@ -12,6 +12,7 @@ import fxkfac
 from fxkfac import errors, laplace, operators
 from fxkfac.errors import (
     BatchAxisError,
+    BlockError,
     CaptureError,
     DataError,
     FxkfacError,
@@ -94,6 +95,22 @@ def test_all_errors_are_one_family():
     kinds = [k for k in vars(errors).values() if isinstance(k, type)]
     assert len(kinds) > 10
     assert all(issubclass(kind, FxkfacError) for kind in kinds)
+
+
+def test_factors_of_blocks_that_have_none_or_several():
+    def there_and_back(params, x):
+        return torch.tanh(x @ params["W"]) @ params["W"].T * params["c"]
+
+    x = torch.randn(5, 4, dtype=F64)
+    params = {"W": torch.randn(4, 3, dtype=F64), "c": torch.randn(4, dtype=F64)}
+    factors = fxkfac.kfac(fxkfac.trace(there_and_back, x, params), nn.MSELoss(), (x, x))
+    for name, text in {
+        "c": "of kind Diagonal, .* a Block",
+        "W": "sum of 2 .* `block.terms`",
+    }.items():
+        assert not hasattr(factors[name], "A")
+        with pytest.raises(BlockError, match=f"block of {name} is .*{text}"):
+            _ = factors[name].B
 
 
 def test_an_unknown_name_is_a_key_error_that_prints_well():

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fxkfac.curvature.laid_out import laid_out
 from fxkfac.curvature.plan import TermPlan
-from fxkfac.errors import FxkfacError
+from fxkfac.errors import BlockError
 from fxkfac.linalg import operators
 from fxkfac.linalg.operators import BlockDiagonal, Damping, Operator
 
@@ -81,6 +81,22 @@ class OfParameters(ABC):
         """The block on vectors (numel,), the parameters' concatenated rvec as stored."""
 
     @property
+    def A(self) -> Tensor:  # noqa: N802 - the factor's name
+        """Input-based factor, with all scaling done. Raises `BlockError` where there is not one."""
+        raise self._without_factors()
+
+    @property
+    def B(self) -> Tensor:  # noqa: N802 - the factor's name
+        """Gradient-based factor, with all scaling done. Raises `BlockError`, too."""
+        raise self._without_factors()
+
+    def _without_factors(self) -> BlockError:
+        return BlockError(
+            f"the block of {', '.join(self.params)} is of kind {type(self).__name__}, which has no "
+            "Kronecker factors; expected a Block. Its curvature is in `dense()` and `operator`."
+        )
+
+    @property
     def numel(self) -> int:
         """Number of entries of all parameters."""
         return sum(torch.Size(s).numel() for s in self.shapes)
@@ -119,19 +135,19 @@ class Block(OfParameters):
     terms: tuple[Kronecker, ...]
 
     @property
-    def A(self) -> Tensor:  # noqa: N802 - the field's name
+    def A(self) -> Tensor:  # noqa: N802 - the factor's name
         """Input-based factor, with all scaling done; see `Kronecker.A`."""
         return self._single().A
 
     @property
-    def B(self) -> Tensor:  # noqa: N802 - the field's name
+    def B(self) -> Tensor:  # noqa: N802 - the factor's name
         """Gradient-based factor, with all scaling done; see `Kronecker.B`."""
         return self._single().B
 
     def _single(self) -> Kronecker:
         if len(self.terms) == 1:
             return self.terms[0]
-        raise FxkfacError(
+        raise BlockError(
             f"the block of {', '.join(self.params)} is a sum of {len(self.terms)} Kronecker "
             "products, because the parameter is used in different orientations or parts; read "
             "A and B of each one in `block.terms`."

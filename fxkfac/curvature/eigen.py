@@ -9,7 +9,7 @@ from torch import Tensor
 from fxkfac.curvature.blocks import OfParameters, Term
 from fxkfac.curvature.laid_out import laid_out
 from fxkfac.curvature.plan import TermPlan
-from fxkfac.errors import FxkfacError
+from fxkfac.errors import BlockError
 from fxkfac.linalg import operators
 from fxkfac.linalg.operators import Operator
 from fxkfac.linalg.operators.symmetric import rounded_squares
@@ -72,7 +72,7 @@ class EigenBlock(OfParameters):
     def _single(self) -> EigenTerm:
         if len(self.terms) == 1:
             return self.terms[0]
-        raise FxkfacError(
+        raise BlockError(
             f"the block of {', '.join(self.params)} has {len(self.terms)} terms, each with a basis "
             "of its own; read that of each one in `block.terms`."
         )
