@@ -44,6 +44,7 @@ class Watch:
     _modules: list[nn.Module] = field(default_factory=list)
     _objects: list[Any] = field(default_factory=list)
     _mutable: dict[int, tuple[Any, Hashable]] = field(default_factory=dict)
+    _tokens: dict[Hashable, object] = field(default_factory=dict)  # of all that was found so far
     _key: Hashable = None
 
     def key(self) -> Hashable:
@@ -78,7 +79,8 @@ class Watch:
         moving = self.reads.moving
         values = enumerate(self._reached.values)
         held = tuple(Same(v) if k in moving else self._of_value(v) for k, v in values)
-        self._key = (tuple(parts), functions, held)
+        # All of it would be hashed at every batch.
+        self._key = self._tokens.setdefault((tuple(parts), functions, held), object())
         self._objects = _objects(self._modules, self._reached)
 
     def _of_module(
