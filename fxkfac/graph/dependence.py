@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,17 +53,23 @@ def reach_output(graph: Graph) -> set[Node]:
     return alive
 
 
-def depend_on(graph: Graph, inputs: Sequence[Node], besides: Collection[Node] = ()) -> set[Node]:
+def depend_on(
+    graph: Graph,
+    inputs: Sequence[Node],
+    besides: Collection[Node] = (),
+    blind: Collection[Any] = frozenset(SHAPE_ONLY | LIKE),
+) -> set[Node]:
     """All nodes whose values depend on those of the inputs, not on their shapes alone.
 
     Args:
         graph: The graph.
         inputs: Some of its nodes.
         besides: Nodes whose values are given, whatever they are computed from.
+        blind: Ops that look at no values; without `LIKE` what has the axes of the inputs counts.
     """
     dependent = set(inputs)
     for node in graph.nodes:
-        if node in besides or node.target in SHAPE_ONLY | LIKE:
+        if node in besides or node.target in blind:
             continue
         if dependent & set(node.all_input_nodes):
             dependent.add(node)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from fxkfac.errors import NonFiniteError
-from fxkfac.graph.dependence import depend_on
+from fxkfac.graph.dependence import SHAPE_ONLY, depend_on
 from fxkfac.graph.experiments.by_values import has_size_of_values
 from fxkfac.graph.experiments.coupling import Coupling, coupling
 from fxkfac.graph.experiments.locate import Located, locate, other_order
@@ -127,10 +127,12 @@ def match_and_locate(trial: Trial, example: Example) -> tuple[Matched, Located]:
     """Match, and find by experiment where the data are in each tap.
 
     An op that meets no data may need to be lifted. Whether it does, the same experiment tells: both
-    ways are tapped in it. One datum has no other order: there what can be lifted is.
+    ways are tapped in it. One datum has no other order: there what can be lifted is, unless it has
+    the axes of the data.
     """
     plain = _match(trial, example, ())
-    dependent = depend_on(trial.captured.module.graph, trial.captured.inputs())
+    graph, inputs = trial.captured.module.graph, trial.captured.inputs()
+    dependent = depend_on(graph, inputs)
     names = {n.name for n in dependent}
     apart = {u.node for u in plain.uses if u.node not in names}
     ways = {frozenset[str](): plain}
@@ -140,7 +142,8 @@ def match_and_locate(trial: Trial, example: Example) -> tuple[Matched, Located]:
     constant = zip(uses[: len(plain.uses)], located.constant, strict=False)
     lifted = frozenset(u.node for u, c in constant if c and u.node in apart)
     if apart and trial.model.signature.batch_size(trial.data) == 1:
-        lifted = frozenset(apart - {u.node for u in ways[frozenset(apart)].unsupported})
+        alike = {n.name for n in depend_on(graph, inputs, blind=SHAPE_ONLY)}
+        lifted = frozenset(apart - alike - {u.node for u in ways[frozenset(apart)].unsupported})
     if lifted not in ways:  # some are to be lifted and others not
         ways = {lifted: _match(trial, example, lifted)}
         uses, located = _locate(trial, ways[lifted].uses)
