@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
 import fxkfac
+from fxkfac.errors import UnsupportedUse
 from fxkfac.graph.decompositions import decompose
 from fxkfac.graph.front_ends.recurrence import FUSED
 
@@ -69,6 +70,10 @@ PARTS: dict[str, tuple[Any, dict[str, tuple[int, ...]]]] = {
     ),
     "last axis": (lambda p, x: torch.cat((p["t"], Z[:3, :1]), -1) + x, {"t": (3, 3)}),
     "first axis": (lambda p, x: x + torch.cat([Z[:1], p["t"]]), {"t": (2, 4)}),
+    "not added": (
+        lambda p, x: torch.cat([p["t"].expand(len(x), 1, 4), x.new_ones(len(x), 2, 4)], 1) * x,
+        {"t": (1, 1, 4)},
+    ),
 }
 
 
@@ -91,3 +96,13 @@ def test_constants_that_are_joined_with_parameters(case: str) -> None:
     for name in shapes:
         exact = fxkfac.exact.ggn(model, loss, (x, y), [name], params)
         torch.testing.assert_close(factors[name].dense(), exact, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(0, 1), (2, 1), (1, 3)])
+def test_what_is_added_with_a_factor_is_not_taken_apart(alpha: float, beta: float) -> None:
+    def model(p: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.addmm(torch.cat((p["q"], Z[0, :2])), x, p["W"].T, alpha=alpha, beta=beta)
+
+    params = {"W": rand(6, 4), "q": rand(4)}
+    with pytest.raises(UnsupportedUse, match="q enters"):
+        fxkfac.trace(model, rand(5, 4), params)

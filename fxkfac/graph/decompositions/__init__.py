@@ -30,14 +30,13 @@ def decompose(graph: Graph, selected: Sequence[Node], inputs: Sequence[Node]) ->
             enter stays whole, which is faster and keeps less.
         inputs: The placeholders of the data.
     """
-    data = depend_on(graph, inputs)
-    own = depend_on(graph, selected) - data
+    own = depend_on(graph, selected) - depend_on(graph, inputs)
     for node in list(graph.nodes):
         rewrite = DECOMPOSITIONS.get(node.target)
         if rewrite is None or own.isdisjoint(node.all_input_nodes):
             continue
         with graph.inserting_before(node):
-            result = rewrite(Rewriter(graph, node, own, data))
+            result = rewrite(Rewriter(graph, node, own))
         if result is not None:
             node.replace_all_uses_with(result)
             graph.erase_node(node)

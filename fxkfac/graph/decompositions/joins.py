@@ -11,8 +11,11 @@ from torch.fx import Node
 
 from fxkfac.graph.decompositions.rewriter import Rewriter, decomposition
 from fxkfac.graph.dependence import length
+from fxkfac.graph.overloads import arguments
 
 aten = torch.ops.aten
+
+BIASED = {aten.linear.default: "bias", aten.addmm.default: "self"}  # what is added to the product
 
 
 @decomposition(aten.cat.default, aten.stack.default)
@@ -20,7 +23,7 @@ def join(at: Rewriter) -> Node | None:
     """Parameters between data in a `cat` or `stack`: each one is added to zeros."""
     tensors = list(at["tensors"])
     own = [k for k, t in enumerate(tensors) if at.is_parameter(t)]
-    if not own or len(own) == len(tensors) or at.is_parameter(at.node):
+    if not own or len(own) == len(tensors) or _is_added(at):
         return None
     for k in own:
         zeros = at.call(aten.zeros_like.default, tensors[k])
@@ -28,44 +31,52 @@ def join(at: Rewriter) -> Node | None:
     return at.call(at.node.target, tensors, *at.node.args[1:], **at.node.kwargs)
 
 
-@decomposition(aten.linear.default)
-def linear(at: Rewriter) -> Node | None:
-    """A bias of which parts are constants, as where keys have none, is added by itself."""
-    if not _has_constants(at, at["bias"]):
-        return None
-    return _added_by_parts(at, at.without("bias"), at["bias"], -1)
+def _is_added(at: Rewriter) -> bool:
+    """Whether parameters and constants, without data, are joined and then added to something."""
+    constant = at.is_parameter(at.node) and at.node.target is aten.cat.default
+    return constant and all(_axis_added(at.node, user) is not None for user in at.node.users)
 
 
-@decomposition(aten.addmm.default)
-def addmm(at: Rewriter) -> Node | None:
-    """The same in another spelling."""
-    scaled = (at["alpha"] or 1, at["beta"] or 1) != (1, 1)
-    if scaled or not _has_constants(at, at["self"]):
-        return None
-    return _added_by_parts(at, at.call(aten.mm.default, at["mat1"], at["mat2"]), at["self"], -1)
+@decomposition(aten.linear.default, aten.addmm.default, aten.add.Tensor)
+def added(at: Rewriter) -> Node | None:
+    """A bias or table of which parts are constants: each part is added by itself.
 
-
-@decomposition(aten.add.Tensor)
-def add(at: Rewriter) -> Node | None:
-    """A table of which parts are constants, as where a class token has no position."""
-    for one, other in (("self", "other"), ("other", "self")):
-        if at["alpha"] in (None, 1) and _has_constants(at, at[one]):
-            shape, spread = (at[name].meta["val"].shape for name in (one, other))
-            axis = _axis(at[one]) % len(shape) - len(shape)  # from the last one back
-            if len(spread) >= -axis and spread[axis] == shape[axis]:
-                return _added_by_parts(at, at[other], at[one], axis)
+    So it is where keys have no bias, or a class token no position.
+    """
+    for joined in at.node.all_input_nodes:
+        if at.is_parameter(joined) and joined.target is aten.cat.default:
+            axis = _axis_added(joined, at.node)
+            if axis is not None and not all(map(at.is_parameter, joined.args[0])):  # type: ignore[arg-type]
+                return _added_by_parts(at, _rest(at, joined), joined, axis)
     return None
 
 
-def _has_constants(at: Rewriter, value: Any) -> bool:
-    """Whether an argument joins parameters and constants."""
-    is_join = at.is_parameter(value) and value.target is aten.cat.default
-    return is_join and any(at.is_constant(t) for t in value.args[0])
-
-
-def _axis(joined: Node) -> int:
+def _axis_added(joined: Node, user: Node) -> int | None:
+    """Along which axis, from the last one back, tensors are joined that a reader adds as such."""
+    given = arguments(user) if user.target in (*BIASED, aten.add.Tensor) else {}
+    if any(given.get(name) not in (None, 1) for name in ("alpha", "beta")):
+        return None
+    if user.target in BIASED:
+        return -1 if given[BIASED[user.target]] is joined else None
+    both = [given.get(name) for name in ("self", "other")]
+    others = [node for node in both if isinstance(node, Node) and node is not joined]
+    table, *values = (node.meta.get("val") for node in (joined, *others))
+    if table is None or len(values) != 1 or values[0] is None:
+        return None
     axis: Any = joined.args[1] if len(joined.args) > 1 else joined.kwargs.get("dim", 0)
-    return axis
+    axis = axis % table.ndim - table.ndim
+    fits = values[0].ndim >= -axis and values[0].shape[axis] == table.shape[axis]
+    return axis if fits else None
+
+
+def _rest(at: Rewriter, joined: Node) -> Node:
+    """What a bias or table is added to."""
+    if at.node.target is aten.addmm.default:
+        return at.call(aten.mm.default, at["mat1"], at["mat2"])
+    if at.node.target is aten.linear.default:
+        return at.without("bias")
+    (other,) = (node for node in (at["self"], at["other"]) if node is not joined)
+    return other
 
 
 def _added_by_parts(at: Rewriter, y: Node, joined: Node, axis: int) -> Node:

@@ -67,7 +67,7 @@ def fix_statistics(node: Node) -> None:
     """
     if node.target not in FIXED or not _is_one_dtype(node):
         return
-    at = Rewriter(node.graph, node, set(), set())
+    at = Rewriter(node.graph, node, set())
     outputs = [node] if len(at.schema.returns) == 1 else list(node.users)
     if at["training"] or any(u.args[1] != 0 for u in outputs if u is not node):
         return

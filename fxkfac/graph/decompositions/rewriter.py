@@ -14,9 +14,9 @@ from fxkfac.graph.overloads import arguments, register
 class Rewriter:
     """The node that is rewritten, its arguments by name, and a way to write ops in its place."""
 
-    def __init__(self, graph: Graph, node: Node, own: set[Node], data: set[Node]) -> None:
+    def __init__(self, graph: Graph, node: Node, own: set[Node]) -> None:
         assert isinstance(node.target, OpOverload)
-        self.graph, self.node, self.own, self.data = graph, node, own, data
+        self.graph, self.node, self.own = graph, node, own
         self.schema, self.arguments = node.target._schema, arguments(node)
 
     def __getitem__(self, name: str) -> Any:
@@ -44,10 +44,6 @@ class Rewriter:
     def is_parameter(self, value: Any) -> bool:
         """Whether an argument is made of parameters, and not of data."""
         return value in self.own
-
-    def is_constant(self, value: Any) -> bool:
-        """Whether an argument is made neither of parameters nor of data."""
-        return value not in self.own and value not in self.data
 
 
 Rewrite = Callable[[Rewriter], Node | None]
