@@ -6,7 +6,7 @@ And the other way round: the user's autocast is for the model, not for the arith
 from __future__ import annotations
 
 import cmath
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -127,6 +127,17 @@ class Autocast:
 
 
 _callers: ContextVar[Autocast | None] = ContextVar("callers autocast", default=None)
+
+
+@contextmanager
+def missing_derivatives(error: Callable[[str], Exception]) -> Iterator[None]:
+    """Raise an error, made of PyTorch's message, where it has no derivative of an op."""
+    try:
+        yield
+    except RuntimeError as found:
+        if "not implemented" not in str(found):
+            raise
+        raise error(str(found).rstrip(".")) from found
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from fxkfac.functional import FunctionalModel, Inputs, Params, prediction_of
 from fxkfac.isolation import full_precision
 from fxkfac.linalg import operators
 from fxkfac.linalg.operators import Damping, Named
-from fxkfac.ranges import held, require_number, require_positive
+from fxkfac.ranges import number_in, require_number, require_positive
 
 Draws = Mapping[str, Tensor]  # of the parameters, (number, *shape)
 Run = Callable[[dict[str, Tensor]], Tensor]  # one draw -> a prediction
@@ -59,7 +59,7 @@ class Posterior:
     model: FunctionalModel = field(repr=False)
 
     def __post_init__(self) -> None:
-        require_positive("prior_precision", held(self.prior_precision))
+        require_positive("prior_precision", number_in(self.prior_precision))
 
     def __repr__(self) -> str:
         names = list(self.curvature.shapes)
@@ -250,7 +250,7 @@ def log_evidence(posterior: Posterior, loss: Tensor | float) -> Tensor:
     Raises:
         OptionError: The loss is no finite number.
     """
-    require_number("loss", held(loss.detach() if isinstance(loss, Tensor) else loss))
+    require_number("loss", number_in(loss.detach() if isinstance(loss, Tensor) else loss))
     τ, P = posterior.prior_precision, posterior.curvature.numel
     nll = loss / posterior.reduction
     fit = -nll - τ / 2 * _square(posterior)

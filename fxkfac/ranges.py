@@ -39,7 +39,7 @@ def require_generator(generator: Any) -> None:
     )
 
 
-def held(value: Any) -> Any:
+def number_in(value: Any) -> Any:
     """The number that a tensor of no axes holds; anything else as it is."""
     return value.item() if isinstance(value, Tensor) and value.ndim == 0 else value
 

@@ -44,6 +44,13 @@ def mlp(seed=0):
         return nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3)).double()
 
 
+MATRICES = [
+    exact.hessian,
+    exact.ggn,
+    exact.type1_fisher,
+    exact.mc_fisher,
+    exact.empirical_fisher,
+]
 X = rand(5, 4, seed=5)
 Y = {
     MSE: rand(5, 3, seed=6),
@@ -338,13 +345,7 @@ class TestBlocks:
     data = (X, Y[CE])
     matrices = pytest.mark.parametrize(
         "matrix",
-        [
-            exact.hessian,
-            exact.ggn,
-            exact.type1_fisher,
-            exact.mc_fisher,
-            exact.empirical_fisher,
-        ],
+        MATRICES,
     )
 
     @matrices
@@ -614,11 +615,7 @@ class TestLeavesTheCallerAlone:
     @pytest.mark.parametrize(
         "compute",
         [
-            exact.hessian,
-            exact.ggn,
-            exact.type1_fisher,
-            exact.mc_fisher,
-            exact.empirical_fisher,
+            *MATRICES,
             lambda *args: exact.hessian_vector_product(
                 *args, vector_like(args[0], ["body.0.bias"])
             ),
@@ -749,11 +746,7 @@ class TestErrors:
     @pytest.mark.parametrize(
         "compute",
         [
-            exact.hessian,
-            exact.ggn,
-            exact.type1_fisher,
-            exact.mc_fisher,
-            exact.empirical_fisher,
+            *MATRICES,
             lambda net, *of: exact.ggn_vector_product(net, *of, vector_like(net, ["0.bias"])),
             lambda net, _, data: exact.vector_jacobian_product(net, data[0], rand(5, 3)),
             lambda *_: exact.jacobian(torch.sin, X),

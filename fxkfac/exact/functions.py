@@ -5,8 +5,7 @@ Paper, Definitions 3-10 and 12-15: Jacobians, Hessians and linearisation, rvec a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch.utils._pytree import tree_map
 
 from fxkfac.errors import OptionError, UnsupportedUse
 from fxkfac.functional import require_gradients_on
+from fxkfac.isolation import missing_derivatives
 from fxkfac.linalg import cvec, rvec
 
 FLATTENINGS: dict[str, Callable[[Tensor], Tensor]] = {"rvec": rvec, "cvec": cvec}
@@ -90,7 +90,7 @@ def vjp(
     require_gradients_on()  # or else nothing would depend on anything
     if not out.requires_grad:
         return tuple(torch.zeros_like(t) for t in inputs)
-    with _derivatives():
+    with missing_derivatives(_without_derivative):
         return torch.autograd.grad(
             out,
             inputs,
@@ -101,19 +101,11 @@ def vjp(
         )
 
 
-@contextmanager
-def _derivatives() -> Iterator[None]:
-    """Name an op of model or loss whose backward pass PyTorch cannot differentiate."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "not implemented" not in str(error):
-            raise
-        raise UnsupportedUse(
-            f"{str(error).rstrip('.')}; expected ops whose backward pass has a derivative in "
-            "PyTorch. Build model and loss of others, as of nn.Embedding and a sum in the place of "
-            "nn.EmbeddingBag."
-        ) from error
+def _without_derivative(message: str) -> UnsupportedUse:
+    return UnsupportedUse(
+        f"{message}; expected ops whose backward pass has a derivative in PyTorch. Build model and "
+        "loss of others, as of nn.Embedding and a sum in the place of nn.EmbeddingBag."
+    )
 
 
 def jvp(out: Tensor, inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> Tensor:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fxkfac.errors import LossError, NonFiniteError
+from fxkfac.isolation import missing_derivatives
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -52,23 +53,16 @@ def _row_hessians(name: str, criterion: Callable[[Tensor], Tensor], f: Tensor) -
     for d in range(rows.shape[1]):
         e = torch.zeros_like(rows)
         e[:, d] = 1
-        with _twice(name):
+        with missing_derivatives(partial(_without_derivative, name)):
             columns.append(pullback(e.reshape(f.shape))[0].reshape(rows.shape))
     H = torch.stack(columns, dim=2)
     return (H + H.mT) / 2
 
 
-@contextmanager
-def _twice(name: str) -> Iterator[None]:
-    """Say what there is where PyTorch cannot differentiate a criterion twice."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "not implemented" not in str(error):
-            raise
-        raise LossError(
-            f"the criterion of {name} has no second derivative in PyTorch: {error}. {REMEDY}"
-        ) from error
+def _without_derivative(name: str, message: str) -> LossError:
+    return LossError(
+        f"the criterion of {name} has no second derivative in PyTorch: {message}. {REMEDY}"
+    )
 
 
 def _require_convex(name: str, eigenvalues: Tensor) -> None:

@@ -173,10 +173,11 @@ class Preconditioner:
             require_factors(factors)
             require_blocks(factors.settings, self.settings)
             found = self._layouts
-            trace, *_ = plans_of(self.program, self.settings)
-            if self.average.averages is None and not are_same(factors.plans, trace):
-                found = self._laid_out(factors.plans)  # other shapes may use other entries
-                require_all(found, self._layouts)
+            if self.average.averages is None:
+                trace, *_ = plans_of(self.program, self.settings)
+                if not are_same(factors.plans, trace):
+                    found = self._laid_out(factors.plans)  # other shapes may use other entries
+                    require_all(found, self._layouts)
             self.average.update(factors)
             self._layouts = found
             self.reduction = factors.reduction

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -45,9 +46,10 @@ def added(at: Rewriter) -> Node | None:
     """
     for joined in at.node.all_input_nodes:
         if at.is_parameter(joined) and joined.target is aten.cat.default:
+            tensors: Any = joined.args[0]
             axis = _axis_added(joined, at.node)
-            if axis is not None and not all(map(at.is_parameter, joined.args[0])):  # type: ignore[arg-type]
-                return _added_by_parts(at, _rest(at, joined), joined, axis)
+            if axis is not None and not all(map(at.is_parameter, tensors)):
+                return _added_by_parts(at, _rest(at, joined), tensors, axis)
     return None
 
 
@@ -79,10 +81,9 @@ def _rest(at: Rewriter, joined: Node) -> Node:
     return other
 
 
-def _added_by_parts(at: Rewriter, y: Node, joined: Node, axis: int) -> Node:
+def _added_by_parts(at: Rewriter, y: Node, tensors: Iterable[Node], axis: int) -> Node:
     """Add each of the tensors that are joined to the part of y that it meets."""
     parts, start = list[Node](), 0
-    tensors: Any = joined.args[0]
     for tensor in tensors:
         end: Any = at.call(length, tensor, axis)  # constants do not tell before they run
         end = at.call(operator.add, start, end) if parts else end

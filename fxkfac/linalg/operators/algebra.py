@@ -20,7 +20,7 @@ from fxkfac.linalg.operators.factored import (
     KroneckerSum,
 )
 from fxkfac.linalg.operators.named import public
-from fxkfac.ranges import held, require, require_not_negative
+from fxkfac.ranges import number_in, require, require_not_negative
 
 
 @public
@@ -78,7 +78,7 @@ def scaled(operator: Operator, factor: float) -> Operator:
     Raises:
         OptionError: The factor is negative, or not finite.
     """
-    require_not_negative("factor", held(factor))
+    require_not_negative("factor", number_in(factor))
     match operator:
         case Kronecker():
             return Kronecker(operator.A, factor * operator.B)

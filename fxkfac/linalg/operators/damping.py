@@ -16,7 +16,7 @@ from fxkfac.linalg.operators.entries import trace
 from fxkfac.linalg.operators.factored import Kronecker, KroneckerSum
 from fxkfac.linalg.operators.named import public
 from fxkfac.linalg.operators.spectra import each_block, in_place, mapped
-from fxkfac.ranges import held, require, require_not_negative
+from fxkfac.ranges import number_in, require, require_not_negative
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -52,7 +52,7 @@ class Damping:
     def __post_init__(self) -> None:
         if self.damp not in DAMP:
             raise OptionError(f"damp={self.damp!r}; expected one of {', '.join(map(repr, DAMP))}.")
-        require_not_negative("damping", held(self.value))
+        require_not_negative("damping", number_in(self.value))
         if self.value == 0 and self.damp in ("factors", "pi"):
             raise OptionError("damping=0; expected a positive number to damp factors with.")
 

@@ -19,7 +19,7 @@ from fxkfac.linalg.operators.spectra import (
     mapped,
     of_blocks,
 )
-from fxkfac.ranges import held, require_number
+from fxkfac.ranges import number_in, require_number
 
 
 @public
@@ -37,7 +37,7 @@ def power(operator: Operator, exponent: float) -> Operator:
         OptionError: The exponent is no number, or negative and the operator singular, up to
             rounding; or what `diagonalised` raises.
     """
-    require_number("exponent", held(exponent))
+    require_number("exponent", number_in(exponent))
     match operator:
         case BlockDiagonal():
             return each_block(lambda block: power(block, exponent), operator)
