@@ -31,7 +31,8 @@ def sum_of(*parts: Curvature) -> Total:
         several; and no copy of what the parts hold.
 
     Raises:
-        MergeError: A parameter has another shape, or an exact block here and factors there.
+        MergeError: A parameter has another shape, or an exact block, which is not zero, here and
+            factors there.
     """
     if not parts:
         raise MergeError("there is nothing to sum; expected the factors of at least one loss.")
