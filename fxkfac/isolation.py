@@ -21,13 +21,18 @@ SMALL = 2**14  # numbers that are put together with others in less time than the
 @contextmanager
 def own_randomness(seed: int | None = None) -> Iterator[None]:
     """Give the global random state back as it was; in between draw from `seed`, if there is one."""
-    cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=cuda):
+    generators = [torch.default_generator]
+    if torch.cuda.is_initialized():
+        generators += torch.cuda.default_generators
+    states = [g.get_state() for g in generators]
+    try:
         if seed is not None:
-            torch.default_generator.manual_seed(seed)
-            for device in cuda:
-                torch.cuda.default_generators[device].manual_seed(seed)
+            for g in generators:
+                g.manual_seed(seed)
         yield
+    finally:
+        for g, state in zip(generators, states, strict=True):
+            g.set_state(state)
 
 
 def without_graph(t: Tensor) -> Tensor:
@@ -143,12 +148,15 @@ def missing_derivatives(error: Callable[[str], Exception]) -> Iterator[None]:
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Leave every product in the dtype of its factors, also where the caller has autocast on."""
+    on = [device for device in DEVICES if torch.is_autocast_enabled(device)]
+    if not on:
+        yield
+        return
     before = _callers.set(Autocast.now())
     try:
         with ExitStack() as stack:
-            for device in DEVICES:
-                if torch.is_autocast_enabled(device):
-                    stack.enter_context(torch.autocast(device, enabled=False))
+            for device in on:
+                stack.enter_context(torch.autocast(device, enabled=False))
             yield
     finally:
         _callers.reset(before)

@@ -29,7 +29,9 @@ def settings_of(
     mc_samples = require_count("mc_samples", mc_samples)
     if sharing not in SHARINGS:
         raise OptionError(f"sharing={sharing!r}; expected 'expand' or 'reduce'.")
-    structures, shapes = _structures(program, fisher), program.shapes
+    parameters, structures = program.tapped.once(
+        ("structures", fisher), lambda: _structures(program, fisher)
+    )
     return Settings(
         fisher,
         sharing,
@@ -37,7 +39,7 @@ def settings_of(
         separate_weight_and_bias,
         masked,
         loss_text(loss),
-        {name: shapes[name] for name in structures},
+        parameters,
         structures,
     )
 
@@ -64,9 +66,12 @@ def settings_again(program: Program, loss: Any, had: Settings, masked: bool) -> 
     )
 
 
-def _structures(program: Program, fisher: str) -> dict[str, str]:
-    """The structure of every parameter that gets a block."""
+def _structures(
+    program: Program, fisher: str
+) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """The shape of every parameter that gets a block, and its structure."""
     chosen = {name: c for name, c in program.structures.items() if c.structure not in NONE}
+    structures = {name: c.structure for name, c in chosen.items()}
     if fisher == "forward-only":
         free = {name for name, c in chosen.items() if c.is_scale or c.is_free}
         lost = [n for n, c in chosen.items() if c.structure in EXACT and n not in free]
@@ -75,5 +80,6 @@ def _structures(program: Program, fisher: str) -> dict[str, str]:
                 f"fisher='forward-only' sends nothing back, but the blocks of {lost[:4]} are made "
                 "of gradients; expected Kronecker factors. Leave them out, or use another fisher."
             )
-        return {n: "kronecker" if c.is_scale else c.structure for n, c in chosen.items()}
-    return {name: c.structure for name, c in chosen.items()}
+        structures |= {n: "kronecker" for n, c in chosen.items() if c.is_scale}
+    shapes = program.shapes
+    return {name: shapes[name] for name in structures}, structures

@@ -6,6 +6,7 @@ In: logits with a class axis, and class indices or class probabilities, with eve
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -17,6 +18,8 @@ from fxkfac.isolation import generator_on
 from fxkfac.likelihoods.base import sum_rows, widen
 from fxkfac.likelihoods.closed_form import ClosedForm
 from fxkfac.likelihoods.targets import require_floating_like, require_tensors
+
+MANY_CLASSES = 512  # from which on a block of them is drawn first
 
 
 class Categorical(ClosedForm):
@@ -131,9 +134,7 @@ class Categorical(ClosedForm):
         one with none.
         """
         σ = _probabilities(f).movedim(_class_axis(f), -1)
-        sums = σ.contiguous().cumsum(-1)
-        at = noise.unsqueeze(-1) * sums[..., -1:]  # below the last sum, as noise is below one
-        return torch.searchsorted(sums, at, right=True).squeeze(-1)
+        return _drawn(σ, noise.unsqueeze(-1)).squeeze(-1)
 
     def sampled_gradient(self, f: Tensor, y: Tensor, sampled: Tensor) -> Tensor:
         """√w (σ - onehot(ỹ)), so that its expected square is the Hessian, weights included."""
@@ -231,8 +232,8 @@ def _all_within(y: Tensor, classes: int) -> bool:
     """Whether every label is a class, in one pass."""
     if not y.numel():
         return True
-    least, largest = y.aminmax()
-    return int(least) >= 0 and int(largest) < classes
+    least, largest = torch.stack(y.aminmax()).tolist()  # one wait for a GPU
+    return least >= 0 and largest < classes
 
 
 def _class_axis(f: Tensor) -> int:
@@ -256,10 +257,39 @@ def _rows(t: Tensor) -> Tensor:
     return t.movedim(1, -1).flatten(0, -2)
 
 
+def _drawn(p: Tensor, noise: Tensor) -> Tensor:
+    """The first place along the last axis up to which p adds up to more than noise · its sum.
+
+    Of many classes a block is drawn first, and a class in it by what the noise leaves: running sums
+    of all of them take several times as long.
+    """
+    classes = p.shape[-1]
+    if classes <= MANY_CLASSES:
+        return _first_above(noise, p.contiguous().cumsum(-1))
+    size = math.isqrt(classes)
+    within = classes - classes % size
+    parts = [p[..., :within].unflatten(-1, (-1, size)).sum(-1)]
+    if within < classes:
+        parts.append(p[..., within:].sum(-1, keepdim=True))
+    sums = torch.cat(parts, -1).cumsum(-1)
+    block = _first_above(noise, sums)
+    below, above = (F.pad(sums, (1, 0)).gather(-1, block + k) for k in (0, 1))
+    rest = (noise * sums[..., -1:] - below) / (above - below)
+    places = block * size + torch.arange(size, device=p.device)
+    chosen = p.gather(-1, places.clamp_max(classes - 1)) * (places < classes)
+    largest = 1 - torch.finfo(p.dtype).eps / 2
+    return block * size + _first_above(rest.clamp(0, largest), chosen.cumsum(-1))
+
+
+def _first_above(noise: Tensor, sums: Tensor) -> Tensor:
+    """Where running sums first exceed noise · the last one; it is below that, as noise is below 1."""
+    return torch.searchsorted(sums, noise * sums[..., -1:], right=True)
+
+
 def _residual(σ: Tensor, y: Tensor, w: Tensor) -> Tensor:
-    """w (σ - onehot(y)), in two passes over the classes."""
+    """w (σ - onehot(y)), in two passes over the classes, and in the memory of σ."""
     axis = _class_axis(σ)
-    return (w * σ).scatter_add_(axis, y.unsqueeze(axis), -w)
+    return σ.mul_(w).scatter_add_(axis, y.unsqueeze(axis), -w)
 
 
 def _one_hot(like: Tensor, y: Tensor) -> Tensor:

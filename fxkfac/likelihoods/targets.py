@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from fxkfac.errors import DataError, LossError
+from fxkfac.isolation import is_finite
 
 
 def require_tensors(f: Any, y: Any) -> None:
@@ -34,10 +35,11 @@ def require_prediction(f: Any) -> None:
 
 def require_finite(y: Tensor) -> None:
     """Raise `DataError` if a floating target holds NaN or Inf."""
-    if y.is_floating_point() and not (finite := y.isfinite()).all():
-        place = tuple((~finite).nonzero()[0].tolist())
+    if y.is_floating_point() and not is_finite(y):
+        wrong = ~y.isfinite()
+        place = tuple(wrong.nonzero()[0].tolist())
         raise DataError(
-            f"{int((~finite).sum())} of {y.numel()} target values are NaN or Inf, the first at "
+            f"{int(wrong.sum())} of {y.numel()} target values are NaN or Inf, the first at "
             f"{place}; expected finite numbers. Remove or impute these data."
         )
 

@@ -123,6 +123,27 @@ def test_labels_do_not_depend_on_where_classes_lie(case):
     )
 
 
+@pytest.mark.parametrize("classes", [7, 512, 513, 529, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_a_label_is_where_the_running_sum_of_probabilities_exceeds_the_noise(classes, dtype):
+    """Of many classes a block is drawn first; and what has no probability is never drawn."""
+    logits = 3 * torch.randn(classes, generator=torch.Generator().manual_seed(0), dtype=F64)
+    logits[[0, 1, classes // 2, -1]] = -torch.inf
+    probabilities = logits.softmax(0)
+    sums = probabilities.cumsum(0)
+    even = torch.linspace(0, 1, 3001, dtype=F64)
+    noise = torch.cat([even[:-1], sums, torch.ones(1, dtype=F64)]).to(dtype)
+    noise = noise.clamp_max(1 - torch.finfo(dtype).eps / 2)
+    f = logits.to(dtype).expand(len(noise), -1)
+    drawn = Categorical().label(f, noise)
+    assert (probabilities[drawn] > 0).all()
+    below, above = sums[drawn] - probabilities[drawn], sums[drawn]
+    tolerance = 1e-13 if dtype == F64 else 1e-5
+    assert (noise - above).max() < tolerance
+    assert (below - noise).max() < tolerance
+    assert drawn[0] == 2
+
+
 class TestAgainstTorch:
     @all_cases
     @pytest.mark.parametrize("reduction", ["mean", "sum"])
