@@ -252,4 +252,9 @@ def sum_rows(values: Tensor) -> Tensor:
 
 def widen(t: Tensor) -> Tensor:
     """Half precision to float32: what follows sums, exponentiates, or finds eigenvalues."""
-    return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
+    return t.to(wide_dtype(t))
+
+
+def wide_dtype(t: Tensor) -> torch.dtype:
+    """The dtype to which `widen` brings a tensor."""
+    return torch.float32 if t.dtype in (torch.bfloat16, torch.float16) else t.dtype

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fxkfac.errors import DataError, LossError
 from fxkfac.isolation import generator_on
-from fxkfac.likelihoods.base import sum_rows, widen
+from fxkfac.likelihoods.base import sum_rows, wide_dtype, widen
 from fxkfac.likelihoods.closed_form import ClosedForm
 from fxkfac.likelihoods.targets import require_floating_like, require_tensors
 
@@ -222,10 +222,10 @@ class Categorical(ClosedForm):
         if y.is_floating_point() or (self.label_smoothing and weight is not None):
             return self._weighted_target(f, y).sum(axis, keepdim=True)
         valid = (y != self.ignore_index).unsqueeze(axis)  # Σ_k q_k = 1
-        like = widen(f.detach().new_empty(0))
+        dtype = wide_dtype(f)
         if weight is None:
-            return valid.to(like)
-        return valid * weight.to(like)[y.clamp(0, f.shape[axis] - 1)].unsqueeze(axis)
+            return valid.to(dtype)
+        return valid * weight.to(f.device, dtype)[y.clamp(0, f.shape[axis] - 1)].unsqueeze(axis)
 
 
 def _all_within(y: Tensor, classes: int) -> bool:
