@@ -66,9 +66,7 @@ def settings_again(program: Program, loss: Any, had: Settings, masked: bool) -> 
     )
 
 
-def _structures(
-    program: Program, fisher: str
-) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+def _structures(program: Program, fisher: str) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     """The shape of every parameter that gets a block, and its structure."""
     chosen = {name: c for name, c in program.structures.items() if c.structure not in NONE}
     structures = {name: c.structure for name, c in chosen.items()}

@@ -1,8 +1,8 @@
 """How far gradients that should be equal are off, and how far they may be.
 
-In half precision no one tolerance does: a deep model adds up roundings, and a gradient that
-cancels, as of a bias before a norm, is nothing else. There the model's own gradients tell, at
-numbers that are off by a rounding.
+No one tolerance does, above all in half precision: a deep model adds up roundings, and a gradient
+that cancels, as of a bias before a norm, is nothing else. Where gradients differ, the model's own
+tell, at numbers that are off by a rounding.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def gradient_errors(
 
 
 ROUNDINGS = 4  # times what one rounding of parameters and data does
-HIDDEN = 0.1  # of the largest gradient: what may be lost in rounding
+HIDDEN = 0.1  # of the largest gradient: what rounding may hide in half precision
 
 
 def compared(
@@ -60,12 +60,12 @@ def compared(
         expected: What they should be.
         lowest: The dtype with the fewest digits in which anything is computed.
         rounded: What is expected at numbers that are off by a rounding in that; it is asked for
-            where half precision may be all that is wrong.
+            where gradients differ.
     """
     errors = gradient_errors(found, expected, lowest)
     limits = {name: tolerance_of_parts(t, lowest) for name, t in expected.items()}
-    if is_half(lowest) and _beyond(errors, limits):
-        limits = _of_half(limits, expected, rounded(), lowest)
+    if _beyond(errors, limits):
+        limits = _of_rounding(limits, expected, rounded(), lowest)
     return errors, _beyond(errors, limits)
 
 
@@ -73,7 +73,7 @@ def _beyond(errors: Mapping[str, float], limits: Mapping[str, float]) -> list[st
     return [name for name, error in errors.items() if not error <= limits[name]]
 
 
-def _of_half(
+def _of_rounding(
     limits: Mapping[str, float],
     expected: Mapping[str, Tensor],
     rounded: Mapping[str, Tensor],
@@ -82,10 +82,12 @@ def _of_half(
     sizes = {name: float(t.double().norm()) for name, t in expected.items()}
     largest = max(sizes.values())
     off = gradient_errors(rounded, expected, lowest)
-    return {
-        name: max(limit, min(ROUNDINGS * off[name], HIDDEN * largest / (sizes[name] or 1.0)))
-        for name, limit in limits.items()
-    }
+
+    def limit(name: str, before: float) -> float:
+        hidden = HIDDEN if is_half(lowest) else before
+        return max(before, min(ROUNDINGS * off[name], hidden * largest / (sizes[name] or 1.0)))
+
+    return {name: limit(name, before) for name, before in limits.items()}
 
 
 class Rounded:

@@ -282,7 +282,7 @@ def _drawn(p: Tensor, noise: Tensor) -> Tensor:
 
 
 def _first_above(noise: Tensor, sums: Tensor) -> Tensor:
-    """Where running sums first exceed noise · the last one; it is below that, as noise is below 1."""
+    """Where running sums first exceed noise · the last one, which they do, as noise is below 1."""
     return torch.searchsorted(sums, noise * sums[..., -1:], right=True)
 
 

@@ -111,7 +111,9 @@ def test_what_is_lost_in_half_precision_is_found() -> None:
     assert not wrong(0.04, 0.02)
     assert not wrong(1, 1)  # nothing but rounding
     assert wrong(20, 20) == ["small"]  # but of a tenth of the largest, not more
-    assert wrong(0.001, 1, torch.float32) == ["small"]  # where there are digits, they count
+    assert wrong(0.001, 0, torch.float32) == ["small"]  # where there are digits, they count
+    assert not wrong(0.001, 1, torch.float32)
+    assert wrong(0.1, 1, torch.float32) == ["small"]  # half of them, whatever moves
 
 
 def test_check_says_the_same(products: None) -> None:

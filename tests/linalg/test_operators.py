@@ -403,6 +403,18 @@ def test_float64_saves_what_float32_ruins():
     assert error(ops.solve(ops.damped(op, damping), x)) > 1e-2
 
 
+@pytest.mark.parametrize("below", [1e-7, 1e-2])
+def test_what_float32_has_summed_is_semi_definite_in_float64(below):
+    """A singular factor has an eigenvalue of zero, which comes out on either side of it."""
+    B = torch.diag(torch.tensor([1, -below], dtype=F64))
+    op = ops.Kronecker(torch.eye(2, dtype=F64).unsqueeze(0), B.unsqueeze(0))
+    if below > 1e-3:
+        with pytest.raises(OptionError, match="positive semi-definite"):
+            ops.eigenvalues(op)
+    else:
+        close(ops.eigenvalues(op).flatten().sort().values, torch.tensor([0, 0, 1, 1], dtype=F64))
+
+
 def test_small_eigenvalues_of_large_factors_count():
     """Only what is rounding in float32 is zero, however large a factor is."""
     Q = Source(0).basis(1, 256)

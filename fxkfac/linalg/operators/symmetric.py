@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 ROUNDING = 4  # times eps · √d: zero eigenvalues come out as large as that, beside a largest of one
+# As far below zero an eigenvalue of a semi-definite matrix may come out, beside a largest of one:
+# what was summed in float32 may be taken apart in float64.
+NEGATIVE = torch.finfo(torch.float32).eps ** 0.5
 
 
 def symmetric_eigh(
@@ -59,9 +62,8 @@ def _rounded(λ: Float[Tensor, "*group d"], dtype: torch.dtype) -> Float[Tensor,
     if not λ.numel():
         return λ.to(dtype)
     largest = λ.amax(-1, keepdim=True).clamp_min(0)
-    eps = torch.finfo(λ.dtype).eps
     lowest = λ.amin(-1, keepdim=True)
-    if bool((lowest < -(eps**0.5) * largest).any()):
+    if bool((lowest < -NEGATIVE * largest).any()):
         raise OptionError(
             f"the smallest eigenvalue is {lowest.min().item():.3g} beside "
             f"{largest.max().item():.3g}; expected a positive semi-definite matrix."
