@@ -43,6 +43,10 @@ class Moment:
     sums: Tensor | None = None
     count: int | Tensor = 0
     waiting: list[Tensor] = field(default_factory=list)
+    _waits: int = field(init=False)  # how many rows do: they are not counted anew for each batch
+
+    def __post_init__(self) -> None:
+        self._waits = sum(rows.shape[1] for rows in self.waiting)
 
     @staticmethod
     def of(total: Float[Tensor, "group d d"]) -> Moment:
@@ -56,9 +60,7 @@ class Moment:
             self._multiply(x)
             return
         # A copy: a larger tensor would stay alive, and the user's own may change.
-        self.waiting.append(x.flatten(1, -2).clone())
-        if sum(w.shape[1] for w in self.waiting) >= ENOUGH:
-            self._flush()
+        self._wait([x.flatten(1, -2).clone()])
 
     def add_image(self, of: Image, count: int | Tensor = 0) -> None:
         """Add rows that are the patches of an image."""
@@ -76,9 +78,7 @@ class Moment:
         elif other.gram is not None:
             self.gram.merge(other.gram)
         self.sums = _plus(self.sums, other.sums)
-        self.waiting += other.waiting
-        if sum(w.shape[1] for w in self.waiting) >= ENOUGH:
-            self._flush()
+        self._wait(other.waiting)
 
     def matrix(self, scale: float | Tensor = 1.0) -> Float[Tensor, "group d d"] | None:
         """Σ_rows x̃ x̃ᵀ, `None` where there were no rows; scaled, it is used up."""
@@ -131,10 +131,16 @@ class Moment:
         gram = self.gram
         return [] if gram is None or gram.is_empty else [gram.diagonal()]
 
+    def _wait(self, rows: list[Tensor]) -> None:
+        self.waiting += rows
+        self._waits += sum(some.shape[1] for some in rows)
+        if self._waits >= ENOUGH:
+            self._flush()
+
     def _flush(self) -> None:
         if self.waiting:
             rows = self.waiting
-            self.waiting = []
+            self.waiting, self._waits = [], 0
             self._multiply(rows[0] if len(rows) == 1 else torch.cat(rows, dim=1))
 
     def _multiply(self, x: Tensor) -> None:

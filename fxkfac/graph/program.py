@@ -204,7 +204,7 @@ class Program:
     ) -> Run:
         """The same for a graph that is known, and for parameters and buffers together."""
         with torch.enable_grad():
-            prediction = tapped.module(sink, *tapped.captured.arguments(state), *tensors)
+            prediction = tapped.module.forward(sink, *tapped.captured.arguments(state), *tensors)
         return Run(tapped, prediction, self.signature.batch_size(tensors))
 
     def state(self, params: Params | None = None) -> dict[str, Tensor]:

@@ -197,7 +197,12 @@ def _unpacked_inputs(packed: Header, name: str, tensors: Tensors) -> InputSums:
 def _unpacked_moment(packed: Header, tensors: Tensors) -> Moment:
     """Sums are changed in place, so that each has memory of its own."""
     name, scales = packed["name"], tuple(packed["scales"])
-    moment = Moment(scales, count=unpack_number(packed["count"], tensors))
+    waiting = []
+    for k, stride in enumerate(packed["waiting"]):
+        rows = tensors[f"{name}/waiting/{k}"]
+        laid_out = torch.empty_strided(rows.shape, stride, dtype=rows.dtype, device=rows.device)
+        waiting.append(laid_out.copy_(rows))
+    moment = Moment(scales, count=unpack_number(packed["count"], tensors), waiting=waiting)
     if packed["gram"] is not None:
         held = tensors[f"{name}/total"]
         gram = moment.room(len(held), held.shape[-1] - len(scales), held)
@@ -206,8 +211,4 @@ def _unpacked_moment(packed: Header, tensors: Tensors) -> Moment:
         moment.total.copy_(held)
     if packed["sums"]:
         moment.sums = tensors[f"{name}/sums"].clone()
-    for k, stride in enumerate(packed["waiting"]):
-        rows = tensors[f"{name}/waiting/{k}"]
-        laid_out = torch.empty_strided(rows.shape, stride, dtype=rows.dtype, device=rows.device)
-        moment.waiting.append(laid_out.copy_(rows))
     return moment
