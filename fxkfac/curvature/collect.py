@@ -17,7 +17,6 @@ from fxkfac.curvature.moments import InputSums, Moment
 from fxkfac.curvature.perdatum import exact_moment
 from fxkfac.curvature.plan import Scales
 from fxkfac.curvature.receive import Awaited, Receiver
-from fxkfac.curvature.schedule import counts_only
 from fxkfac.curvature.sharing import (
     Kept,
     accurate_dtype,
@@ -94,7 +93,7 @@ class Collector(Receiver):
                 sums_of_images = image_sums(image) if image and by_datum else None
                 part = reduced_input(use, x, y, kept, term.scales[place], sums_of_images)
                 self._add_means(k, self._means.add(k, (*part, kept is None), len(term.uses)))
-            elif counts_only(term):
+            elif term.counts_only:
                 counts, number = counted_input(use, x, y, kept)
                 sums.merge(InputSums(counts=counts, rows=number))
             else:

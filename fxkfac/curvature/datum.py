@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from fxkfac.curvature.plan import Scales, TermPlan
-from fxkfac.curvature.schedule import counts_only
 from fxkfac.curvature.sharing import Kept, bias_output, known, written_out
 from fxkfac.curvature.together import of_each
 from fxkfac.errors import BatchAxisError
@@ -136,7 +135,7 @@ def rows_of(
         readers = [_reader(h) for h in part]
         for start, size in chunks(_size(part[0]), data):
             some = [read(start, size) for read in readers]
-            if tokens and counts_only(term):
+            if tokens and term.counts_only:
                 yield _token_rows(some, dtype)
             else:
                 uses = [_dense(s, h.scales, dtype) for s, h in zip(some, part, strict=True)]

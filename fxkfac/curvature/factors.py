@@ -151,8 +151,8 @@ class Factors(Curvature):
         if self.settings.fisher == "forward-only":
             B = torch.diag_embed(torch.ones_like(B.diagonal(dim1=-2, dim2=-1)))  # B = I
         return Kronecker(
-            A[0] if A.ndim == 3 and len(A) == 1 else A,
-            B[0] if len(B) == 1 else B,
+            A[0] if A.ndim == 3 and A.shape[0] == 1 else A,
+            B[0] if B.shape[0] == 1 else B,
             term,
             plan.offsets,
         )

@@ -43,10 +43,11 @@ class Moment:
     sums: Tensor | None = None
     count: int | Tensor = 0
     waiting: list[Tensor] = field(default_factory=list)
-    _waits: int = field(init=False)  # how many rows do: they are not counted anew for each batch
+    _waits: int = 0  # how many rows do: they are not counted anew for each batch
 
     def __post_init__(self) -> None:
-        self._waits = sum(rows.shape[1] for rows in self.waiting)
+        for rows in self.waiting:
+            self._waits += rows.shape[1]
 
     @staticmethod
     def of(total: Float[Tensor, "group d d"]) -> Moment:
@@ -60,7 +61,7 @@ class Moment:
             self._multiply(x)
             return
         # A copy: a larger tensor would stay alive, and the user's own may change.
-        self._wait([x.flatten(1, -2).clone()])
+        self._wait(x.flatten(1, -2).clone())
 
     def add_image(self, of: Image, count: int | Tensor = 0) -> None:
         """Add rows that are the patches of an image."""
@@ -78,7 +79,8 @@ class Moment:
         elif other.gram is not None:
             self.gram.merge(other.gram)
         self.sums = _plus(self.sums, other.sums)
-        self._wait(other.waiting)
+        for rows in other.waiting:
+            self._wait(rows)
 
     def matrix(self, scale: float | Tensor = 1.0) -> Float[Tensor, "group d d"] | None:
         """Σ_rows x̃ x̃ᵀ, `None` where there were no rows; scaled, it is used up."""
@@ -103,7 +105,7 @@ class Moment:
         assert self.total is not None
         steps = self.total.stride()
         start = self.total.storage_offset() + row * steps[1] + column * steps[2]
-        return self.total.as_strided((len(self.total), d), (steps[0], steps[axis]), start)
+        return self.total.as_strided((self.total.shape[0], d), (steps[0], steps[axis]), start)
 
     def cleared(self) -> Float[Tensor, "group d d"]:
         """The memory of the sum, with zeros in the place of what was never written there."""
@@ -131,9 +133,9 @@ class Moment:
         gram = self.gram
         return [] if gram is None or gram.is_empty else [gram.diagonal()]
 
-    def _wait(self, rows: list[Tensor]) -> None:
-        self.waiting += rows
-        self._waits += sum(some.shape[1] for some in rows)
+    def _wait(self, rows: Tensor) -> None:
+        self.waiting.append(rows)
+        self._waits += rows.shape[1]
         if self._waits >= ENOUGH:
             self._flush()
 

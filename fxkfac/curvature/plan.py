@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fxkfac.errors import MergeError
+from fxkfac.graph.form import OneHot
 from fxkfac.graph.uses.ir import Use
 from fxkfac.graph.uses.normal import normal_weight
 from fxkfac.linalg import checksum
@@ -71,6 +72,11 @@ class TermPlan:
     def is_bias(self) -> bool:
         """Whether this is a bias by itself, whose input is the constant one."""
         return self.uses[0].is_bias
+
+    @cached_property
+    def counts_only(self) -> bool:
+        """Whether all rows of A are one-hot, so that it is a diagonal of counts."""
+        return not self.columns and all(isinstance(u.form.prepare, OneHot) for u in self.uses)
 
     @cached_property
     def scales(self) -> tuple[Scales, ...]:

@@ -9,7 +9,6 @@ from functools import cached_property
 from fxkfac.curvature.images import Images, input_images, output_images
 from fxkfac.curvature.plan import BlockPlan, TermPlan, plan_blocks
 from fxkfac.graph.axes import axis_lengths
-from fxkfac.graph.form import OneHot
 from fxkfac.graph.program import Program
 from fxkfac.graph.structure import EXACT
 from fxkfac.graph.tapped import Tapped
@@ -62,7 +61,7 @@ class Schedule:
         if not term.is_bias:
             for place, use in enumerate(term.uses):
                 _, d_in, d_out = normal_weight(use).shape
-                yield (0 if counts_only(term) else d_in + len(term.scales[place])), d_out
+                yield (0 if term.counts_only else d_in + len(term.scales[place])), d_out
 
     @cached_property
     def heard(self) -> frozenset[Use]:
@@ -133,11 +132,6 @@ def _exact_names(
         chosen = program.structures_for(tapped)
         lost |= {name for name in names if not chosen[name].is_scale}
     return [n for n in names if n not in lost], [n for n in names if n in lost]
-
-
-def counts_only(term: TermPlan) -> bool:
-    """Whether all rows of A are one-hot, so that it is a diagonal of counts."""
-    return all(isinstance(u.form.prepare, OneHot) for u in term.uses) and not term.columns
 
 
 def _same_inputs(terms: tuple[TermPlan, ...]) -> tuple[int, ...]:
