@@ -12,6 +12,7 @@ from typing import Any
 
 import networkx as nx
 
+from fxkfac.errors import OptionError
 from fxkfac.functional import unknown
 
 
@@ -43,7 +44,9 @@ def taps_below(network: nx.MultiDiGraph, parameter: str) -> list[int]:
 
     Raises:
         UnknownParameter: No parameter has this name.
+        OptionError: The network is something else.
     """
+    _require_network(network)
     flow = _flow(network)
     places = {_place(network, v, edge) for _, v, edge in _uses(network, parameter)}
     below = {key for place in places for key in nx.ancestors(flow, place)}
@@ -61,7 +64,11 @@ def longest_path(network: nx.MultiDiGraph) -> list[str]:
 
     Returns:
         Keys of its nodes, from where it begins (an input, or a constant) to the prediction.
+
+    Raises:
+        OptionError: The network is something else.
     """
+    _require_network(network)
     flow = _flow(network)
     (prediction,) = (key for key, kind in network.nodes(data="kind") if kind == "prediction")
     flow = flow.subgraph(nx.ancestors(flow, prediction) | {prediction})
@@ -84,7 +91,11 @@ def sharing_inputs(network: nx.MultiDiGraph) -> list[tuple[str, ...]]:
     Returns:
         Names of the parameters that share an input, two or more in each group, in the order of the
         graph. Biases are in none: their input is the constant one.
+
+    Raises:
+        OptionError: The network is something else.
     """
+    _require_network(network)
     groups: dict[frozenset[str], dict[str, None]] = {}
     for u, v, edge in network.edges(data=True):
         if edge["kind"] == "parameter" and edge.get("x", "1") != "1" and "A" in edge:
@@ -103,7 +114,9 @@ def saved_by_freezing(network: nx.MultiDiGraph, parameters: str | Iterable[str])
 
     Raises:
         UnknownParameter: No parameter has one of these names.
+        OptionError: The network is something else.
     """
+    _require_network(network)
     frozen = {parameters} if isinstance(parameters, str) else set(parameters)
     for name in frozen:
         _key(network, name)
@@ -116,6 +129,15 @@ def saved_by_freezing(network: nx.MultiDiGraph, parameters: str | Iterable[str])
         tuple(key for key in network if key in passed),
         tuple((name, e["A"], e["B"]) for name, e in summed if name in frozen),
     )
+
+
+def _require_network(network: Any) -> None:
+    """A program is easily passed in its place."""
+    if not isinstance(network, nx.MultiDiGraph):
+        raise OptionError(
+            f"network is of type {type(network).__name__}; expected what program.to_networkx() "
+            "returns."
+        )
 
 
 def _flow(network: nx.MultiDiGraph) -> nx.DiGraph:

@@ -11,7 +11,7 @@ from pictured import cnn, functional, mlp, partly, positions, tied
 from torch import nn
 
 import fxkfac
-from fxkfac.errors import UnknownParameter
+from fxkfac.errors import OptionError, UnknownParameter
 from fxkfac.graph import longest_path, saved_by_freezing, sharing_inputs, taps_below
 
 
@@ -137,3 +137,17 @@ def test_unknown_names_are_refused_with_near_ones():
         taps_below(network, "first.W")
     with pytest.raises(UnknownParameter, match=r"second\.w"):
         saved_by_freezing(network, ["second.x"])
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda program: taps_below(program, "first.w"),
+        longest_path,
+        sharing_inputs,
+        lambda program: saved_by_freezing(program, "first.w"),
+    ],
+)
+def test_a_program_in_the_place_of_its_network_is_refused(ask):
+    with pytest.raises(OptionError, match="to_networkx"):
+        ask(functional())
