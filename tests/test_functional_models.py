@@ -137,3 +137,48 @@ def test_no_parameter_at_all_is_named(params):
         fxkfac.exact.ggn(lambda p, x: x, MSE, (x, x), params=params)
     with pytest.raises(ParameterError, match="selects none of the 2 tensors"):
         fxkfac.trace(seeded(mlp)[:1], rand(5, 4), params=[])
+
+
+LIKE_A_PARAMETER = {
+    "new_zeros": lambda p: p.new_zeros(3),
+    "new_ones": lambda p: p.new_ones(3),
+    "new_full": lambda p: p.new_full((3,), 0.5),
+    "new_empty": lambda p: p.new_empty(3).fill_(0.5),
+    "zeros_like": torch.zeros_like,
+    "ones_like": torch.ones_like,
+    "full_like": lambda p: torch.full_like(p, 0.5),
+}
+
+
+@pytest.mark.parametrize("make", LIKE_A_PARAMETER.values(), ids=LIKE_A_PARAMETER)
+def test_a_tensor_made_like_a_parameter_is_no_use_of_it(make):
+    """It has its dtype and device, and none of its values, as a first hidden state has."""
+    params = {"W": rand(4, 3), "b": rand(3)}
+    x, y = rand(6, 4), rand(6, 3)
+    program = fxkfac.trace(lambda p, x: (x @ p["W"] + p["b"]) * 2 + make(p["b"]), x, params)
+    assert [use.parameters for use in program.uses] == [("W",), ("b",)]
+    assert max(fxkfac.check(program, MSE, (x, y)).values()) < 1e-14
+
+
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM])
+def test_a_hidden_state_that_is_made_like_a_weight(kind):
+    class Language(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.head = nn.Embedding(7, 4), nn.Linear(3, 7)
+            self.cells = kind(4, 3, batch_first=True)
+
+        def forward(self, tokens):
+            h = next(self.parameters()).new_zeros(1, len(tokens), 3)
+            state = (h, h) if kind is nn.LSTM else h
+            return self.head(self.cells(self.table(tokens), state)[0]).movedim(-1, 1)
+
+    model, tokens = seeded(Language), torch.arange(20).view(5, 4) % 7
+    program = fxkfac.trace(model, tokens)
+    assert not program.tapped.coupled
+    loss, data = nn.CrossEntropyLoss(), (tokens, tokens.flip(1))
+    assert max(fxkfac.check(program, loss, data).values()) < 1e-12
+    block = fxkfac.kfac(program, loss, data)["head.weight"]
+    split = [tuple(t[part] for t in data) for part in (slice(1), slice(1, None))]
+    parts = fxkfac.kfac(program, loss, split)
+    close(parts["head.weight"].dense(), block.dense())

@@ -19,8 +19,12 @@ def length(t: Tensor, axis: int) -> int:
 
 # Ops that look at a tensor's shape, not at its values, and so do not use it.
 SHAPE_ONLY = {length, aten.sym_stride.int, aten.sym_numel.default}
-# Ops that make a tensor of the argument's shape and nothing else of it.
+# Ops that make a tensor of the argument's shape, or of its dtype, and nothing else of it.
 LIKE = {
+    aten.new_zeros.default,
+    aten.new_ones.default,
+    aten.new_empty.default,
+    aten.new_full.default,
     aten.zeros_like.default,
     aten.ones_like.default,
     aten.empty_like.default,
