@@ -182,3 +182,37 @@ def test_a_hidden_state_that_is_made_like_a_weight(kind):
     split = [tuple(t[part] for t in data) for part in (slice(1), slice(1, None))]
     parts = fxkfac.kfac(program, loss, split)
     close(parts["head.weight"].dense(), block.dense())
+
+
+ONE_BY_ONE = {
+    "mv": lambda p, x: torch.stack([torch.mv(p["W"].T, row) for row in x]) + p["b"],
+    "matmul": lambda p, x: torch.stack([row @ p["W"] for row in x]) + p["b"],
+    "with the bias": lambda p, x: torch.stack([row @ p["W"] + p["b"] for row in x]),
+    "put together": lambda p, x: torch.cat([x[k : k + 1] @ p["W"] for k in range(6)]) + p["b"],
+}
+
+
+@pytest.mark.parametrize("model", ONE_BY_ONE.values(), ids=ONE_BY_ONE)
+def test_a_loop_over_the_data(model):
+    """Each op has one row, and no axis of rows; a bias that joins several of them is by itself."""
+    params = {"W": rand(4, 3), "b": rand(3)}
+    x, loss, y = rand(6, 4), nn.CrossEntropyLoss(), torch.arange(6) % 3
+    program = fxkfac.trace(model, x, params)
+    assert max(fxkfac.check(program, loss, (x, y)).values()) < 1e-14
+    expected = fxkfac.kfac(
+        fxkfac.trace(lambda p, x: x @ p["W"] + p["b"], x, params), loss, (x, y)
+    ).dense("W")
+    close(fxkfac.kfac(program, loss, (x, y)).dense("W"), expected)
+
+
+def test_a_model_of_vectors_is_exact_for_its_one_datum():
+    params = {"V": rand(5, 4), "W": rand(5, 3)}
+    x, loss, y = rand(1, 4), nn.CrossEntropyLoss(), torch.tensor([1])
+
+    def model(p, x):
+        return (torch.tanh(p["V"] @ x[0]) @ p["W"]).unsqueeze(0)
+
+    factors = fxkfac.kfac(fxkfac.trace(model, x, params), loss, (x, y))
+    for name in params:
+        expected = fxkfac.exact.ggn(model, loss, (x, y), name, params=params)
+        close(factors[name].dense(), expected)

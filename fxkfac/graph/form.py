@@ -158,7 +158,8 @@ class Form:
     def normal_x(self, batch: BatchAxis | None = None) -> str:
         """The einops pattern that brings x into (group, rows.., in) or (group, batch, shared, in).
 
-        Row axes that x does not have come out with length one. Axes of x alone are summed.
+        Row axes that x does not have come out with length one, and so does that of an op which has
+        none, as a vector's product. Axes of x alone are summed.
         """
         return self._normal_rows(self.x, self.d_in, batch)
 
@@ -190,7 +191,7 @@ class Form:
         present = [a for a in self.rows if a in own]
         group = [a for a in self.group if a in own]
         if at is None:
-            middle = [a if a in present else "1" for a in self.rows]
+            middle = [a if a in present else "1" for a in self.rows] or ["1"]  # one row by itself
             return f"{axes} -> {_normal(group, middle, d)}"
         split = {at.axis: f"{at.axis}_outer {at.axis}_batch {at.axis}_inner"}
         shared = " ".join(_shared(at) if a == at.axis else a for a in self.rows if a in present)
@@ -211,12 +212,12 @@ class Form:
         return sizes | split
 
     def row_lengths(self, shape: Sequence[int]) -> list[int]:
-        """Lengths of the row axes of an output of this shape, in the order of `rows`."""
+        """Lengths of the row axes of an output of this shape, in the order of `rows`, or one."""
         if self.folded is not None:
             patches, places = self.folded.patches, self.folded.places
             shape = (*shape[: len(shape) - len(places)], *places, *patches.kernel)
         lengths = axis_lengths(self.y, shape, self.sizes)
-        return [lengths[a] for a in self.rows]
+        return [lengths[a] for a in self.rows] or [1]
 
     @property
     def is_elementwise(self) -> bool:

@@ -56,7 +56,7 @@ def _join(
     example: Example,
 ) -> Join | None:
     node = nodes[bias.node]
-    path = _path_to_product(node, weights)
+    path = _path_to_product(node, weights, example)
     if path is None:
         return None
     product, layout, factor = path
@@ -66,20 +66,25 @@ def _join(
 
 
 def _path_to_product(
-    node: Node, weights: Mapping[str, int]
+    node: Node, weights: Mapping[str, int], example: Example
 ) -> tuple[Node, list[Node], float] | None:
     """The product that reaches `node` unread by others, the layout ops between, and its factor."""
     if node.name in weights:
         return node, [], 1.0
     for below in node.all_input_nodes:
         layout, factor = list[Node](), addition_factor(node, below)
-        while below.name not in weights and is_layout(below) and _read_once(below):
+        while below.name not in weights and _moves_one(below, example) and _read_once(below):
             layout.insert(0, below)
             factor *= scale_of(below)
             below = below.all_input_nodes[0]
         if factor and below.name in weights and _read_once(below):
             return below, layout, factor
     return None
+
+
+def _moves_one(node: Node, example: Example) -> bool:
+    """Whether it is a layout op, and of one tensor: of several, each would have rows."""
+    return is_layout(node) and sum(n not in example.numbers for n in node.all_input_nodes) == 1
 
 
 def _read_once(node: Node) -> bool:
