@@ -210,9 +210,14 @@ def test_a_model_of_vectors_is_exact_for_its_one_datum():
     x, loss, y = rand(1, 4), nn.CrossEntropyLoss(), torch.tensor([1])
 
     def model(p, x):
-        return (torch.tanh(p["V"] @ x[0]) @ p["W"]).unsqueeze(0)
+        return (torch.tanh(p["V"] @ x.squeeze(0)) @ p["W"]).unsqueeze(0)
 
-    factors = fxkfac.kfac(fxkfac.trace(model, x, params), loss, (x, y))
-    for name in params:
-        expected = fxkfac.exact.ggn(model, loss, (x, y), name, params=params)
-        close(factors[name].dense(), expected)
+    program = fxkfac.trace(model, x, params)
+    assert "–" in str(program)  # no axis of a vector holds the data
+    for sharing in ("expand", "reduce"):
+        factors = fxkfac.kfac(program, loss, (x, y), sharing=sharing)
+        for name in params:
+            expected = fxkfac.exact.ggn(model, loss, (x, y), name, params=params)
+            close(factors[name].dense(), expected)
+    corrected = fxkfac.ekfac(program, loss, (x, y), factors)
+    close(corrected["W"].dense(), factors["W"].dense())

@@ -20,7 +20,6 @@ from fxkfac.curvature.perdatum import datum_gradients
 from fxkfac.curvature.plan import TermPlan
 from fxkfac.curvature.schedule import Schedule, schedule_of
 from fxkfac.curvature.settings import Settings
-from fxkfac.curvature.sharing import accurate_dtype
 from fxkfac.curvature.together import enlarged, reduced
 from fxkfac.errors import BatchAxisError, DataError, NonFiniteError, UnsupportedUse
 from fxkfac.graph.program import Program
@@ -32,6 +31,7 @@ from fxkfac.isolation import is_finite, not_finite, own_randomness
 from fxkfac.likelihoods.backpropagation import sites_of
 from fxkfac.likelihoods.base import Likelihood
 from fxkfac.linalg.rows import Formed, Rows
+from fxkfac.precision import accurate_dtype
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from fxkfac.curvature.plan import Scales
 from fxkfac.curvature.receive import Awaited, Receiver
 from fxkfac.curvature.sharing import (
     Kept,
-    accurate_dtype,
     bias_output,
     counted_input,
     expanded_input,
@@ -33,6 +32,7 @@ from fxkfac.graph.form import BatchAxis
 from fxkfac.graph.uses.ir import Use
 from fxkfac.graph.uses.normal import Input, detached, normal_y
 from fxkfac.likelihoods.backpropagation import sends_back
+from fxkfac.precision import accurate_dtype
 
 
 @dataclass(kw_only=True)

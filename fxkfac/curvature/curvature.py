@@ -14,13 +14,13 @@ from torch import Tensor
 from fxkfac.curvature.blocks import Block, Dense, Diagonal
 from fxkfac.curvature.eigen import EigenBlock
 from fxkfac.curvature.report import Report
-from fxkfac.curvature.sharing import accurate_dtype
 from fxkfac.curvature.summarise import report_of
 from fxkfac.errors import OptionError, ParameterError, UnknownParameter
 from fxkfac.functional import unknown
 from fxkfac.isolation import full_precision
 from fxkfac.linalg import operators
 from fxkfac.linalg.operators import BlockDiagonal, Damping, Named
+from fxkfac.precision import accurate_dtype
 
 if TYPE_CHECKING:
     from jaxtyping import Float

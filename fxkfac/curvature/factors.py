@@ -18,10 +18,10 @@ from fxkfac.curvature.curvature import AnyBlock, Curvature, no_block
 from fxkfac.curvature.plan import BlockPlan, TermPlan, require_same_terms
 from fxkfac.curvature.point import Point
 from fxkfac.curvature.settings import Settings, differences
-from fxkfac.curvature.sharing import accurate_dtype
 from fxkfac.errors import MergeError, OptionError
 from fxkfac.functional import FunctionalModel
 from fxkfac.likelihoods.base import Likelihood
+from fxkfac.precision import accurate_dtype
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from fxkfac.curvature.sharing import accurate
 from fxkfac.graph.axes import axis_tokens
 from fxkfac.graph.form import Form, Patches
 from fxkfac.graph.uses.ir import Use
 from fxkfac.linalg import Windows, patch_sums
+from fxkfac.precision import accurate
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fxkfac.curvature.images import Image
 from fxkfac.curvature.plan import Scales
-from fxkfac.curvature.sharing import accurate_dtype
 from fxkfac.linalg import Gram, add_gram, add_patch_gram, in_front, patch_sums
+from fxkfac.precision import accurate_dtype
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -43,7 +43,7 @@ class Moment:
     sums: Tensor | None = None
     count: int | Tensor = 0
     waiting: list[Tensor] = field(default_factory=list)
-    _waits: int = 0  # how many rows do: they are not counted anew for each batch
+    _waits: int = field(default=0, init=False)  # how many rows do, not counted anew each time
 
     def __post_init__(self) -> None:
         for rows in self.waiting:

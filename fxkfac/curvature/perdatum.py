@@ -16,10 +16,11 @@ from torch import Tensor
 
 from fxkfac.curvature.datum import Heard, rows_of
 from fxkfac.curvature.plan import TermPlan
-from fxkfac.curvature.sharing import accurate_dtype, summed_gradient
+from fxkfac.curvature.sharing import summed_gradient
 from fxkfac.graph.uses.ir import Use
 from fxkfac.graph.uses.normal import Input, normal_weight
 from fxkfac.linalg.rows import room
+from fxkfac.precision import accurate_dtype
 
 if TYPE_CHECKING:
     from jaxtyping import Float

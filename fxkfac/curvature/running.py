@@ -16,9 +16,9 @@ from torch import Tensor
 
 from fxkfac.curvature.curvature import AnyBlock, Curvature
 from fxkfac.curvature.factors import Factors, Product, require_factors, require_same_computation
-from fxkfac.curvature.sharing import accurate_dtype
 from fxkfac.errors import FxkfacError, OptionError
 from fxkfac.functional import unknown
+from fxkfac.precision import accurate_dtype
 from fxkfac.ranges import require_fraction
 
 PARTS = ("AB", "A", "B")

@@ -32,6 +32,7 @@ from fxkfac.graph.uses.normal import (
 )
 from fxkfac.linalg import made_once
 from fxkfac.linalg.operators.entries import LARGEST_DENSE
+from fxkfac.precision import accurate, accurate_dtype
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -201,19 +202,6 @@ def known(use: Use) -> BatchAxis:
             "as to one of several experts, trace with data that send some."
         )
     return use.batch
-
-
-def accurate(x: Tensor) -> Tensor:
-    """Outer products and counts in half precision are ruined: float32 or better."""
-    return x if x.dtype in ACCURATE else x.to(accurate_dtype(x))
-
-
-ACCURATE = (torch.float32, torch.float64)
-
-
-def accurate_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which a tensor's products are summed: float32 or better."""
-    return x.dtype if x.dtype in ACCURATE else torch.promote_types(x.dtype, torch.float32)
 
 
 def written_out(rows: OneHotRows, dtype: torch.dtype) -> Float[Tensor, "1 batch shared size"]:

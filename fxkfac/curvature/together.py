@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fxkfac.curvature.sharing import accurate_dtype
+from fxkfac.precision import accurate_dtype
 from fxkfac.ranges import require_count
 
 Item = TypeVar("Item")

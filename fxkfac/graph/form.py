@@ -30,6 +30,9 @@ class BatchAxis(NamedTuple):
         return "·".join(parts)
 
 
+ONLY = BatchAxis("", 1, 1)  # of an op without axes of rows: its one row is the only datum's
+
+
 @dataclass(frozen=True)
 class Patches:
     """The input is the patches of a convolution, one axis per kernel dimension at the end."""

@@ -204,6 +204,7 @@ class Program:
     ) -> Run:
         """The same for a graph that is known, and for parameters and buffers together."""
         with torch.enable_grad():
+            # What wraps a call of a module takes as long as some of its ops.
             prediction = tapped.module.forward(sink, *tapped.captured.arguments(state), *tensors)
         return Run(tapped, prediction, self.signature.batch_size(tensors))
 

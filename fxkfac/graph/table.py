@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fxkfac.graph.axes import axis_tokens, letters
+from fxkfac.graph.form import ONLY
 from fxkfac.graph.uses.ir import Source, Use
 from fxkfac.graph.uses.normal import normal_weight
 
@@ -69,6 +70,8 @@ def batch_text(use: Use) -> str:
     """Which axis of the output the data are on, and how they are laid out there."""
     if use.batch is None:
         return "unknown"
+    if use.batch == ONLY:
+        return "–"
     axis, routes = use.form.row_position[use.batch.axis], use.form.routes
     some = " where real" if routes and not routes.axis else ""
     return (str(axis) if str(use.batch) == "N" else f"{axis} ({use.batch})") + some

@@ -102,13 +102,11 @@ def compile_graph(
 ) -> Tapped:
     """Try the front ends in order; take the first whose graph is proven to be the model.
 
-    Where it has uses without normal form, or that lose the axis of one datum, the others may take
-    the op apart: the one that covers most parameters is taken. They are not tried where no op can
-    be taken apart.
+    Where it has uses without normal form, the others may take the op apart: the one that covers
+    most parameters is taken. They are not tried where no op can be taken apart.
     With `dynamic` false the graph is taken for this batch size alone.
     """
     best: Tapped | None = None
-    n = model.signature.batch_size(tensors)
     with quietly():
         cut = first_cut(model, tensors, model.bound.selected)
     refusals = dict.fromkeys(ABOVE_AUTOGRAD, cut.name) if cut else {}
@@ -125,14 +123,14 @@ def compile_graph(
             refusals[name] = found
             continue
         tapped = replace(found, refusals=dict(refusals))
-        if best is None or _lost(tapped, n) < _lost(best, n):
+        if not tapped.unsupported:
+            return tapped
+        if best is None or len(tapped.uncovered) < len(best.uncovered):
             best = tapped
-        if _lost(best, n) == (0, 0):
-            return best
-        if tapped.unsupported and all(u.is_final for u in tapped.unsupported):
+        if all(u.is_final for u in tapped.unsupported):
             break
     refused = _refused(best, structures)
-    if dynamic and n == 1 and (best is None or refused):
+    if dynamic and model.signature.batch_size(tensors) == 1 and (best is None or refused):
         return compile_graph(model, tensors, structures, dynamic=False)
     if refused:
         raise UnsupportedUse(unsupported_message(refused))
@@ -155,11 +153,6 @@ def _tried(captured_by: Callable[[str], Tapped], name: str) -> Tapped | str:
             return str(reason)
         except Exception as error:  # front ends raise whatever their depths raise
             return _shorten(error)
-
-
-def _lost(tapped: Tapped, n: int) -> tuple[int, int]:
-    """How many parameters are lost, and how many uses have lost the axis of a batch of one."""
-    return len(tapped.uncovered), sum(n == 1 and not use.form.rows for use in tapped.uses)
 
 
 def _in_order(cut: Cut | None) -> list[str]:

@@ -27,6 +27,7 @@ from fxkfac.likelihoods.targets import (
     require_prediction,
     require_rows,
 )
+from fxkfac.precision import accurate
 
 Target = Any  # a tensor, as `nll` takes it
 
@@ -230,7 +231,7 @@ def derived_hessian_sqrt(
         LossError, NonFiniteError: As `row_roots`.
     """
     name = type(likelihood).__name__
-    S = row_roots(name, lambda at: likelihood.criterion(at, y), widen(f.detach()))
+    S = row_roots(name, lambda at: likelihood.criterion(at, y), accurate(f.detach()))
 
     def apply(v: Tensor) -> Tensor:
         rows = v.reshape(len(v), -1, 1).to(S.dtype)
@@ -248,13 +249,3 @@ def without_ignored(likelihood: Likelihood, f: Tensor, y: Target, g: Tensor) -> 
 def sum_rows(values: Tensor) -> Tensor:
     """Sum over all axes but axis 0: [N, ...] -> [N]; a scalar becomes [1]."""
     return values.flatten(1).sum(1) if values.ndim > 1 else values.reshape(-1)
-
-
-def widen(t: Tensor) -> Tensor:
-    """Half precision to float32: what follows sums, exponentiates, or finds eigenvalues."""
-    return t.to(wide_dtype(t))
-
-
-def wide_dtype(t: Tensor) -> torch.dtype:
-    """The dtype to which `widen` brings a tensor."""
-    return torch.float32 if t.dtype in (torch.bfloat16, torch.float16) else t.dtype

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from fxkfac.errors import DataError, LossError
 from fxkfac.isolation import generator_on
-from fxkfac.likelihoods.base import sum_rows, wide_dtype, widen
+from fxkfac.likelihoods.base import sum_rows
 from fxkfac.likelihoods.closed_form import ClosedForm
 from fxkfac.likelihoods.targets import require_floating_like, require_tensors
+from fxkfac.precision import accurate, accurate_dtype
 
 MANY_CLASSES = 512  # from which on a block of them is drawn first
 
@@ -50,7 +51,7 @@ class Categorical(ClosedForm):
 
     def nll(self, prediction: Tensor, target: Tensor) -> Tensor:
         """-Σ w q log σ summed over the label positions of each row, shape [N]. Example 2."""
-        f = widen(prediction)
+        f = accurate(prediction)
         target = target.to(f.dtype) if target.is_floating_point() else target
         weight = None if self.weight is None else self.weight.to(f)
         positions = f.shape[:1] + f.shape[2:]
@@ -73,7 +74,7 @@ class Categorical(ClosedForm):
         valid = y != self.ignore_index
         if self.weight is None:
             return float(valid.sum())
-        return float(self.weight.to(widen(f))[y[valid]].sum())
+        return float(self.weight.to(accurate(f))[y[valid]].sum())
 
     def ignores(self, y: Tensor) -> bool:
         """Whether a class is `ignore_index`."""
@@ -97,7 +98,7 @@ class Categorical(ClosedForm):
     def hessian_sqrt(self, f: Tensor, y: Tensor, v: Tensor) -> Tensor:
         """S = √w (diag √σ - σ √σᵀ), w = Σ_k w_k q_k. Example 12."""
         axis = _class_axis(f)
-        log_σ = widen(f).log_softmax(axis)
+        log_σ = accurate(f).log_softmax(axis)
         root_v = (log_σ / 2).exp() * v  # diag(√σ) v
         Sv = root_v - log_σ.exp() * root_v.sum(axis, keepdim=True)
         return (self._site_weight(f, y).sqrt() * Sv).to(v.dtype)
@@ -110,7 +111,7 @@ class Categorical(ClosedForm):
         most probable one, so that no difference cancels.
         """
         axis = _class_axis(f)
-        r = (widen(f).log_softmax(axis) / 2).exp()  # √σ
+        r = (accurate(f).log_softmax(axis) / 2).exp()  # √σ
         m = r.argmax(axis, keepdim=True)
         u = r.scatter_add(axis, m, torch.ones_like(r))  # √σ + e_m
         scaled = self._site_weight(f, y).sqrt() * r
@@ -201,7 +202,7 @@ class Categorical(ClosedForm):
 
     def _weighted_target(self, f: Tensor, y: Tensor) -> Tensor:
         """W q, like `f`."""
-        like = widen(f.detach())
+        like = accurate(f.detach())
         axis, ε = _class_axis(f), self.label_smoothing
         if y.is_floating_point():
             valid, q = None, y.to(like)
@@ -222,7 +223,7 @@ class Categorical(ClosedForm):
         if y.is_floating_point() or (self.label_smoothing and weight is not None):
             return self._weighted_target(f, y).sum(axis, keepdim=True)
         valid = (y != self.ignore_index).unsqueeze(axis)  # Σ_k q_k = 1
-        dtype = wide_dtype(f)
+        dtype = accurate_dtype(f)
         if weight is None:
             return valid.to(dtype)
         return valid * weight.to(f.device, dtype)[y.clamp(0, f.shape[axis] - 1)].unsqueeze(axis)
@@ -234,7 +235,7 @@ def _class_axis(f: Tensor) -> int:
 
 def _probabilities(f: Tensor) -> Tensor:
     """σ, laid out as f is where its classes lie side by side, as a transposed linear's do."""
-    f, axis = widen(f), _class_axis(f)
+    f, axis = accurate(f), _class_axis(f)
     if _side_by_side(f):
         return f.movedim(axis, -1).softmax(-1).movedim(-1, axis)
     return f.softmax(axis)

@@ -13,7 +13,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from fxkfac.likelihoods.base import Likelihood, wide_dtype
+from fxkfac.likelihoods.base import Likelihood
+from fxkfac.precision import accurate_dtype
 
 
 class ClosedForm(Likelihood):
@@ -29,7 +30,7 @@ class ClosedForm(Likelihood):
 
     def room(self, f: Tensor) -> Tensor:
         """Memory for the noise: a number for every one of f, in no half precision."""
-        return torch.empty(f.shape, dtype=wide_dtype(f), device=f.device)
+        return torch.empty(f.shape, dtype=accurate_dtype(f), device=f.device)
 
     def sample(self, f: Tensor, generator: torch.Generator) -> Tensor:
         """ỹ ~ r(· | f). Section 2.3."""

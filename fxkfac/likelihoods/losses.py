@@ -17,15 +17,12 @@ from torch import Tensor, nn
 
 from fxkfac.errors import DataError, LossError
 from fxkfac.isolation import generator_on
-from fxkfac.likelihoods.base import (
-    Likelihood,
-    sum_rows,
-    widen,
-)
+from fxkfac.likelihoods.base import Likelihood, sum_rows
 from fxkfac.likelihoods.categorical import Categorical
 from fxkfac.likelihoods.closed_form import ClosedForm
 from fxkfac.likelihoods.targets import require_floating_like, require_tensors
 from fxkfac.likelihoods.wording import said, worded
+from fxkfac.precision import accurate
 
 __all__ = ["Bernoulli", "Categorical", "Gaussian", "likelihood_of"]
 
@@ -99,7 +96,7 @@ class Gaussian(ClosedForm):
 
     def nll(self, prediction: Tensor, target: Tensor) -> Tensor:
         """½‖f_n - y_n‖², shape [N]. Example 1."""
-        return sum_rows((widen(prediction) - target).square() / 2)
+        return sum_rows((accurate(prediction) - target).square() / 2)
 
     def count(self, f: Tensor, y: Tensor) -> float:
         """N · dim Y. Example 1."""
@@ -119,7 +116,7 @@ class Gaussian(ClosedForm):
 
     def label(self, f: Tensor, noise: Tensor) -> Tensor:
         """ỹ ~ N(f, I), Example 3; not rounded to half precision, or else f - ỹ would be."""
-        return widen(f) + noise
+        return accurate(f) + noise
 
     def event_axes(self, f: Tensor) -> tuple[int, ...]:
         """One element."""
@@ -153,7 +150,7 @@ class Bernoulli(ClosedForm):
 
     def nll(self, prediction: Tensor, target: Tensor) -> Tensor:
         """-w (π y log p + (1 - y) log(1 - p)), summed over each row, shape [N]."""
-        f = widen(prediction)
+        f = accurate(prediction)
         w, π = (None if t is None else t.to(f) for t in (self.weight, self.pos_weight))
         elements = F.binary_cross_entropy_with_logits(
             f, target.to(f), w, reduction="none", pos_weight=π
@@ -171,7 +168,7 @@ class Bernoulli(ClosedForm):
 
     def hessian_sqrt(self, f: Tensor, y: Tensor, v: Tensor) -> Tensor:
         """S = √(w (π y + 1 - y) p (1 - p)); 1 - p as sigmoid(-f), which does not cancel."""
-        z = widen(f)
+        z = accurate(f)
         return ((self._site_weight(f, y) * z.sigmoid() * (-z).sigmoid()).sqrt() * v).to(v.dtype)
 
     def noise(self, f: Tensor, generator: torch.Generator) -> Tensor:
@@ -180,17 +177,17 @@ class Bernoulli(ClosedForm):
 
     def label(self, f: Tensor, noise: Tensor) -> Tensor:
         """ỹ ~ Bernoulli(p), as 0 and 1."""
-        p = widen(f).sigmoid()
+        p = accurate(f).sigmoid()
         return (noise < p).to(p.dtype)
 
     def sampled_gradient(self, f: Tensor, y: Tensor, sampled: Tensor) -> Tensor:
         """√(w (π y + 1 - y)) (p - ỹ)."""
-        residual = Bernoulli().gradient(widen(f), sampled)  # p - ỹ
+        residual = Bernoulli().gradient(accurate(f), sampled)  # p - ỹ
         return (self._site_weight(f, y).sqrt() * residual).to(f.dtype)
 
     def labels(self, f: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """0 with 1 - p, and 1 with p."""
-        z = widen(f)
+        z = accurate(f)
         yield (-z).sigmoid(), torch.zeros_like(z)
         yield z.sigmoid(), torch.ones_like(z)
 
@@ -216,7 +213,7 @@ class Bernoulli(ClosedForm):
                 )
 
     def _weights(self, f: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        z = widen(f)
+        z = accurate(f)
         one = z.new_ones(())
         w, π = (one if t is None else t.to(z) for t in (self.weight, self.pos_weight))
         return w, π, z

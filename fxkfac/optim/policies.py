@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxkfac.curvature.sharing import accurate
 from fxkfac.exact import ggn_vector_product
 from fxkfac.functional import FunctionalModel
 from fxkfac.parameters import nest_names
+from fxkfac.precision import accurate
 
 GOOD, BAD = 0.75, 0.25  # reduction ratios (Martens & Grosse 2015, Section 6.5)
 CHANGE = 19 / 20  # of the damping in one step

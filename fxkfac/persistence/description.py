@@ -18,10 +18,11 @@ from fxkfac.curvature.options import settings_of
 from fxkfac.curvature.plan import BlockPlan, Identity, TermPlan
 from fxkfac.curvature.schedule import Schedule, schedule_of
 from fxkfac.curvature.settings import Settings
-from fxkfac.curvature.sharing import accurate_dtype
 from fxkfac.errors import MergeError
+from fxkfac.graph.form import ONLY
 from fxkfac.graph.program import Program
 from fxkfac.graph.uses.ir import Use
+from fxkfac.precision import accurate_dtype
 
 Description = dict[str, Any]  # what JSON holds
 MOST = 4  # differences that a message lists
@@ -72,6 +73,8 @@ def _batch_axis(use: Use) -> str:
     """Where the data are in the output, whatever the lengths of other axes."""
     if use.batch is None:
         return "unknown"
+    if use.batch == ONLY:
+        return "no axis"
     axis, outer, inner = use.batch
     laid_out = "·".join(["T"] * (outer > 1) + ["N"] + ["T"] * (inner > 1))
     return f"{laid_out} on axis {use.form.row_position[axis]}"

@@ -16,7 +16,7 @@ from torch.linalg import vector_norm
 
 from fxkfac.errors import BatchAxisError
 from fxkfac.graph.digits import rounding, tolerance
-from fxkfac.graph.form import BatchAxis
+from fxkfac.graph.form import ONLY, BatchAxis
 from fxkfac.graph.tap import Taps
 from fxkfac.graph.uses.ir import Use
 from fxkfac.graph.uses.normal import Input, OneHotRows, normal_x, normal_y
@@ -180,6 +180,8 @@ def _batch_axis(
 ) -> BatchAxis | None:
     """The one layout that explains gradient, output and input of a use."""
     rows = use.form.rows
+    if not rows:
+        return ONLY if other.n == 1 else None
     pairs = [
         (_by_rows(normal_y(use, a, None)), _by_rows(normal_y(use, b, None))) for a, b in outputs
     ]

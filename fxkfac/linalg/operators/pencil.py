@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from fxkfac.linalg.operators.factored import Congruence, Factor, Kronecker, KroneckerSum
-from fxkfac.linalg.operators.symmetric import accurate, is_regular, require_finite
+from fxkfac.linalg.operators.symmetric import is_regular, require_finite
+from fxkfac.precision import accurate
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -14,12 +14,8 @@ from fxkfac.linalg.operators.named import Named, public
 from fxkfac.linalg.operators.pencil import pencil
 from fxkfac.linalg.operators.products import product
 from fxkfac.linalg.operators.spectra import each_block, in_place, unflattened, written_out
-from fxkfac.linalg.operators.symmetric import (
-    accurate,
-    is_regular,
-    require_finite,
-    require_semidefinite,
-)
+from fxkfac.linalg.operators.symmetric import is_regular, require_finite, require_semidefinite
+from fxkfac.precision import accurate
 from fxkfac.ranges import require_count, require_generator
 
 

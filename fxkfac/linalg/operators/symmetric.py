@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fxkfac.errors import NonFiniteError, OptionError
+from fxkfac.precision import accurate
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -50,11 +51,6 @@ def factor_eigenvalues(factor: Tensor) -> Float[Tensor, "group d"]:
     if factor.ndim == 3:
         return symmetric_eigenvalues(factor)
     return require_semidefinite(factor)
-
-
-def accurate(matrix: Tensor) -> Tensor:
-    """The same in float32 or better: no decomposition is there for less."""
-    return matrix.to(torch.promote_types(matrix.dtype, torch.float32))
 
 
 def _rounded(λ: Float[Tensor, "*group d"], dtype: torch.dtype) -> Float[Tensor, "*group d"]:
