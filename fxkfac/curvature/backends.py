@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from torch import Generator, Tensor
 
@@ -16,24 +16,13 @@ from fxkfac.curvature.inductor.inside import is_fixed, is_open
 from fxkfac.curvature.inductor.traced import Kind
 from fxkfac.curvature.inductor.whole import Objective, Outcome, Whole, is_whole, whole
 from fxkfac.curvature.receive import Receiver
-from fxkfac.curvature.together import gradients_of, summed_gradients
+from fxkfac.curvature.slope import Slope, slope_of
+from fxkfac.curvature.together import gradients_of
 from fxkfac.errors import OptionError
 from fxkfac.graph.program import Program
 from fxkfac.graph.tapped import Run, Tapped
 from fxkfac.likelihoods.base import Likelihood
 from fxkfac.likelihoods.closed_form import ClosedForm
-
-
-class Slope(NamedTuple):
-    """The criterion, without R, and its gradients.
-
-    Attributes:
-        criterion: Σ_n c(f_n, y_n).
-        gradients: Of the wanted parameters; `None` where there is no way to one.
-    """
-
-    criterion: Tensor
-    gradients: Sequence[Tensor | None]
 
 
 class Differentiable(Protocol):
@@ -89,11 +78,8 @@ class Forward:
         self, prediction: Tensor, gradients: Callable[[Tensor], Sequence[Tensor | None]]
     ) -> Slope:
         """By what gives ⟨cotangent, f⟩'s gradients."""
-        f = prediction.detach()
-        cotangent = self.likelihood.gradient(f, self.targets).detach()  # of targets with a graph
-        criterion = self.likelihood.criterion(f, self.targets)
         underflows = self.tapped.captured.underflows
-        return Slope(criterion.detach(), summed_gradients(gradients, cotangent, underflows))
+        return slope_of(self.likelihood, prediction, self.targets, gradients, underflows)
 
 
 @dataclass(frozen=True)
@@ -163,7 +149,7 @@ class _Whole:
         self.sink.finish()
 
     def slope(self) -> Slope:
-        return Slope(self.outcome.criterion, self.outcome.wanted)
+        return Slope(self.outcome.criterion, self.outcome.wanted, self.outcome.scale)
 
 
 def _inductor(batch: Forward) -> Differentiable:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Generator, Tensor
 
 from fxkfac.curvature.accumulated import Accumulated
@@ -16,10 +15,10 @@ from fxkfac.curvature.factor_pass import FactorPass
 from fxkfac.curvature.factors import Factors, scale_of
 from fxkfac.curvature.options import settings_of
 from fxkfac.curvature.padding import Mask
-from fxkfac.errors import NonFiniteError
+from fxkfac.curvature.slope import SlopeSums
 from fxkfac.functional import Params
 from fxkfac.graph.program import Program
-from fxkfac.isolation import full_precision, not_finite
+from fxkfac.isolation import full_precision
 from fxkfac.likelihoods.losses import likelihood_of
 
 
@@ -78,32 +77,16 @@ def step(
     return over.part(over.run(batches(data)))
 
 
-def scaled(R: float, total: Tensor | None, parameter: Tensor) -> Tensor:
-    """R times a sum, laid out as its parameter is; zeros where nothing arrived."""
-    like = torch.empty_like(parameter.detach())
-    return like.zero_() if total is None else torch.mul(total, R, out=like)
-
-
-def require_finite_gradients(gradients: Mapping[str, Tensor]) -> None:
-    """Raise `NonFiniteError` where one is not: of a root at zero, say, or beyond a float16."""
-    if (name := not_finite(gradients)) is not None:
-        raise NonFiniteError(
-            f"the gradient in {name!r} holds NaN or Inf; expected finite numbers. Look for an op "
-            "without a slope at these data, as sqrt at zero; float16 ends at 65504."
-        )
-
-
 @dataclass
 class _Steps(FactorPass):
-    """A pass that also sums criterion and gradients, both without R and at least in float32."""
+    """A pass that also sums criterion and gradients."""
 
-    criterion: Tensor = field(init=False)
-    gradients: dict[str, Tensor] = field(init=False, default_factory=dict)  # those that arrived
+    slopes: SlopeSums = field(init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.wanted = tuple(self.program.asked.selected)
-        self.criterion = next(iter(self.state.values())).new_zeros(())
+        self.slopes = SlopeSums(next(iter(self.state.values())).new_zeros(()))
 
     def mark(self) -> None:
         """No point is kept, for the parameters move on right away."""
@@ -115,15 +98,9 @@ class _Steps(FactorPass):
     def part(self, factors: Factors) -> Step:
         """Loss and gradients, too."""
         R = scale_of(self.likelihood, factors.count)
-        gradients = {n: scaled(R, self.gradients.get(n), self.state[n]) for n in self.wanted}
-        require_finite_gradients(gradients)
-        return Step(R * self.criterion, gradients, factors)
+        gradients = self.slopes.reduced(R, {name: self.state[name] for name in self.wanted})
+        return Step(R * self.slopes.criterion, gradients, factors)
 
     def _send_back(self, ran: Differentiable, vectors: Iterable[Tensor]) -> None:
         super()._send_back(ran, vectors)
-        criterion, found = ran.slope()
-        self.criterion = self.criterion + criterion
-        for name, g in zip(self.wanted, found, strict=True):
-            if g is not None:
-                before = self.gradients.get(name)
-                self.gradients[name] = g if before is None else before + g
+        self.slopes.add(self.wanted, ran.slope())

@@ -13,8 +13,8 @@ import torch
 from torch import Generator, Tensor, nn
 
 from fxkfac.curvature.batch import require_finite_prediction
-from fxkfac.curvature.step import require_finite_gradients, scaled
-from fxkfac.curvature.together import gradients_of, summed_gradients
+from fxkfac.curvature.slope import Slope, SlopeSums, slope_of
+from fxkfac.curvature.together import gradients_of
 from fxkfac.functional import FunctionalModel, split_inputs
 from fxkfac.graph.program import Program
 from fxkfac.graph.uses.normal import Input
@@ -35,7 +35,7 @@ class _Deaf:
         """Let it go."""
 
 
-class Slope(NamedTuple):
+class Evaluation(NamedTuple):
     """The loss of all data, its gradients, and R of these data."""
 
     loss: Tensor
@@ -50,7 +50,7 @@ def loss_and_gradients(
     data: Batches,
     generator: Generator,
     wanted: Sequence[str],
-) -> Slope:
+) -> Evaluation:
     """The loss of all data with its reduction, and its gradients in the parameters `wanted`.
 
     From the same state of the generator, dropout is that of `fxkfac.step` as long as that has
@@ -60,8 +60,7 @@ def loss_and_gradients(
         DataError, NonFiniteError: As `fxkfac.step` does.
     """
     state = program.state()
-    total = next(iter(state.values())).new_zeros(())
-    sums: dict[str, Tensor] = {}  # without R, at least in float32
+    sums = SlopeSums(next(iter(state.values())).new_zeros(()))
     count = 0.0
     for number, (inputs, targets) in enumerate(data):
         tapped, tensors = program.at(inputs, state)
@@ -71,19 +70,17 @@ def loss_and_gradients(
         f = run.prediction.detach()
         require_finite_prediction(f, number)
         likelihood.validate(f, targets)
-        total = total + likelihood.criterion(f, targets)
         count += float(likelihood.count(f, targets))
+        to_leaves = partial(gradients_of, run.prediction, list(leaves.values()))
+        underflows = tapped.captured.underflows
         if leaves:
-            to_leaves = partial(gradients_of, run.prediction, list(leaves.values()))
-            underflows = tapped.captured.underflows
-            found = summed_gradients(to_leaves, likelihood.gradient(f, targets), underflows)
-            for name, g in zip(leaves, found, strict=True):
-                if g is not None:
-                    sums[name] = sums[name] + g if name in sums else g
+            slope = slope_of(likelihood, f, targets, to_leaves, underflows)
+        else:
+            slope = Slope(likelihood.criterion(f, targets), ())
+        sums.add(leaves, slope)
     R = likelihood.reduction_factor(count)
-    gradients = {name: scaled(R, sums.get(name), state[name]) for name in wanted}
-    require_finite_gradients(gradients)
-    return Slope(R * total, gradients, R)
+    gradients = sums.reduced(R, {name: state[name] for name in wanted})
+    return Evaluation(R * sums.criterion, gradients, R)
 
 
 def unused(program: Program, data: Batches) -> set[str]:

@@ -14,13 +14,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
-from torch import Generator, Tensor, no_grad
+import torch
+from torch import Generator, Tensor
 
 from fxkfac.curvature.collect import Collector
 from fxkfac.curvature.inductor.code import Code, Values, code_of, names_of, read
 from fxkfac.curvature.inductor.inside import GradientPieces, InputPieces, recording
 from fxkfac.curvature.inductor.traced import Kind, prediction_kind, traceable, traced
 from fxkfac.curvature.settings import Settings
+from fxkfac.curvature.slope import batch_scale, may_scale
 from fxkfac.curvature.together import gradients_of, summed_gradients
 from fxkfac.graph.tapped import Tapped
 from fxkfac.likelihoods.backpropagation import backpropagated_vectors, has_several
@@ -52,12 +54,14 @@ class Outcome:
         prediction: The prediction.
         criterion: Σ_n c(f_n, y_n).
         wanted: Its gradients in parameters; `None` where it does not depend on one.
+        scale: What these are multiplied by.
         values: These and what sums are made of, by name.
     """
 
     prediction: Tensor
     criterion: Tensor
     wanted: tuple[Tensor | None, ...]
+    scale: float
     values: Values
 
 
@@ -67,15 +71,17 @@ class Whole:
 
     Attributes:
         draws: Whether it is given noise.
+        scales: Whether it is given what the loss's gradients are multiplied by.
         prediction: Of what kind the prediction is.
         code: All of it.
-        arguments: Names of what it is given: noise, targets, parameters, buffers and data.
+        arguments: Names of what it is given: noise, scale, targets, parameters, buffers and data.
         inputs: What A is made of.
         gradients: What B is made of, and exact blocks.
         results: The rest of an `Outcome`, with names in the place of tensors.
     """
 
     draws: bool
+    scales: bool
     prediction: Kind
     code: Code
     arguments: tuple[str, ...]
@@ -88,10 +94,13 @@ class Whole:
         likelihood, targets, generator = objective
         f = self.prediction.shape_only()
         likelihood.validate(f, targets)
-        noise = [likelihood.noise(f, generator)] if self.draws else []
-        given = [*noise, targets, *tensors]
+        given = [likelihood.noise(f, generator)] if self.draws else []
+        scale = batch_scale(likelihood, f, targets) if self.scales else 1.0
+        if self.scales:
+            given.append(torch.full((), scale, dtype=f.dtype, device=self.prediction.device))
+        given += [targets, *tensors]
         values = self.code(dict(zip(self.arguments, given, strict=True)))
-        return Outcome(**read(self.results, values), values=values)
+        return Outcome(**read(self.results, values), scale=scale, values=values)
 
 
 def whole(
@@ -132,11 +141,13 @@ def _whole(
     likelihood = objective.likelihood.copied()  # the code keeps its weights
     draws = sink.settings.fisher == "mc"
     prediction = prediction_kind(tapped, kinds)
+    underflows = tapped.captured.underflows
+    scales = bool(wanted) and may_scale(prediction.dtype, underflows)
     likelihood.validate(prediction.shape_only(), targets)  # before there is code for such targets
 
     def batch(*given: Tensor) -> dict[str, Any]:
         own = likelihood.given(given[0]) if draws else likelihood
-        y, *arguments = given[draws:]
+        y, *arguments = given[draws + scales :]
         asked = [t.detach().requires_grad_(k in wanted) for k, t in enumerate(arguments)]
         collector = recording(sink, prediction.device)
         f = tapped.module(collector, *asked)
@@ -146,8 +157,9 @@ def _whole(
         )
         slopes = partial(gradients_of, f, [asked[k] for k in wanted], retain_graph=True)
         cotangent = likelihood.gradient(seen, y)
-        slope = summed_gradients(slopes, cotangent, tapped.captured.underflows)
-        with no_grad():
+        cotangent = cotangent * given[draws] if scales else cotangent
+        slope = summed_gradients(slopes, cotangent, underflows)
+        with torch.no_grad():
             inputs, gradients = InputPieces.of(collector), GradientPieces.of(collector)
             criterion = likelihood.criterion(seen, y)
         return {
@@ -159,10 +171,11 @@ def _whole(
         }
 
     noise = [Kind.of(likelihood.room(prediction.shape_only()))] if draws else []
-    graph, results = traced(batch, [*noise, Kind.of(targets), *kinds])
+    scale = [Kind(torch.Size(), (), prediction.dtype, prediction.device)] if scales else []
+    graph, results = traced(batch, [*noise, *scale, Kind.of(targets), *kinds])
     placeholders = [n.name for n in graph.graph.nodes if n.op == "placeholder"]
     on_gpu = prediction.device.type == "cuda"
     code = code_of(graph, results, set(graph.graph.nodes), replays=on_gpu)
     names = names_of(results)
     inputs, gradients = names.pop("inputs"), names.pop("gradients")
-    return Whole(draws, prediction, code, tuple(placeholders), inputs, gradients, names)
+    return Whole(draws, scales, prediction, code, tuple(placeholders), inputs, gradients, names)
