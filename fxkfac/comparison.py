@@ -17,7 +17,7 @@ from fxkfac.curvature.corrections.ekfac import ekfac
 from fxkfac.curvature.corrections.kfoc import kfoc
 from fxkfac.curvature.curvature import AnyBlock, Curvature
 from fxkfac.curvature.data import Data
-from fxkfac.curvature.factors import Factors
+from fxkfac.curvature.factors import Factors, require_factors
 from fxkfac.curvature.options import require_program
 from fxkfac.curvature.report import block_name
 from fxkfac.errors import BatchAxisError, OptionError
@@ -122,6 +122,7 @@ def layer_errors(
         DataError, MergeError, UnsupportedUse, BatchAxisError, NonFiniteError: As of `fxkfac.kfoc`.
     """
     require_program(program)
+    require_factors(factors)
     _require_batch_first(program)
     listed = [names] if isinstance(names, str) else names
     chosen = {name: factors[name] for name in (factors if listed is None else listed)}

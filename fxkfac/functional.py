@@ -182,12 +182,13 @@ def _require_one(a: Tensor, b: Tensor, names: tuple[str, str]) -> None:
         )
 
 
-def unknown(name: Any, known: Iterable[str]) -> UnknownParameter:
-    """An error that names the parameters whose names come closest."""
+def unknown(name: Any, known: Iterable[str], what: str = "parameter") -> UnknownParameter:
+    """An error that names those whose names come closest."""
     names = list(known)
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.5) if isinstance(name, str) else []
-    hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else f"There are: {names[:8]}."
-    return UnknownParameter(f"no parameter matches {name!r}. {hint}")
+    some = f"{names[:8]}" + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else f"There are: {some}."
+    return UnknownParameter(f"no {what} matches {name!r}. {hint}")
 
 
 def bind(

@@ -21,9 +21,7 @@ SMALL = 2**14  # numbers that are put together with others in less time than the
 @contextmanager
 def own_randomness(seed: int | None = None) -> Iterator[None]:
     """Give the global random state back as it was; in between draw from `seed`, if there is one."""
-    generators = [torch.default_generator]
-    if torch.cuda.is_initialized():
-        generators += torch.cuda.default_generators
+    generators = _global_generators()
     states = [g.get_state() for g in generators]
     try:
         if seed is not None:
@@ -33,6 +31,16 @@ def own_randomness(seed: int | None = None) -> Iterator[None]:
     finally:
         for g, state in zip(generators, states, strict=True):
             g.set_state(state)
+
+
+def random_state() -> Tensor:
+    """The global random state, of all devices: equal as long as nobody draws."""
+    return torch.cat([g.get_state() for g in _global_generators()])
+
+
+def _global_generators() -> list[Generator]:
+    on_gpus = torch.cuda.default_generators if torch.cuda.is_initialized() else ()
+    return [torch.default_generator, *on_gpus]
 
 
 def without_graph(t: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from fxkfac.curvature.point import require_here
 from fxkfac.errors import OptionError, ParameterError, UnknownParameter
 from fxkfac.exact.functions import jvp
 from fxkfac.functional import FunctionalModel, Inputs, Params, prediction_of
-from fxkfac.isolation import full_precision
+from fxkfac.isolation import full_precision, own_randomness, random_state
 from fxkfac.linalg import operators
 from fxkfac.linalg.operators import Damping, Named
 from fxkfac.ranges import number_in, require_number, require_positive
@@ -204,6 +204,26 @@ def predictions(posterior: Posterior, draws: Draws, inputs: Inputs) -> Tensor:
 
 def _of_each(posterior: Posterior, draws: Draws, together: Run, alone: Run) -> Tensor:
     """Of all draws together, or of one after the other, by what does the same."""
+    held = _require_draws(posterior, draws)
+    with own_randomness():
+        before = random_state()
+        try:
+            found = torch.func.vmap(together)(held).detach()
+        except RuntimeError:  # what torch says of an op that has no rule for it
+            each = zip(*(t.unbind() for t in held.values()), strict=True)
+            found = torch.stack(
+                [alone(dict(zip(held, draw, strict=True))).detach() for draw in each]
+            )
+        if torch.equal(before, random_state()):
+            return found
+    raise OptionError(
+        "the model draws random numbers while it runs, as dropout does in training; expected "
+        "one prediction for each draw of the parameters. Call model.eval() first."
+    )
+
+
+def _require_draws(posterior: Posterior, draws: Draws) -> dict[str, Tensor]:
+    """The draws in the order of the posterior. Raises `ParameterError` unless they fit."""
     names = list(posterior.mean)
     if not isinstance(draws, Mapping):
         raise ParameterError(
@@ -220,19 +240,7 @@ def _of_each(posterior: Posterior, draws: Draws, together: Run, alone: Run) -> T
             f"of (number, *shape) with shapes {[tuple(t.shape) for t in posterior.mean.values()]}. "
             "A draw by itself is one of number 1."
         )
-    before = torch.get_rng_state()
-    try:
-        return torch.func.vmap(together)(held).detach()
-    except RuntimeError:  # what torch says of an op that has no rule for it
-        each = zip(*(t.unbind() for t in held.values()), strict=True)
-        found = [alone(dict(zip(names, draw, strict=True))).detach() for draw in each]
-    if not torch.equal(before, torch.get_rng_state()):
-        torch.set_rng_state(before)
-        raise OptionError(
-            "the model draws random numbers while it runs, as dropout does in training; expected "
-            "one prediction for each draw of the parameters. Call model.eval() first."
-        )
-    return torch.stack(found)
+    return held
 
 
 def _prediction(posterior: Posterior, chosen: Mapping[str, Tensor], inputs: Inputs) -> Tensor:

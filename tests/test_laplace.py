@@ -414,3 +414,26 @@ def test_draws_of_other_parameters() -> None:
         for run in (laplace.predictions, laplace.linearised):
             with pytest.raises(UnknownParameter, match="expected one of each of"):
                 run(found, wrong, x)
+
+
+@pytest.mark.parametrize("call", [laplace.linearised, laplace.predictions])
+def test_a_model_that_fails_after_it_has_drawn_leaves_the_random_state(call):
+    class Failing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.fails = nn.Linear(4, 3), False
+
+        def forward(self, x):
+            y = nn.functional.dropout(self.linear(x), training=self.training)
+            return y + torch.zeros(7) if self.fails else y
+
+    model, x, y = Failing().eval(), torch.randn(5, 4), torch.arange(5) % 3
+    factors = fxkfac.kfac(fxkfac.trace(model, x), nn.CrossEntropyLoss(), (x, y))
+    posterior = laplace.posterior(factors)
+    draws = laplace.sample(posterior, 2, torch.Generator().manual_seed(0))
+    model.train()
+    model.fails = True
+    before = torch.get_rng_state()
+    with pytest.raises(RuntimeError):
+        call(posterior, draws, x)
+    assert torch.equal(before, torch.get_rng_state())

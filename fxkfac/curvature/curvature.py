@@ -185,7 +185,7 @@ def no_block(name: str, held: Mapping[str, Sequence[str]]) -> UnknownParameter:
     """
     joined = [key for key, params in held.items() if name in params]
     if not joined:
-        return unknown(name, held)
+        return unknown(name, held, "parameter with a block")  # the model may have it
     return UnknownParameter(
         f"{name!r} has no block of its own, but is in that of {joined[0]!r}. Ask for this one, or "
         "compute factors with separate_weight_and_bias=True."

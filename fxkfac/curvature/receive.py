@@ -22,8 +22,10 @@ from fxkfac.curvature.settings import Settings
 from fxkfac.curvature.sharing import Kept, chosen_groups, rows_kept
 from fxkfac.curvature.together import (
     FEW,
+    Heard,
     Unpack,
     chunks,
+    digest,
     enlarged,
     goes_together,
     listened,
@@ -79,6 +81,7 @@ class Receiver(ABC):
     _listens: bool = True
     _vectors: int = 1  # that are going back
     _bytes: int = 0  # of one vector's gradients
+    _trial: Heard | None = None  # in the place of sums, while vectors are tried
     _power: Tensor | None = None  # by which they are larger than they should be
     _kept: dict[Use, Kept] = field(default_factory=dict)
     _groups: dict[Use, Tensor] = field(default_factory=dict)
@@ -165,11 +168,16 @@ class Receiver(ABC):
         return size if self.schedule.tapped.once(key, lambda: self._go_together(prediction)) else 1
 
     def _go_together(self, prediction: Tensor) -> bool:
-        """Whether vectors can, which a trial says that nobody hears."""
-        self._listens, self._vectors = False, 2
-        found = goes_together(prediction, self._root)
-        self._listens = True
-        return found
+        """Whether vectors can, which a trial says that no sum hears."""
+
+        def listen(vectors: int) -> Heard:
+            self._vectors, self._trial = vectors, {}
+            return self._trial
+
+        try:
+            return goes_together(prediction, self._root, listen)
+        finally:
+            self._trial = None
 
     def _hear(self, place: int, g: Tensor) -> None:
         if self._vectors > 1:
@@ -179,6 +187,9 @@ class Receiver(ABC):
 
     def _tell(self, place: int, g: Tensor) -> None:
         if not self._listens:
+            return
+        if self._trial is not None:
+            self._trial[place] = digest(g)
             return
         g = reduced(g, self._power)
         for use in self.schedule.at_tap.get(place, ()):

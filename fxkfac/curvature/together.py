@@ -9,15 +9,19 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from fxkfac.precision import accurate_dtype
+from fxkfac.precision import accurate, accurate_dtype
 from fxkfac.ranges import require_count
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
 Item = TypeVar("Item")
+Heard = dict[int, Tensor]  # the digest of the gradients at every tap
 
 FEW = 4  # vectors, below which going back together takes longer than one after the other
 LARGE = 2.0**10  # a gradient that grows sixtyfold on its way is no overflow yet
@@ -164,17 +168,56 @@ def summed_gradients(
     return [None if g is None else g.to(accurate_dtype(g)) for g in found]
 
 
-def goes_together(prediction: Tensor, root: Tensor) -> bool:
-    """Whether two vectors can go back at once: every operation of the graph has a rule for it."""
-    vectors = torch.zeros(2, *prediction.shape, dtype=prediction.dtype, device=prediction.device)
+def goes_together(prediction: Tensor, root: Tensor, listen: Callable[[int], Heard]) -> bool:
+    """Whether two vectors can go back at once: every operation of the graph has a rule for it.
+
+    A rule may also be wrong without a word, as PyTorch 2.13's is for `cdist`. So two vectors go
+    back together, and each by itself, and every tap must hear the same.
+
+    Args:
+        prediction, root: Where vectors start, and where all paths end.
+        listen: What the taps will have heard, once so many vectors have gone back.
+    """
+
+    def heard(vectors: Tensor) -> Heard:
+        found = listen(len(vectors))
+        send_back(prediction, root, vectors, retain_graph=True)
+        return found
+
+    numbers = torch.arange(2 * prediction.numel(), device=prediction.device)
+    vectors = numbers.cos().to(prediction.dtype).view(2, *prediction.shape)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
-            send_back(prediction, root, vectors, retain_graph=True)
+            both = heard(vectors)
         except (RuntimeError, NotImplementedError):  # an operation of the user's own
             return False
     # Without a rule an operation runs for one vector after the other, and says so.
-    return not any("batching rule" in str(warning.message) for warning in said)
+    if any("batching rule" in str(warning.message) for warning in said):
+        return False
+    return _same(both, [heard(vector) for vector in vectors.split(1)])
+
+
+def digest(g: Float[Tensor, "vectors ..."]) -> Float[Tensor, "vectors 2"]:
+    """Two numbers of every vector's gradient, which hang on all of its entries."""
+    g = torch.view_as_real(g.resolve_conj()) if g.is_complex() else g
+    flat = accurate(g).flatten(1)
+    weights = torch.arange(flat.shape[1], device=flat.device, dtype=flat.dtype).cos()
+    return torch.stack([torch.linalg.vector_norm(flat, dim=1), flat @ weights], dim=1)
+
+
+def _same(both: Heard, alone: Sequence[Heard]) -> bool:
+    """Whether what taps heard is equal up to rounding."""
+    if any(each.keys() != both.keys() for each in alone):
+        return False
+    expected = {place: torch.cat([each[place] for each in alone]) for place in both}
+    largest = max((t.abs().amax().item() for t in expected.values()), default=0.0)
+    for place, t in expected.items():
+        eps = torch.finfo(t.dtype).eps
+        own = torch.linalg.vector_norm(t).item()
+        if not torch.allclose(both[place], t, rtol=0.0, atol=eps**0.5 * own + 64 * eps * largest):
+            return False
+    return True
 
 
 def chunks(items: Iterable[Item], size: int) -> Iterator[tuple[list[Item], bool]]:

@@ -22,9 +22,16 @@ if TYPE_CHECKING:
 SYMBOL = re.compile(r"\bs\d+\b")
 
 
-def use_attributes(program: Program, place: int) -> dict[str, Any]:
-    """Shapes, batch axis, orientation and factor sizes of one use, given by its position."""
-    use, joined = program.uses[place], {u.join.weight for u in program.uses if u.join}
+def use_attributes(
+    program: Program, place: int, structures: Mapping[str, Choice]
+) -> dict[str, Any]:
+    """Shapes, batch axis and orientation of one use, given by its position; sizes of its factors.
+
+    There are sizes where its block has factors of its own.
+    """
+    use = program.uses[place]
+    weight = program.uses[use.join.weight] if use.join and _is_factored(use, structures) else None
+    weight = weight if weight and _is_factored(weight, structures) else None
     attributes: dict[str, Any] = {
         "tap": use.tap,
         "tapped": use.node,
@@ -32,9 +39,16 @@ def use_attributes(program: Program, place: int) -> dict[str, Any]:
         "y": shape_text(use.y_shape, use.form.y, use),
         "batch": str(use.batch) if use.batch else "unknown",
         "orientation": orientation(use),
-        "joins": " + ".join(program.uses[use.join.weight].parameters) if use.join else "",
+        "joins": " + ".join(weight.parameters) if weight else "",
     }
-    return attributes if use.join else attributes | _sizes(use, place in joined)
+    if weight or not _is_factored(use, structures):
+        return attributes
+    biases = [u for u in program.uses if u.join and u.join.weight == place]
+    return attributes | _sizes(use, any(_is_factored(u, structures) for u in biases))
+
+
+def _is_factored(use: Use, structures: Mapping[str, Choice]) -> bool:
+    return all(structures[name].structure == "kronecker" for name in use.parameters)
 
 
 def _sizes(use: Use, joined: bool) -> dict[str, Any]:

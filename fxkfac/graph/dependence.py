@@ -38,9 +38,19 @@ LIKE = {
 STOPS = {aten.detach.default}
 
 
+# Ops that give truth values, as decompositions write them, too, of which no front end says so.
+COMPARISONS = {
+    getattr(getattr(aten, name), kind)
+    for name in ("gt", "ge", "lt", "le", "eq", "ne")
+    for kind in ("Scalar", "Tensor")
+}
+
+
 def is_float(node: Node) -> bool:
-    """Whether a gradient may pass; where the front end did not say, it may."""
+    """Whether a gradient may pass; where neither the op nor the front end says so, it may."""
     value = node.meta.get("val")
+    if node.target in COMPARISONS:
+        return False
     return not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex()
 
 

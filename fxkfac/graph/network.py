@@ -44,7 +44,8 @@ def to_networkx(program: Program) -> nx.MultiDiGraph:
       is. `tap` says which tap it has, and `tapped` the node whose output that is: another one
       where the op itself meets no data. `x`, `y` (at the tap), `batch`, `orientation`, and the
       factors' sizes `group`, `d_in` (one more where a bias has joined), `d_out`, `A` and `B` are
-      those of the first weight that enters; `joins` names the weight whose factors a bias shares.
+      those of the first weight that enters, sizes where its block has factors; `joins` names the
+      weight whose factors a bias shares.
     - `unsupported`: an op that a parameter enters without normal form (see `reason`): no tap.
     - `quiet`: any other op.
 
@@ -150,7 +151,7 @@ class _Builder:
         here = [place for (name, _), place in self.places.items() if name == node.name]
         if here:
             first = min(here, key=lambda place: self.program.uses[place].is_bias)
-            main = use_attributes(self.program, first)
+            main = use_attributes(self.program, first, self.structures)
             self.network.add_node(node.name, **main, kind="op")
         elif lost := self._lost_at(node):
             reason = self.reasons.get(node.name, f"another use of {lost[0]} has no normal form")
@@ -165,7 +166,9 @@ class _Builder:
     def _add_edges(self, node: Node) -> None:
         for operand in node.all_input_nodes:
             place = self.places.get((node.name, operand.name))
-            attributes = {} if place is None else use_attributes(self.program, place)
+            attributes = (
+                {} if place is None else use_attributes(self.program, place, self.structures)
+            )
             for key, steps in self.origins[operand]:
                 if self.network.nodes[key]["kind"] == "parameter":
                     view = {"kind": "parameter", "view": " ".join(steps)}

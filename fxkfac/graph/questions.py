@@ -47,17 +47,17 @@ def taps_below(network: nx.MultiDiGraph, parameter: str) -> list[int]:
         OptionError: The network is something else.
     """
     _require_network(network)
-    flow = _flow(network)
+    flow = nx.DiGraph(_sent_back(network))
     places = {_place(network, v, edge) for _, v, edge in _uses(network, parameter)}
-    below = {key for place in places for key in nx.ancestors(flow, place)}
+    below = {key for place in places if place in flow for key in nx.ancestors(flow, place)}
     return sorted(tap for tap, key in _taps(network).items() if key in below)
 
 
 def longest_path(network: nx.MultiDiGraph) -> list[str]:
     """The way to the prediction that leads through most tapped ops.
 
-    An op that adds the bias of another one does not count. Of several such ways it is one with most
-    ops in all.
+    An op that adds a bias which shares another one's factors does not count. Of several such ways
+    it is one with most ops in all.
 
     Args:
         network: What `program.to_networkx()` returned.
@@ -175,9 +175,14 @@ def _taps(network: nx.MultiDiGraph, parameters: set[str] | None = None) -> dict[
     }
 
 
+def _sent_back(network: nx.MultiDiGraph) -> list[tuple[str, str]]:
+    """The edges through which backpropagated vectors pass."""
+    return [(u, v) for u, v, passes in network.edges(data="gradient") if passes]
+
+
 def _passed(network: nx.MultiDiGraph, taps: Iterable[str]) -> set[str]:
     """The nodes through which vectors are sent back to these taps."""
-    edges = [(u, v) for u, v, passes in network.edges(data="gradient") if passes]
+    edges = _sent_back(network)
     flow = nx.DiGraph(edges)
     above = {key for key in taps if key in flow}
     above |= {reader for key in tuple(above) for reader in nx.descendants(flow, key)}

@@ -167,8 +167,9 @@ class Likelihood:
         """
         raise LossError(
             f"the labels of {type(self).__name__} cannot be enumerated, so there is no exact "
-            "fisher='type-1'. Use 'mc' (the same Fisher, sampled) or 'type-2'; 'empirical', "
-            "'curvature-propagation' and 'forward-only' work as well."
+            "fisher='type-1'. 'mc' samples the same Fisher where there is a distribution, 'type-2' "
+            "and 'curvature-propagation' take a criterion that is convex, 'empirical' and "
+            "'forward-only' any."
         )
 
     def event_axes(self, f: Tensor) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -54,14 +55,22 @@ def condition_numbers(report: Report, ax: Axes | None = None) -> Axes:
         singular = [(edge, y + SHIFT * (k - 1)) for c, y in points[kind] if c == INFINITE]
         ax.plot(*_xy(known), marker, color=colour, label=kind, markersize=5)
         ax.plot(*_xy(singular), marker, color=colour, fillstyle="none", markersize=5)
+    ax.set_xscale("log")
     if any(c == INFINITE for found in points.values() for c, _ in found):
         ax.axvline(edge, color=GREY, linewidth=0.8, linestyle=":")
-        ax.annotate("∞", (edge, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom")
-    ax.set_xscale("log")
+        _end_at_infinity(ax, finite, edge)
     ax.set_xlabel("condition number")
     by_layer(ax, names)
     _legend(ax)
     return ax
+
+
+def _end_at_infinity(ax: Axes, finite: Sequence[float], edge: float) -> None:
+    """Powers of ten among the finite ones, and ∞ where a number would be the next tick."""
+    first, last = (math.floor(math.log10(pick(finite, default=1.0))) for pick in (min, max))
+    powers = range(first, last + 1, 1 + (last - first) // 8)
+    ax.set_xticks([*(10.0**k for k in powers), edge], [*(f"$10^{{{k}}}$" for k in powers), "∞"])
+    ax.minorticks_off()
 
 
 def trace_shares(report: Report, ax: Axes | None = None) -> Axes:

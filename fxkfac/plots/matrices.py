@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 DECADES = 4  # below the largest entry, all is drawn alike
+Line = str | tuple[int, tuple[int, ...]]  # its style: by name, or dashes
+A_LINES: tuple[Line, ...] = ("--", (0, (8, 2)), (0, (2, 1)))  # of one term after the other
+B_LINES: tuple[Line, ...] = ("-.", ":", (0, (6, 1, 1, 1, 1, 1)))
 POINTS = 2000  # of a spectrum with more eigenvalues, so many are drawn
 
 
@@ -54,7 +57,9 @@ def spectra(block: AnyBlock, ax: Axes | None = None) -> Axes:
         places = (torch.arange(len(left), device="cpu") + 0.5) / len(λ)
         shown = _some(len(left))
         heights = left[shown] / left[:1]
-        ax.plot(places[shown].tolist(), heights.tolist(), line, color=colour, label=label, lw=1.6)
+        ax.plot(
+            places[shown].tolist(), heights.tolist(), ls=line, color=colour, label=label, lw=1.6
+        )
     ax.set_yscale("log")
     ax.set_xlim(0, 1)
     ax.set_xlabel("place among the eigenvalues")
@@ -65,11 +70,12 @@ def spectra(block: AnyBlock, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def _operators(block: AnyBlock) -> Iterator[tuple[str, operators.Operator, str, str]]:
+def _operators(block: AnyBlock) -> Iterator[tuple[str, operators.Operator, str, Line]]:
     """Name, operator, colour and line of all that has a spectrum."""
     factors = list(factors_of(block))
-    for label, operator in factors:
-        yield label, operator, *((BLUE, "--") if label.startswith("A") else (ORANGE, "-."))
+    for k, (label, operator) in enumerate(factors):  # A and B of one term after the other
+        colour, lines = (BLUE, A_LINES) if label.startswith("A") else (ORANGE, B_LINES)
+        yield label, operator, colour, lines[k // 2 % len(lines)]
     yield "A ⊗ B" if len(factors) == 2 else "block", block.operator, BLACK, "-"
 
 

@@ -188,7 +188,7 @@ class TestUsersOwn:
 
     def test_labels_that_cannot_be_enumerated(self):
         for likelihood in (self.poisson, Gaussian()):
-            with pytest.raises(LossError, match=r"'type-1'. Use 'mc'"):
+            with pytest.raises(LossError, match=r"'type-1'. 'mc'"):
                 vectors("type-1", likelihood, rand(4, 2), torch.ones(4, 2))
 
 

@@ -519,7 +519,7 @@ class TestUsersOwn:
 
     def test_labels_cannot_be_enumerated(self):
         for likelihood in (Gaussian(), PoissonRate()):
-            with pytest.raises(LossError, match=r"'type-1'. Use 'mc' .* or 'type-2'"):
+            with pytest.raises(LossError, match=r"'type-1'. 'mc' .* 'type-2'"):
                 likelihood.labels(rand(3, 2))
 
     def test_outside_of_the_support(self, monkeypatch):

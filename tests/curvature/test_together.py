@@ -11,8 +11,8 @@ from drawn import classes, rand
 from torch import nn
 
 import fxkfac
-from fxkfac.curvature import receive, together
-from fxkfac.errors import OptionError
+from fxkfac.curvature import diagonal, receive, together
+from fxkfac.errors import OptionError, UnsupportedUse
 
 F64 = torch.float64
 CE = nn.CrossEntropyLoss()
@@ -218,3 +218,54 @@ def test_who_listens_hears_the_gradient_and_keeps_nothing_alive(alone):
         assert [t() for t in alive] == [None] * 3
     finally:
         gc.enable()
+
+
+class Distances(nn.Module):
+    """PyTorch 2.13's rule for vmap of cdist's derivative is wrong, and says nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(3, 4), nn.Linear(3, 4), nn.Linear(5, 2)
+        self.centres = torch.randn(5, 3)
+
+    def forward(self, x):
+        return self.head(torch.exp(-torch.cdist(self.a(x), self.b(self.centres.to(x)))))
+
+
+@pytest.mark.parametrize("fisher", ["type-2", "type-1"])
+@pytest.mark.parametrize("kind", ["bias", "dense"])
+def test_a_rule_that_is_wrong_without_a_word_is_found(fisher, kind):
+    torch.manual_seed(0)
+    model, x, y = Distances().double(), torch.randn(3, 3).double(), torch.tensor([0, 1, 1])
+    loss = nn.CrossEntropyLoss()
+    structure = {"a.weight": "dense"} if kind == "dense" else {}
+    name = "a.weight" if kind == "dense" else "a.bias"
+    program = fxkfac.trace(model, x, ["a.*", "head.*"], structure=structure)
+    factors = fxkfac.kfac(program, loss, (x, y), fisher=fisher, separate_weight_and_bias=True)
+    expected = fxkfac.exact.ggn(model, loss, (x, y), [name])
+    torch.testing.assert_close(factors[name].dense(), expected, rtol=1e-10, atol=1e-14)
+
+
+def test_exact_blocks_from_the_graph_are_compared_with_a_datum_by_itself(monkeypatch):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.rand(4))
+
+        def forward(self, x):
+            return x * self.w.sin()
+
+    def wrong(function, in_dims, **how):  # for gradients, as a wrong rule would be
+        right = torch.func.vmap(function, in_dims, **how)
+
+        def call(*given):
+            found = right(*given)
+            return {n: 1.5 * g for n, g in found.items()} if isinstance(found, dict) else found
+
+        return call
+
+    model, x = seeded(Scaled), rand(3, 4)
+    program = fxkfac.trace(model, x, unsupported="dense")
+    monkeypatch.setattr(diagonal, "vmap", wrong)
+    with pytest.raises(UnsupportedUse, match=r"not those of a datum by itself.*'w': 0.5.*vmap"):
+        fxkfac.kfac(program, nn.MSELoss(), (x, rand(3, 4)))

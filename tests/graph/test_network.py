@@ -88,6 +88,29 @@ def test_gradient_stops_at_detach():
     assert passing == [("linear_1", "output")]
 
 
+def test_no_gradient_passes_a_comparison_that_a_decomposition_wrote():
+    model = nn.Sequential(nn.Linear(4, 4), nn.PReLU(), nn.Linear(4, 2))
+    network = fxkfac.trace(model, torch.randn(3, 4)).to_networkx()
+    ops = {key: node["op"] for key, node in network.nodes(data=True) if "op" in node}
+    passing = {ops.get(k) for *ends, g in network.edges(data="gradient") if g for k in ends}
+    assert "gt" in ops.values()
+    assert "gt" not in passing
+    assert "where" in passing
+
+
+def test_factors_have_sizes_where_a_block_has_factors():
+    model = nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 3), nn.Linear(3, 2))
+    x, y = torch.randn(6, 4), torch.randint(0, 2, (6,))
+    structure = {"2.*": "diagonal", "3.weight": "dense"}
+    program = fxkfac.trace(model, x, structure=structure)
+    network = program.to_networkx()
+    sizes = {name: e["A"] for name, _, e in uses(network) if "A" in e}
+    factors = fxkfac.kfac(program, nn.CrossEntropyLoss(), (x, y))
+    blocks = {name: b for name, b in factors.items() if isinstance(b, fxkfac.Block)}
+    assert sizes == {name: f"{len(b.A)}×{len(b.A)}" for name, b in blocks.items()}
+    assert list(sizes) == ["0.weight", "1.bias", "3.bias"]
+
+
 def test_cnn_has_groups_and_patches():
     conv = of_kind(cnn().to_networkx(), "op")["conv2d"]
     assert (conv["group"], conv["d_in"], conv["d_out"]) == (2, 10, 2)  # 3·3 patches and the bias

@@ -151,3 +151,18 @@ def test_unknown_names_are_refused_with_near_ones():
 def test_a_program_in_the_place_of_its_network_is_refused(ask):
     with pytest.raises(OptionError, match="to_networkx"):
         ask(functional())
+
+
+class Gated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 3), nn.Linear(4, 3), nn.Linear(3, 3)
+
+    def forward(self, x):
+        z = self.a(x)
+        return self.c(self.b(x) * (z > 0)) + z
+
+
+def test_taps_behind_a_gate_are_not_below():
+    network = fxkfac.trace(Gated(), torch.randn(3, 4)).to_networkx()
+    assert taps_below(network, "c.weight") == [tap_of(network, "b.weight")]
