@@ -35,13 +35,14 @@ Inputs = Any  # a tensor, a tuple or list of tensors, or a dict of keyword argum
 
 def prediction_of(output: Any) -> Tensor:
     """The one tensor in a model's output; of several by name, the `logits`."""
-    if isinstance(output, Mapping) and isinstance(output.get("logits"), Tensor):
-        return output["logits"]
+    named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if isinstance(named, Tensor):
+        return named
     tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
     if len(tensors) != 1:
         raise FxkfacError(
             f"the model returns {type(output).__name__} with {len(tensors)} tensors; expected one "
-            "tensor, the prediction that the loss takes, or a dict with one called 'logits'. Wrap "
+            "tensor, the prediction that the loss takes, or one that is called 'logits'. Wrap "
             "the model in a function or module that returns that tensor alone."
         )
     return tensors[0]

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import final
 
 import torch
@@ -102,7 +103,8 @@ def posterior(
         OptionError: The prior precision is not positive; `factors` are none, such as a running
             average, or were corrected with other data; or what `operators.diagonalised` raises.
         UnknownParameter: A name is unknown, or another parameter of its block is missing.
-        MergeError: The parameters have other values than when the factors were computed.
+        MergeError: The parameters have other values than when the factors were computed; of sums
+            over several points, of averages, and of loaded factors this is not known.
         ParameterError: A weight is not a parameter of the model, but computed from some.
     """
     base = uncorrected(factors)
@@ -195,10 +197,7 @@ def predictions(posterior: Posterior, draws: Draws, inputs: Inputs) -> Tensor:
     Raises:
         UnknownParameter, ParameterError, OptionError: As `fxkfac.laplace.linearised` does.
     """
-
-    def predicted(draw: dict[str, Tensor]) -> Tensor:
-        return _prediction(posterior, draw, inputs)
-
+    predicted = partial(_prediction, posterior, inputs=inputs)
     return _of_each(posterior, draws, predicted, predicted)
 
 
@@ -208,17 +207,15 @@ def _of_each(posterior: Posterior, draws: Draws, together: Run, alone: Run) -> T
     with own_randomness():
         before = random_state()
         try:
-            found = torch.func.vmap(together)(held).detach()
+            found = torch.func.vmap(together)(held)
         except RuntimeError:  # what torch says of an op that has no rule for it
             each = zip(*(t.unbind() for t in held.values()), strict=True)
-            found = torch.stack(
-                [alone(dict(zip(held, draw, strict=True))).detach() for draw in each]
-            )
+            found = torch.stack([alone(dict(zip(held, draw, strict=True))) for draw in each])
         if torch.equal(before, random_state()):
-            return found
+            return found.detach()
     raise OptionError(
-        "the model draws random numbers while it runs, as dropout does in training; expected "
-        "one prediction for each draw of the parameters. Call model.eval() first."
+        "the model draws random numbers while it runs, as dropout does in training; expected one "
+        "prediction for each draw of the parameters. Call model.eval() first."
     )
 
 

@@ -14,7 +14,13 @@ from torch import Generator, Tensor
 
 from fxkfac.curvature.backends import Backend, Differentiable, Forward, backend_of
 from fxkfac.curvature.diagonal import positions_in_datum
-from fxkfac.curvature.padding import Mask, Padding, ignored_positions, read_mask
+from fxkfac.curvature.padding import (
+    Mask,
+    Padding,
+    chosen_by_values,
+    ignored_positions,
+    read_mask,
+)
 from fxkfac.curvature.receive import Receiver
 from fxkfac.curvature.schedule import Schedule, schedule_of
 from fxkfac.curvature.settings import Settings
@@ -172,7 +178,7 @@ class Pass(ABC, Generic[Sink, Total]):
         schedule = self._schedule(tapped)
         n = self.program.signature.batch_size(tensors)
         given = None if self.mask is None else read_mask(self.mask, inputs, targets, n)
-        padding = Padding(given)
+        padding = Padding(given, chosen=chosen_by_values(tapped))
         sink = self.sink(schedule, padding, targets)
         with _named(number):
             ran = self._forward(self._batch(tapped, tensors, targets, sink))

@@ -115,8 +115,8 @@ def _require_right_rules(errors: Mapping[str, float], tolerance: float) -> None:
     if wrong := [f"{name} ({error:.1e})" for name, error in errors.items() if error > tolerance]:
         raise UnsupportedUse(
             f"gradients of all data at once are not those of a datum by itself: relative errors "
-            f"{', '.join(wrong[:4])}; an op of the model has a wrong rule for vmap, as cdist has. Write that op "
-            "by others, or leave these parameters out: trace with structure='skip' for them."
+            f"{', '.join(wrong[:4])}; an op of the model has a wrong rule for vmap, as cdist has. "
+            "Write that op by others, or leave these parameters out: trace with structure='skip'."
         )
 
 

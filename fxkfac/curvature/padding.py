@@ -1,9 +1,9 @@
 """Rows that are padding: left out of A, of B and of the counts.
 
 A mask (N, T) says which of the T positions of each datum are real. It is laid over every use whose
-one shared axis has T places; uses with other rows, such as a class token's or a pooled one's, keep
-all of theirs. Without a mask, padding is what no term of the loss can see: positions whose target
-is ignored, in the rows of uses at which no gradient arrives.
+one shared axis has T places; uses with other rows, such as a class token's, a pooled one's or a
+routed expert's, keep all of theirs. Without a mask, padding is what no term of the loss can see:
+positions whose target is ignored, in the rows of uses at which no gradient arrives.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from fxkfac.curvature.diagonal import by_datum
 from fxkfac.errors import DataError, OptionError
-from fxkfac.graph.tapped import Run
+from fxkfac.graph.experiments.by_values import has_size_of_values
+from fxkfac.graph.tapped import Run, Tapped
 from fxkfac.graph.uses.ir import Use
 from fxkfac.graph.uses.normal import normal_y
 from fxkfac.likelihoods.base import Likelihood
@@ -37,11 +38,14 @@ class Padding:
         mask: Positions that are real, (N, T); `None` where the user gives no mask.
         ignored: Positions whose target the loss ignores, (N, T), if there are any.
         seen: For every use, the rows at which a gradient has arrived.
+        chosen: Names of ops whose rows values of the data have chosen: they are no positions,
+            though there may be as many.
         fits: Whether there is a use whose rows are the positions.
     """
 
     mask: Tensor | None = None
     ignored: Tensor | None = None
+    chosen: frozenset[str] = frozenset()
     seen: dict[Use, Tensor] = field(default_factory=dict)
     fits: bool = False
 
@@ -53,7 +57,7 @@ class Padding:
             y: Its output, as tapped.
         """
         if self.mask is not None:
-            fits = _aligned(use, y, self.mask)
+            fits = self._is_aligned(use, y, self.mask)
             self.fits |= fits
             return self.mask.to(y.dtype) if fits else None
         if self.ignored is None or use not in self.seen:
@@ -74,16 +78,23 @@ class Padding:
         An ignored target alone does not make a row padding: the beginning of a sequence may have
         none, and yet all that comes after it depends on it.
         """
-        if self.ignored is not None and _aligned(use, gradient, self.ignored):
+        if self.ignored is not None and self._is_aligned(use, gradient, self.ignored):
             rows = (normal_y(use, gradient, use.batch) != 0).any(-1).any(0)
             self.seen[use] = self.seen[use] | rows if use in self.seen else rows
 
+    def _is_aligned(self, use: Use, y: Tensor, positions: Tensor) -> bool:
+        """Whether the rows of a use are the positions of the data, as far as their number tells."""
+        if use.batch is None or use.is_bias or use.node in self.chosen:
+            return False
+        return normal_y(use, y, use.batch).shape[1:3] == positions.shape
 
-def _aligned(use: Use, y: Tensor, positions: Tensor) -> bool:
-    """Whether the rows of a use are the positions of the data."""
-    if use.batch is None or use.is_bias:
-        return False
-    return normal_y(use, y, use.batch).shape[1:3] == positions.shape
+
+def chosen_by_values(tapped: Tapped) -> frozenset[str]:
+    """Names of the ops whose number of rows is up to values of the data, as an expert's."""
+    if not tapped.by_values:
+        return frozenset()
+    nodes = tapped.captured.module.graph.nodes
+    return tapped.once("chosen", lambda: frozenset(n.name for n in nodes if has_size_of_values(n)))
 
 
 def ignored_positions(likelihood: Likelihood, run: Run, targets: Tensor) -> Tensor | None:

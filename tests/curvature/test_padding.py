@@ -169,3 +169,36 @@ def test_forward_only_leaves_out_what_the_others_do(sharing):
     for name, block in expected.items():
         torch.testing.assert_close(found[name].A, block.A)
         assert found[name].B.equal(torch.eye(len(block.B)).to(block.B))
+
+
+class Experts(nn.Module):
+    """Both experts take every token, in the order of slots, then of tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(4, 2, bias=False)
+        self.experts = nn.ModuleList(nn.Linear(4, 3, bias=False) for _ in range(2))
+
+    def forward(self, x, mask):
+        rows = x.reshape(-1, 4)
+        weights, chosen = self.gate(rows).softmax(-1).topk(2, -1)
+        out = rows.new_zeros(len(rows), 3)
+        for k, expert in enumerate(self.experts):
+            slot, token = torch.where((chosen == k).T)
+            out = out.index_add(0, token, expert(rows[token]) * weights[token, slot, None])
+        return out.view(*x.shape[:2], 3).movedim(-1, 1)
+
+
+@pytest.mark.parametrize("mask", ["mask", None])
+def test_rows_of_experts_are_no_positions_even_if_as_many(mask):
+    model, x, labels = seeded(Experts), rand(N, T, 4), torch.where(REAL, classes(N, T, C=3), -100)
+    program = fxkfac.trace(model, {"x": x, "mask": REAL})
+    batches = [({"x": x[i : i + 1], "mask": REAL[i : i + 1]}, labels[i : i + 1]) for i in range(3)]
+    whole = {"x": x[:3], "mask": REAL[:3]}, labels[:3]
+    found, expected = (
+        fxkfac.kfac(program, nn.CrossEntropyLoss(), data, fisher="empirical", mask=mask)
+        for data in (batches, whole)
+    )
+    for name in ("experts.0.weight", "experts.1.weight"):
+        torch.testing.assert_close(found[name].A, expected[name].A)
+        torch.testing.assert_close(found[name].B, expected[name].B)

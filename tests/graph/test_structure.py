@@ -371,6 +371,60 @@ def test_merged_lora_is_named_by_its_parameters():
     assert_relative(factors[name].B, expected.B)
 
 
+def by_distance(m, x):
+    """A Toeplitz weight of the sequence's length: e^(−a |s − t|)."""
+    places = torch.arange(x.shape[1])
+    return torch.exp(-m.a.exp() * (places[:, None] - places).abs())
+
+
+COMPUTED = {
+    "one of several results": (lambda m, x: torch.linalg.qr(m.a)[0], (4, 4)),
+    "the first of them alone": (lambda m, x: m.a.sort(dim=1)[0], (4, 4)),
+    "over a constant": (lambda m, x: m.a.tanh() / m.a.norm().detach(), (4, 4)),
+    "of the data's length": (by_distance, (1,)),
+}
+
+
+@pytest.mark.parametrize("teacher", [False, True])
+@pytest.mark.parametrize("case", COMPUTED)
+def test_weights_are_computed_in_many_ways(case, teacher):
+    """What runs without gradients beside it wants another front end, with symbols for lengths."""
+    weight, shape = COMPUTED[case]
+
+    def forward(m, x):
+        with torch.no_grad():
+            target = x @ weight(m, x) if teacher else 0.0
+        return (x @ weight(m, x)).tanh() - target
+
+    model, x, target = randomised(lambda: Made(forward, a=shape)), rand(5, 4), rand(5, 4, seed=5)
+    program = fxkfac.trace(model, x, structure={"a": "derived"})
+    assert max(fxkfac.check(program, MSE, (x, target)).values()) < 1e-9
+    value = weight(model, x).detach()
+    plain = fxkfac.trace(lambda p, x: (x @ p["W"]).tanh() - teacher * (x @ value), x, {"W": value})
+    for data in ((x, target), (x[:3], target[:3])):
+        (found,) = fxkfac.kfac(program, MSE, data).values()
+        expected = fxkfac.kfac(plain, MSE, data)["W"]
+        assert_relative(found.dense(), expected.dense())
+
+
+def test_a_complex_derived_weight_is_refused_by_what_helps():
+    def forward(m, x):
+        return torch.fft.irfft(torch.fft.rfft(x) * torch.fft.rfft(m.c), n=5)
+
+    model = randomised(lambda: Made(forward, c=(5,)))
+    with pytest.raises(OptionError, match=r"complex.*'diagonal' or 'dense'"):
+        fxkfac.trace(model, rand(3, 5), structure={"c": "derived"})
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_one_number_that_scales_all_is_a_scale(shape):
+    model = randomised(lambda: Made(lambda m, x: m.s * m.head(x), head=nn.Linear(3, 1), s=shape))
+    data = rand(5, 3), rand(5, 1, seed=5)
+    factors = fxkfac.kfac(fxkfac.trace(model, data[0]), MSE, data)
+    assert isinstance(factors["s"], fxkfac.Diagonal)
+    assert_relative(factors["s"].dense(), fxkfac.exact.ggn(model, MSE, data, ["s"]))
+
+
 @pytest.mark.parametrize("name", ["head.weight", "head.bias"])
 def test_derived_where_the_parameter_meets_data_itself(name):
     model = randomised(lambda: Made(lambda m, x: m.head(x), head=nn.Linear(4, 3)))

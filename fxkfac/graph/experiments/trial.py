@@ -80,7 +80,8 @@ def attempt(
             raise Refusal(f"on data unlike the example {wrong}")
         _require_no_choice(model, captured, state, data, generator)
     through = {node: p for node, p in captured.placeholders().items() if p in structures.derived}
-    derived = derived_weights(captured.module.graph, through, captured.inputs())
+    inputs = dict(zip(captured.inputs(), model.signature.axes, strict=True))
+    derived = derived_weights(captured.module.graph, through, inputs)
     return Trial(model, captured, dynamic, state, data, generator, structures, derived)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from fxkfac.graph.form import Form
@@ -30,6 +32,7 @@ def addcmul(call: Call, operand: Operand) -> Form:
 
 
 def product(call: Call, weight: str, x: str, scale: float = 1.0) -> Form:
-    """The product of two operands that broadcast to the output."""
-    y = rows(len(call.y_shape))
-    return Form(aligned(call, weight), aligned(call, x), y, call.args[x], scale=scale)
+    """The product of two operands that broadcast to the output; one number scales all of it."""
+    y, shape = rows(len(call.y_shape)), call.shape(weight)
+    axes = " ".join("1" for _ in shape) if math.prod(shape) == 1 else aligned(call, weight)
+    return Form(axes, aligned(call, x), y, call.args[x], scale=scale)

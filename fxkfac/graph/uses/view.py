@@ -49,6 +49,7 @@ LAYOUT_OPS: dict[Any, str] = {
     aten.stack.default: "stack",
     aten.flip.default: "flip",
     aten.roll.default: "roll",
+    aten.rot90.default: "rot90",
     aten.diagonal.default: "diagonal",
     aten.as_strided.default: "as_strided",
     operator.getitem: "",
