@@ -15,11 +15,10 @@ from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fxkfac.errors import CaptureError, FxkfacError, ParameterError, UnknownParameter
+from fxkfac.errors import FxkfacError, ParameterError, UnknownParameter
 from fxkfac.isolation import Autocast, in_place_of, without_graph
 from fxkfac.parameters import Params as Params
 from fxkfac.parameters import (
@@ -48,13 +47,9 @@ def prediction_of(output: Any) -> Tensor:
     return tensors[0]
 
 
-def require_gradients_on() -> None:
-    """Raise `CaptureError` where no gradient can be taken."""
-    if torch.is_inference_mode_enabled():
-        raise CaptureError(
-            "torch.inference_mode() is on, and gradients are needed; expected that they can be "
-            "taken. Leave inference mode around this call; torch.no_grad() does no harm."
-        )
+def copied(inputs: Inputs) -> Inputs:
+    """The same with copies of all tensors, for a model that may write into them."""
+    return pytree.tree_map_only(Tensor, Tensor.clone, inputs)
 
 
 def split_inputs(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:

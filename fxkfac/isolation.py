@@ -6,31 +6,40 @@ And the other way round: the user's autocast is for the model, not for the arith
 from __future__ import annotations
 
 import cmath
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from threading import RLock
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.linalg import vector_norm
 
+from fxkfac.errors import CaptureError
+
 SMALL = 2**14  # numbers that are put together with others in less time than they are summed
+
+
+_drawing = RLock()  # the state is the process's: threads take turns
 
 
 @contextmanager
 def own_randomness(seed: int | None = None) -> Iterator[None]:
     """Give the global random state back as it was; in between draw from `seed`, if there is one."""
-    generators = _global_generators()
-    states = [g.get_state() for g in generators]
-    try:
-        if seed is not None:
-            for g in generators:
-                g.manual_seed(seed)
-        yield
-    finally:
-        for g, state in zip(generators, states, strict=True):
-            g.set_state(state)
+    with _drawing:
+        generators = _global_generators()
+        states = [g.get_state() for g in generators]
+        try:
+            if seed is not None:
+                for g in generators:
+                    g.manual_seed(seed)
+            yield
+        finally:
+            for g, state in zip(generators, states, strict=True):
+                g.set_state(state)
 
 
 def random_state() -> Tensor:
@@ -43,9 +52,23 @@ def _global_generators() -> list[Generator]:
     return [torch.default_generator, *on_gpus]
 
 
+def require_gradients_on() -> None:
+    """Raise `CaptureError` where no gradient can be taken."""
+    if torch.is_inference_mode_enabled():
+        raise CaptureError(
+            "torch.inference_mode() is on, and gradients are needed; expected that they can be "
+            "taken. Leave inference mode around this call; torch.no_grad() does no harm."
+        )
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise CaptureError(
+            "this call is inside a transform of torch.func, such as grad or vmap, whose tensors "
+            "have no values of their own; expected plain tensors. Call it outside."
+        )
+
+
 def without_graph(t: Tensor) -> Tensor:
     """The same without a graph; a copy of one that inference mode has made, for a graph to keep."""
-    return t.clone() if t.is_inference() else t.detach()
+    return t.detach().clone() if t.is_inference() else t.detach()
 
 
 def seed_from(generator: Generator) -> int:
@@ -107,6 +130,51 @@ def in_place_of(tensors: Mapping[int, Tensor], module: nn.Module) -> Iterator[No
             m._buffers.update(buffers)
             if flat is not None:
                 m._flat_weights = flat  # type: ignore[assignment]
+
+
+@contextmanager
+def held_by(module: nn.Module) -> Iterator[None]:
+    """Afterwards all modules hold the very objects they held, and lists and dicts what was in them.
+
+    That is what export does not leave, which puts copies of containers in their place.
+    """
+    attributes = [(vars(m), dict(vars(m))) for m in module.modules()]
+    contents: dict[int, tuple[Any, Any]] = {}
+    for own, _ in attributes:
+        _note_contents(own, contents)
+    try:
+        yield
+    finally:
+        for own, before in attributes:
+            own.update(before)
+        for container, before in contents.values():
+            _refill(container, before)
+
+
+CONTAINERS = (dict, OrderedDict, defaultdict, list, deque)
+
+
+def _note_contents(value: Any, found: dict[int, tuple[Any, Any]]) -> None:
+    """What is in a container, and in those that it holds."""
+    kind = type(value)
+    if id(value) in found or kind not in (*CONTAINERS, tuple):
+        return
+    parts = list(value.values()) if isinstance(value, dict) else list(value)
+    if kind is not tuple:
+        found[id(value)] = value, (dict(value) if isinstance(value, dict) else parts)
+    for part in parts:
+        _note_contents(part, found)
+
+
+def _refill(container: Any, before: Any) -> None:
+    """Put back what was in a container, unless it is there."""
+    if isinstance(container, dict):
+        if list(map(id, container.values())) != list(map(id, before.values())):
+            container.clear()
+            container.update(before)
+    elif list(map(id, container)) != list(map(id, before)):
+        container.clear()
+        container.extend(before)
 
 
 def _flat(module: nn.Module) -> list[Tensor] | None:

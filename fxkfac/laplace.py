@@ -28,7 +28,7 @@ from fxkfac.curvature.factors import Factors
 from fxkfac.curvature.point import require_here
 from fxkfac.errors import OptionError, ParameterError, UnknownParameter
 from fxkfac.exact.functions import jvp
-from fxkfac.functional import FunctionalModel, Inputs, Params, prediction_of
+from fxkfac.functional import FunctionalModel, Inputs, Params, copied, prediction_of
 from fxkfac.isolation import full_precision, own_randomness, random_state
 from fxkfac.linalg import operators
 from fxkfac.linalg.operators import Damping, Named
@@ -241,7 +241,7 @@ def _require_draws(posterior: Posterior, draws: Draws) -> dict[str, Tensor]:
 
 
 def _prediction(posterior: Posterior, chosen: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
-    return prediction_of(posterior.model({**posterior.parameters, **chosen}, inputs))
+    return prediction_of(posterior.model({**posterior.parameters, **chosen}, copied(inputs)))
 
 
 def log_evidence(posterior: Posterior, loss: Tensor | float) -> Tensor:

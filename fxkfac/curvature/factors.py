@@ -104,7 +104,7 @@ class Factors(Curvature):
     def seen(self) -> tuple[int, Mapping[str, tuple[int, ...]]]:
         """Number of data seen, and for every block with factors the rows of each of its terms."""
         rows = {
-            name: tuple(int(torch.as_tensor(p.rows).sum()) for p in products)
+            name: tuple(int(torch.as_tensor(p.rows, device="cpu").sum()) for p in products)
             for name, products in self.products.items()
         }
         return self.n, rows

@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from fxkfac.errors import OptionError, UnsupportedUse
-from fxkfac.functional import require_gradients_on
-from fxkfac.isolation import missing_derivatives
+from fxkfac.isolation import missing_derivatives, require_gradients_on
 from fxkfac.linalg import cvec, rvec
 
 FLATTENINGS: dict[str, Callable[[Tensor], Tensor]] = {"rvec": rvec, "cvec": cvec}

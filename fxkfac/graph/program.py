@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from fxkfac.functional import FunctionalModel, Inputs, Params, require_gradients_on
+from fxkfac.functional import FunctionalModel, Inputs, Params
 from fxkfac.graph.coverage import Coverage, coverage
 from fxkfac.graph.experiments.by_values import located_again
 from fxkfac.graph.experiments.verify import agrees
@@ -26,7 +26,7 @@ from fxkfac.graph.table import headline, program_table
 from fxkfac.graph.tap import Sink, Taps
 from fxkfac.graph.tapped import Run, Tapped
 from fxkfac.graph.uses.ir import Use, refuse_to_pickle
-from fxkfac.isolation import full_precision, without_graph
+from fxkfac.isolation import full_precision, require_gradients_on, without_graph
 
 if TYPE_CHECKING:
     import networkx
@@ -209,8 +209,15 @@ class Program:
         return Run(tapped, prediction, self.signature.batch_size(tensors))
 
     def state(self, params: Params | None = None) -> dict[str, Tensor]:
-        """Parameters and buffers, with tensors in the place of the model's own parameters."""
-        return {**self.model.override(params), **self.model.buffers()}
+        """Parameters and buffers, with tensors in the place of the model's own parameters.
+
+        None asks for a gradient: a path to it would be one that leads past the taps' root.
+        """
+        buffers = {
+            name: without_graph(b) if b.requires_grad or b.is_inference() else b
+            for name, b in self.model.buffers().items()
+        }
+        return {**self.model.override(params), **buffers}
 
     def draw(
         self,

@@ -15,7 +15,7 @@ from torch import Generator, Tensor, nn
 from fxkfac.curvature.batch import require_finite_prediction
 from fxkfac.curvature.slope import Slope, SlopeSums, slope_of
 from fxkfac.curvature.together import gradients_of
-from fxkfac.functional import FunctionalModel, split_inputs
+from fxkfac.functional import FunctionalModel, copied, split_inputs
 from fxkfac.graph.program import Program
 from fxkfac.graph.uses.normal import Input
 from fxkfac.isolation import full_precision, in_place_of, own_randomness, seed_from
@@ -111,7 +111,7 @@ def move_buffers(model: FunctionalModel, inputs: Iterable[Any], seed: int) -> bo
     before = {name: (b, _version(b), b.clone()) for name, b in model.buffers().items()}
     with own_randomness(seed), model.autocast.again(), in_place_of(_replaced(model), module):
         for one in inputs:
-            args, kwargs = split_inputs(one)
+            args, kwargs = split_inputs(copied(one))
             module(*args, **kwargs)
         after = [(m, dict(m._buffers)) for m in module.modules()]
     for m, buffers in after:  # also those that were assigned

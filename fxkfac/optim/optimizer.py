@@ -9,6 +9,7 @@ long. Parameters without curvature take a step of Adam.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from copy import deepcopy
 from math import inf
 from typing import Any
 
@@ -267,7 +268,7 @@ class KFAC(Optimizer):
         own = {key: state_dict[key] for key in ("state", "param_groups")}
         require_same_groups(own["param_groups"], self.param_groups)
         self.preconditioner.load_state_dict(state_dict["preconditioner"])
-        super().load_state_dict(own)
+        super().load_state_dict(deepcopy(own))  # it would share tensors with the other optimizer
 
 
 def _without(group: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:

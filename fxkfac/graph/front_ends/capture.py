@@ -37,7 +37,7 @@ from fxkfac.graph.front_ends.recurrence import FUSED
 from fxkfac.graph.merge import OWN
 from fxkfac.graph.signature import Signature
 from fxkfac.graph.source import is_users
-from fxkfac.isolation import in_place_of
+from fxkfac.isolation import held_by
 from fxkfac.parameters import nest_names
 
 DATA: Any = Tensor.data.__get__  # type: ignore[attr-defined]  # a descriptor
@@ -122,7 +122,7 @@ def by_export(bound: FunctionalModel, signature: Signature, tensors: list[Tensor
     axes = [None if a is None else {a: Dim.AUTO} for a in signature.axes]
     dynamic = ([None] * len(params), axes)
     callee = _Callee(bound, signature)
-    with in_place_of({}, callee):  # export, too, leaves its own objects in a shared module
+    with held_by(callee):
         program = export(callee, (params, tensors), dynamic_shapes=dynamic)
     if not is_functional(program.graph_module.graph):
         program = program.run_decompositions({})

@@ -80,7 +80,7 @@ def rebuild(
             copies[node] = _placeholder(node, roles[node.name], named, tensors, graph, root)
         elif node.op == "get_attr":
             copies[node] = _constant(graph, root, _attribute(module, str(node.target)))
-        elif node.target in ASSERTIONS or node.op == "output":
+        elif node.target in ASSERTIONS or node.op == "output" or _writes_back(node):
             continue
         elif _is_what_it_is_given(node) or (below_autograd and _is_saved(node)):
             copies[node] = copies[node.all_input_nodes[0]]
@@ -94,6 +94,14 @@ def rebuild(
     merge_common(graph)
     graph.eliminate_dead_code()
     return GraphModule(root, graph)
+
+
+def _writes_back(node: Node) -> bool:
+    """Whether it is the end of a graph without writes: what the model has written into an input."""
+    if node.target is not aten.copy_.default or node.users:
+        return False
+    into = node.args[0]
+    return isinstance(into, Node) and into.op == "placeholder"
 
 
 def _is_what_it_is_given(node: Node) -> bool:

@@ -42,14 +42,16 @@ def first_cut(model: FlatModel, tensors: Sequence[Tensor], names: Sequence[str])
     """What a front end above autograd loses of the gradients of these parameters, if anything.
 
     Raises:
-        CaptureError: A tensor is detached in place, or a hook of a tensor or module changes a
-            gradient, which no graph keeps.
+        CaptureError: A tensor is detached in place, or a hook of a tensor, parameter or module
+            changes a gradient, which no graph keeps.
     """
-    seen = _Cuts()
+    seen, state = _Cuts(), model.state()
+    leaves = {n: state[n].detach().requires_grad_() for n in names}
+    for name, leaf in leaves.items():
+        for hook in (model.bound.now(name)._backward_hooks or {}).values():
+            leaf.register_hook(seen.heard(hook, f"the parameter {name!r}"))
     # Of the model's own errors tracing speaks.
     with suppress(Exception), _functions(seen), _hooks_of(model.bound.model, seen), seen:
-        state = model.state()
-        leaves = {n: state[n].detach().requires_grad_() for n in names}
         prediction = model.predict({**state, **leaves}, tensors)
         if seen.hooks and prediction.requires_grad:
             torch.autograd.grad(prediction.sum(), list(leaves.values()), allow_unused=True)

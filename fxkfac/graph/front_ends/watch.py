@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as all_modules
 
 from fxkfac.errors import ParameterError
 from fxkfac.functional import FunctionalModel
@@ -80,7 +81,8 @@ class Watch:
         values = enumerate(self._reached.values)
         held = tuple(Same(v) if k in moving else self._of_value(v) for k, v in values)
         # All of it would be hashed at every batch.
-        self._key = self._tokens.setdefault((tuple(parts), functions, held), object())
+        everywhere = tuple(map(Same, _global_hooks()))
+        self._key = self._tokens.setdefault((tuple(parts), functions, held, everywhere), object())
         self._objects = _objects(self._modules, self._reached)
 
     def _of_module(
@@ -160,7 +162,12 @@ def _objects(modules: Iterable[nn.Module], reached: Reached) -> list[Any]:
                 found += held[kind].values()
     for function in reached.functions:
         found += named_by(function)
-    return found
+    return found + _global_hooks()
+
+
+def _global_hooks() -> list[Any]:
+    """Those of all modules, as `register_module_forward_hook` registers them."""
+    return [hook for kind in HOOKS for hook in getattr(all_modules, f"_global{kind}", {}).values()]
 
 
 def _of_tensor(t: Tensor | None, by_identity: bool) -> Hashable:
