@@ -169,7 +169,8 @@ def _note_contents(value: Any, found: dict[int, tuple[Any, Any]]) -> None:
 def _refill(container: Any, before: Any) -> None:
     """Put back what was in a container, unless it is there."""
     if isinstance(container, dict):
-        if list(map(id, container.values())) != list(map(id, before.values())):
+        is_there = list(map(id, container.values())) == list(map(id, before.values()))
+        if not is_there or container.keys() != before.keys():
             container.clear()
             container.update(before)
     elif list(map(id, container)) != list(map(id, before)):

@@ -199,15 +199,15 @@ class Pass(ABC, Generic[Sink, Total]):
         self, tapped: Tapped, tensors: list[Tensor], targets: Any, sink: Receiver
     ) -> Forward:
         return Forward(
-            self.program,
-            tapped,
-            self.state,
-            tensors,
-            self.wanted,
-            sink,
-            self.likelihood,
-            targets,
-            self.generator,
+            program=self.program,
+            tapped=tapped,
+            state=self.state,
+            tensors=tensors,
+            wanted=self.wanted,
+            receiver=sink,
+            likelihood=self.likelihood,
+            targets=targets,
+            generator=self.generator,
         )
 
     def _send_back(self, ran: Differentiable, vectors: Iterable[Tensor]) -> None:

@@ -92,14 +92,14 @@ def kfac(
     accumulation = Accumulation(
         program,
         loss,
-        params,
-        fisher,
-        mc_samples,
-        sharing,
-        separate_weight_and_bias,
-        mask,
-        generator,
-        backend,
-        memory,
+        params=params,
+        fisher=fisher,
+        mc_samples=mc_samples,
+        sharing=sharing,
+        separate_weight_and_bias=separate_weight_and_bias,
+        mask=mask,
+        generator=generator,
+        backend=backend,
+        memory=memory,
     )
     return accumulation.over.run(batches(data, progress))

@@ -297,7 +297,7 @@ def test_what_is_too_large_for_dot_is_refused_with_a_remedy(tmp_path, monkeypatc
     program = mlp()
     with pytest.raises(OptionError, match=r"9 nodes.*cross 7 levels.*at most 6.*fold=True.*html"):
         program.draw(str(tmp_path / "p.svg"))
-    with pytest.raises(OptionError, match=r"Instead of a picture write a page"):
+    with pytest.raises(OptionError, match=r"Write a page"):
         program.draw(str(tmp_path / "p.svg"), fold=True)
     assert Path(program.draw(str(tmp_path / "p.gv"))).exists()
     assert Path(program.draw(str(tmp_path / "p.html"))).exists()

@@ -93,12 +93,12 @@ def _require_size(network: nx.MultiDiGraph, path: str, fold: bool) -> None:
     crossed = _levels_crossed(network)
     if crossed <= LIMIT:
         return
-    remedy = "I" if fold else "Draw layers that repeat once (fold=True), or i"
+    remedy = "Write" if fold else "Draw layers that repeat once (fold=True), or write"
     raise OptionError(
         f"the drawing {path!r} would have {len(network)} nodes, and edges that cross {crossed} "
-        f"levels in all; expected at most {LIMIT}, for which `dot` takes a minute. {remedy}nstead "
-        "of a picture write a page (.html), which has a layout of its own, or the source (.gv), "
-        "or take to_networkx()."
+        f"levels in all; expected at most {LIMIT}, for which `dot` takes a minute. {remedy} a "
+        "page (.html), which has a layout of its own, or the source (.gv), or take "
+        "to_networkx()."
     )
 
 
