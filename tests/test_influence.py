@@ -366,8 +366,12 @@ def test_damping(mlp, damping, message):
 
 
 def test_memory(mlp):
-    with pytest.raises(errors.OptionError, match="memory=0; expected a positive"):
-        mlp.scores(mlp.factors(), memory=0)
+    torch.testing.assert_close(
+        mlp.scores(mlp.factors(), memory=0), mlp.scores(mlp.factors()), rtol=1e-10, atol=1e-12
+    )
+    for memory in (-1, 0.5, True):
+        with pytest.raises(errors.OptionError, match="memory=.*expected a whole number of bytes"):
+            mlp.scores(mlp.factors(), memory=memory)
 
 
 def test_data_in_an_order_that_nobody_knows(mlp):

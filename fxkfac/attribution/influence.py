@@ -31,7 +31,7 @@ from fxkfac.graph.program import Program
 from fxkfac.isolation import full_precision
 from fxkfac.likelihoods.losses import likelihood_of
 from fxkfac.linalg.rows import Rows, chunks
-from fxkfac.ranges import require_positive
+from fxkfac.ranges import require_count
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -143,7 +143,7 @@ def _scores(
     require_here(base.point, state)
     for name, given in data.items():
         _require_order(name, given)
-    memory = int(require_positive("memory", memory))
+    require_count("memory", memory, "whole number of bytes", least=0)
     return _Scores(reader, base, solvers_of(factors, damping), memory)
 
 

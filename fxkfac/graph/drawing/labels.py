@@ -162,8 +162,9 @@ def _parameter_cell(network: nx.MultiDiGraph, key: str, around: Sequence[str], b
 
 def remark_of(parameter: Node) -> str:
     """What is said of a parameter whose block is no Kronecker product."""
-    unused = "no use" if parameter["status"] == "unused" else ""
-    return STRUCTURES.get(parameter["structure"], unused)
+    return (
+        "no use" if parameter["status"] == "unused" else STRUCTURES.get(parameter["structure"], "")
+    )
 
 
 def name_inside(names: Sequence[str], around: Sequence[str]) -> str:
