@@ -370,7 +370,7 @@ def test_memory(mlp):
         mlp.scores(mlp.factors(), memory=0), mlp.scores(mlp.factors()), rtol=1e-10, atol=1e-12
     )
     for memory in (-1, 0.5, True):
-        with pytest.raises(errors.OptionError, match="memory=.*expected a whole number of bytes"):
+        with pytest.raises(errors.OptionError, match=r"memory=.*expected a whole number of bytes"):
             mlp.scores(mlp.factors(), memory=memory)
 
 

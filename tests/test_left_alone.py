@@ -211,3 +211,31 @@ def test_a_report_on_another_default_device(data):
     expected = str(factors.report())
     with torch.device("meta"):
         assert str(factors.report()) == expected
+
+
+@pytest.mark.parametrize("teacher", [False, True])
+def test_running_averages_of_all_batches(teacher):
+    """A norm without a momentum asks its own buffer for one, of which no prediction knows."""
+
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 5), nn.Linear(5, 3)
+            self.norm = nn.BatchNorm1d(5, momentum=None)
+
+        def forward(self, x):
+            with torch.no_grad():
+                target = self.a(x).mean() if teacher else 0.0
+            return self.b(torch.tanh(self.norm(self.a(x)))) - target
+
+    model, plain = seeded(Normed), seeded(Normed)
+    plain.norm.momentum = 0.1
+    data = rand(6, 4), classes(6, C=3)
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    found, expected = (
+        fxkfac.kfac(fxkfac.trace(m, data[0]), CE, data, fisher="empirical") for m in (model, plain)
+    )
+    assert_close(found.dense(), expected.dense())
+    assert model.norm.momentum is None
+    for name, b in model.named_buffers():
+        assert torch.equal(b, buffers[name])

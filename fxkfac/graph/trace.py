@@ -26,7 +26,13 @@ from fxkfac.graph.experiments.verify import (
     require_graph_gradients,
 )
 from fxkfac.graph.flat import FlatModel
-from fxkfac.graph.front_ends.capture import ABOVE_AUTOGRAD, FRONT_ENDS, Captured, Refusal
+from fxkfac.graph.front_ends.capture import (
+    ABOVE_AUTOGRAD,
+    FRONT_ENDS,
+    Captured,
+    Refusal,
+    any_momentum,
+)
 from fxkfac.graph.front_ends.constructs import Construct, constructs_of
 from fxkfac.graph.front_ends.cuts import Cut, first_cut
 from fxkfac.graph.program import Program
@@ -113,7 +119,8 @@ def compile_graph(
     example = _to_capture(model.signature, tensors, dynamic)
 
     def captured_by(name: str) -> Tapped:
-        captured = FRONT_ENDS[name](model.bound, model.signature, example)
+        with any_momentum(model.bound.model):
+            captured = FRONT_ENDS[name](model.bound, model.signature, example)
         return _compile(model, captured, tensors, dynamic, structures, cut)
 
     for name in _in_order(cut):

@@ -23,6 +23,7 @@ from torch.export.graph_signature import InputKind
 from torch.func import functionalize
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 
 from fxkfac.errors import ParameterError
@@ -150,6 +151,23 @@ def by_export(bound: FunctionalModel, signature: Signature, tensors: list[Tensor
         program.graph_module, roles, own[0], bound.selected, own[1], len(tensors), str(result)
     )
     return Captured(module, *own, "torch.export")
+
+
+@contextmanager
+def any_momentum(model: Any) -> Iterator[None]:
+    """Give a momentum to norms that have none, who ask a buffer for a number, which no graph does.
+
+    No prediction hangs on it, and buffers are copies while a model is captured.
+    """
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    norms = [m for m in modules if isinstance(m, _NormBase) and m.momentum is None]
+    try:
+        for m in norms:
+            m.momentum = 0.1
+        yield
+    finally:
+        for m in norms:
+            m.momentum = None
 
 
 class _Callee(nn.Module):
