@@ -98,7 +98,8 @@ def gradient_moments(
             sent, power = enlarged(vector, run.tapped.captured.underflows)
             sent = by_datum(run, sent)
             gradients = per_datum(chosen, sent, *data)
-            run.tapped.once(("all at once", own.device, own.dtype), partial(check, sent, gradients))
+            key = ("all at once", tuple(structures), own.device, own.dtype)
+            run.tapped.once(key, partial(check, sent, gradients))
             for name, kind in structures.items():
                 G = reduced(gradients[name], power).to(total[name].dtype)
                 G = G.reshape(len(G), -1)

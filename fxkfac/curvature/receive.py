@@ -175,7 +175,8 @@ class Receiver(ABC):
             return self._trial
 
         try:
-            return goes_together(prediction, self._root, listen)
+            lowest = self.schedule.tapped.captured.lowest
+            return goes_together(prediction, self._root, listen, lowest)
         finally:
             self._trial = None
 

@@ -168,7 +168,9 @@ def summed_gradients(
     return [None if g is None else g.to(accurate_dtype(g)) for g in found]
 
 
-def goes_together(prediction: Tensor, root: Tensor, listen: Callable[[int], Heard]) -> bool:
+def goes_together(
+    prediction: Tensor, root: Tensor, listen: Callable[[int], Heard], lowest: torch.dtype
+) -> bool:
     """Whether two vectors can go back at once: every operation of the graph has a rule for it.
 
     A rule may also be wrong without a word, as PyTorch 2.13's is for `cdist`. So two vectors go
@@ -177,6 +179,7 @@ def goes_together(prediction: Tensor, root: Tensor, listen: Callable[[int], Hear
     Args:
         prediction, root: Where vectors start, and where all paths end.
         listen: What the taps will have heard, once so many vectors have gone back.
+        lowest: The dtype with the fewest digits in which anything is computed.
     """
 
     def heard(vectors: Tensor) -> Heard:
@@ -195,7 +198,7 @@ def goes_together(prediction: Tensor, root: Tensor, listen: Callable[[int], Hear
     # Without a rule an operation runs for one vector after the other, and says so.
     if any("batching rule" in str(warning.message) for warning in said):
         return False
-    return _same(both, [heard(vector) for vector in vectors.split(1)])
+    return _same(both, [heard(vector) for vector in vectors.split(1)], torch.finfo(lowest).eps)
 
 
 def digest(g: Float[Tensor, "vectors ..."]) -> Float[Tensor, "vectors 2"]:
@@ -206,14 +209,13 @@ def digest(g: Float[Tensor, "vectors ..."]) -> Float[Tensor, "vectors 2"]:
     return torch.stack([torch.linalg.vector_norm(flat, dim=1), flat @ weights], dim=1)
 
 
-def _same(both: Heard, alone: Sequence[Heard]) -> bool:
-    """Whether what taps heard is equal up to rounding."""
+def _same(both: Heard, alone: Sequence[Heard], eps: float) -> bool:
+    """Whether what taps heard is equal up to roundings of this size."""
     if any(each.keys() != both.keys() for each in alone):
         return False
     expected = {place: torch.cat([each[place] for each in alone]) for place in both}
     largest = max((t.abs().amax().item() for t in expected.values()), default=0.0)
     for place, t in expected.items():
-        eps = torch.finfo(t.dtype).eps
         own = torch.linalg.vector_norm(t).item()
         if not torch.allclose(both[place], t, rtol=0.0, atol=eps**0.5 * own + 64 * eps * largest):
             return False

@@ -271,3 +271,10 @@ def test_exact_blocks_from_the_graph_are_compared_with_a_datum_by_itself(monkeyp
         UnsupportedUse, match=r"not those of a datum by itself.*w \(5.0e-01\).*vmap"
     ):
         fxkfac.kfac(program, nn.MSELoss(), (x, rand(3, 4)))
+
+
+def test_roundings_of_half_precision_are_no_wrong_rule(monkeypatch):
+    model, x = seeded(mlp).bfloat16(), rand(9, 4).bfloat16()
+    program, seen = fxkfac.trace(model, x), sizes_seen(monkeypatch)
+    fxkfac.kfac(program, CE, (x, classes(9, C=5)))
+    assert seen == [4]  # of five classes, all together
