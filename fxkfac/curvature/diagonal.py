@@ -87,8 +87,7 @@ def gradient_moments(
     def check(vectors: Tensor, gradients: Mapping[str, Tensor]) -> None:
         last = [t if a is None else t.select(a, -1) for t, a in zip(data, axes, strict=True)]
         expected = own_gradient(chosen, vectors[-1], *last)
-        errors = gradient_errors({n: g[-1] for n, g in gradients.items()}, expected, lowest)
-        _require_right_rules(errors, tolerance_of_parts(own, lowest))
+        _require_right_rules({n: g[-1] for n, g in gradients.items()}, expected, lowest)
 
     with _all_at_once(structures):
         alone = vmap(of_one, (None, *axes), randomness="same")(chosen, *data)
@@ -102,18 +101,25 @@ def gradient_moments(
             run.tapped.once(key, partial(check, sent, gradients))
             for name, kind in structures.items():
                 G = reduced(gradients[name], power).to(total[name].dtype)
-                G = G.reshape(len(G), -1)
-                moment = G.mT @ G if kind == "dense" else G.square().sum(0).view_as(total[name])
-                total[name] = total[name] + moment
+                total[name] = total[name] + _moment(G.reshape(len(G), -1), kind, total[name])
     return total
 
 
-def _require_right_rules(errors: Mapping[str, float], tolerance: float) -> None:
+def _moment(G: Tensor, kind: str, like: Tensor) -> Tensor:
+    """Of the gradients of all data, one in each row."""
+    return G.mT @ G if kind == "dense" else G.square().sum(0).view_as(like)
+
+
+def _require_right_rules(
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], lowest: torch.dtype
+) -> None:
     """Raise `UnsupportedUse` where gradients of all data at once are not a datum's own.
 
     A rule of `vmap` may be wrong without a word, as PyTorch 2.13's is for `cdist`.
     """
-    if wrong := [f"{name} ({error:.1e})" for name, error in errors.items() if error > tolerance]:
+    errors = gradient_errors(found, expected, lowest)
+    limits = {name: tolerance_of_parts(t, lowest) for name, t in expected.items()}
+    if wrong := [f"{name} ({e:.1e})" for name, e in errors.items() if e > limits[name]]:
         raise UnsupportedUse(
             f"gradients of all data at once are not those of a datum by itself: relative errors "
             f"{', '.join(wrong[:4])}; an op of the model has a wrong rule for vmap, as cdist has. "

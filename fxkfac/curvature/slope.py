@@ -42,14 +42,14 @@ def slope_of(
     targets: Any,
     gradients: Callable[[Tensor], Sequence[Tensor | None]],
     underflows: bool,
-) -> Slope:
-    """By what gives ⟨cotangent, f⟩'s gradients."""
+    scale: float | Tensor,
+) -> tuple[Tensor, list[Tensor | None]]:
+    """The criterion, and its gradients times a scale, by what gives ⟨cotangent, f⟩'s gradients."""
     f = prediction.detach()
     cotangent = likelihood.gradient(f, targets).detach()  # of targets with a graph
     criterion = likelihood.criterion(f, targets).detach()
-    scale = batch_scale(likelihood, f, targets) if may_scale(f.dtype, underflows) else 1.0
     cotangent = cotangent * scale  # a copy: it may come back as the gradient of a parameter
-    return Slope(criterion, summed_gradients(gradients, cotangent, underflows), scale)
+    return criterion, summed_gradients(gradients, cotangent, underflows)
 
 
 def may_scale(dtype: torch.dtype, underflows: bool) -> bool:
@@ -57,9 +57,11 @@ def may_scale(dtype: torch.dtype, underflows: bool) -> bool:
     return dtype in ACCURATE and not underflows
 
 
-def batch_scale(likelihood: Likelihood, f: Tensor, targets: Any) -> float:
+def batch_scale(likelihood: Likelihood, f: Tensor, targets: Any, underflows: bool) -> float:
     """R of a batch by itself; one where that is zero, so that it can be undone."""
-    return scale_of(likelihood, float(likelihood.count(f, targets))) or 1.0
+    if not may_scale(f.dtype, underflows):
+        return 1.0
+    return scale_of(likelihood, float(likelihood.count(f.detach(), targets))) or 1.0
 
 
 @dataclass

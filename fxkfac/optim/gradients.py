@@ -13,7 +13,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from fxkfac.curvature.batch import require_finite_prediction
-from fxkfac.curvature.slope import Slope, SlopeSums, slope_of
+from fxkfac.curvature.slope import Slope, SlopeSums, batch_scale, slope_of
 from fxkfac.curvature.together import gradients_of
 from fxkfac.functional import FunctionalModel, copied, split_inputs
 from fxkfac.graph.program import Program
@@ -71,13 +71,14 @@ def loss_and_gradients(
         require_finite_prediction(f, number)
         likelihood.validate(f, targets)
         count += float(likelihood.count(f, targets))
-        to_leaves = partial(gradients_of, run.prediction, list(leaves.values()))
-        underflows = tapped.captured.underflows
         if leaves:
-            slope = slope_of(likelihood, f, targets, to_leaves, underflows)
+            to_leaves = partial(gradients_of, run.prediction, list(leaves.values()))
+            underflows = tapped.captured.underflows
+            scale = batch_scale(likelihood, f, targets, underflows)
+            found = slope_of(likelihood, f, targets, to_leaves, underflows, scale)
+            sums.add(leaves, Slope(*found, scale))
         else:
-            slope = Slope(likelihood.criterion(f, targets), ())
-        sums.add(leaves, slope)
+            sums.add((), Slope(likelihood.criterion(f, targets), ()))
     R = likelihood.reduction_factor(count)
     gradients = sums.reduced(R, {name: state[name] for name in wanted})
     return Evaluation(R * sums.criterion, gradients, R)

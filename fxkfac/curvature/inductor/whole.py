@@ -22,8 +22,8 @@ from fxkfac.curvature.inductor.code import Code, Values, code_of, names_of, read
 from fxkfac.curvature.inductor.inside import GradientPieces, InputPieces, recording
 from fxkfac.curvature.inductor.traced import Kind, prediction_kind, traceable, traced
 from fxkfac.curvature.settings import Settings
-from fxkfac.curvature.slope import batch_scale, may_scale
-from fxkfac.curvature.together import gradients_of, summed_gradients
+from fxkfac.curvature.slope import batch_scale, may_scale, slope_of
+from fxkfac.curvature.together import gradients_of
 from fxkfac.graph.tapped import Tapped
 from fxkfac.likelihoods.backpropagation import backpropagated_vectors, has_several
 from fxkfac.likelihoods.closed_form import ClosedForm
@@ -95,7 +95,7 @@ class Whole:
         f = self.prediction.shape_only()
         likelihood.validate(f, targets)
         given = [likelihood.noise(f, generator)] if self.draws else []
-        scale = batch_scale(likelihood, f, targets) if self.scales else 1.0
+        scale = batch_scale(likelihood, f, targets, underflows=False) if self.scales else 1.0
         if self.scales:
             given.append(torch.full((), scale, dtype=f.dtype, device=self.prediction.device))
         given += [targets, *tensors]
@@ -156,19 +156,14 @@ def _whole(
             f, backpropagated_vectors(sink.settings.fisher, own, seen, y, None, 1, generator)
         )
         slopes = partial(gradients_of, f, [asked[k] for k in wanted], retain_graph=True)
-        cotangent = likelihood.gradient(seen, y)
-        cotangent = cotangent * given[draws] if scales else cotangent
-        slope = summed_gradients(slopes, cotangent, underflows)
+        factor = given[draws] if scales else 1.0
+        criterion, slope = slope_of(likelihood, f, y, slopes, underflows, factor)
         with torch.no_grad():
-            inputs, gradients = InputPieces.of(collector), GradientPieces.of(collector)
-            criterion = likelihood.criterion(seen, y)
-        return {
-            "prediction": seen,
-            "criterion": criterion,
-            "wanted": slope,
-            "inputs": inputs,
-            "gradients": gradients,
-        }
+            pieces = {
+                "inputs": InputPieces.of(collector),
+                "gradients": GradientPieces.of(collector),
+            }
+        return {"prediction": seen, "criterion": criterion, "wanted": slope, **pieces}
 
     noise = [Kind.of(likelihood.room(prediction.shape_only()))] if draws else []
     scale = [Kind(torch.Size(), (), prediction.dtype, prediction.device)] if scales else []
