@@ -301,3 +301,14 @@ def test_what_is_too_large_for_dot_is_refused_with_a_remedy(tmp_path, monkeypatc
         program.draw(str(tmp_path / "p.svg"), fold=True)
     assert Path(program.draw(str(tmp_path / "p.gv"))).exists()
     assert Path(program.draw(str(tmp_path / "p.html"))).exists()
+
+
+def test_an_op_whose_block_has_no_factors_says_what_comes_in_and_goes_out(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 3))
+    path = tmp_path / "norm.gv"
+    fxkfac.trace(model, torch.randn(6, 4)).draw(str(path))
+    (label,) = (line for line in path.read_text().splitlines() if "<B>mul</B>" in line)
+    assert "<I>x</I>" in label
+    assert "<I>y</I>" in label
+    assert "bias of" not in label
+    assert "<B>A</B>" not in label

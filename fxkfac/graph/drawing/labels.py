@@ -78,10 +78,13 @@ def _quiet(node: Node) -> dict[str, str]:
 
 
 def _op(node: Node, entering: Iterable[dict[str, Any]], flat: bool) -> dict[str, str]:
-    """A linear op. Left what comes in, and A; right what goes out, and B; or all in one line."""
+    """A linear op. Left what comes in, and A; right what goes out, and B; or all in one line.
+
+    A and B are those that its block has: the exact diagonal of a scale has none.
+    """
     y = ("<I>y</I>", node["y"], PAPER)
     factors = dict.fromkeys((e["group"], e["A"], e["B"]) for e in entering if "A" in e)
-    if not factors:
+    if not factors and node["joins"]:
         return _table(node, BLUE, [((f"bias of {escape(node['joins'])}", "", PAPER), y)])
     if node["tapped"] != node["name"]:
         y = (y[0], y[1] + GAP + _small(f"at {node['tapped']}", SLATE), PAPER)
@@ -89,7 +92,7 @@ def _op(node: Node, entering: Iterable[dict[str, Any]], flat: bool) -> dict[str,
     for group, *sizes in factors:
         a, b = (factor_text(group, size) for size in sizes)
         rows.append((("<B>A</B>", a, PALE_BLUE), ("<B>B</B>", b, PALE_RED)))
-    if flat:
+    if flat and factors:
         rows = [rows[0] + rows[1], *((BLANK, BLANK, *row) for row in rows[2:])]
     return _table(node, BLUE, rows)
 
