@@ -184,7 +184,7 @@ def _of_two(block: Block, damping: float) -> Basis:
     found = pencil(both)
     if found is None:
         raise OptionError(
-            f"the block of {', '.join(block.params)} is a sum of two products, both singular up "
+            f"the block of {', '.join(block.params)} is a sum of two products that is singular up "
             f"to rounding with damping={damping}; expected a regular one. Pass a larger damping."
         )
     one = found.values.new_ones(1, 1)

@@ -37,6 +37,10 @@ class Source:
         x = self.rand(group, d, d + 2)
         return x @ x.mT / (d + 2) + 0.2 * torch.eye(d, dtype=self.dtype)
 
+    def rank_one(self, group: int, d: int) -> Tensor:
+        x = self.rand(group, d, 1)
+        return x @ x.mT
+
     def positive(self, *shape: int) -> Tensor:
         return self.rand(*shape).square() + 0.2
 
@@ -101,6 +105,19 @@ def sum_of_singular_ones(s: Source, g: int, i: int, o: int) -> KroneckerSum:
     return KroneckerSum(Kronecker(first, s.regular(g, o)), Kronecker(1 - first, s.regular(g, o)))
 
 
+def sum_of_singular_inputs(s: Source, g: int, i: int, o: int) -> KroneckerSum:
+    """Neither A has an inverse, and their sum has; of very different scales."""
+    X = torch.linalg.cholesky(s.regular(g, i))
+    first = (torch.arange(i) % 2).to(s.dtype)
+    A, D = (X * first) @ X.mT, (X * (1 - first)) @ X.mT
+    return KroneckerSum(Kronecker(A, s.regular(g, o)), Kronecker(1e3 * D, s.regular(g, o)))
+
+
+def sum_beside_a_singular_one(s: Source, g: int, i: int, o: int) -> KroneckerSum:
+    """Both factors of the first are singular."""
+    return KroneckerSum(Kronecker(s.rank_one(g, i), s.rank_one(g, o)), kronecker(s, g, i, o))
+
+
 def diagonal(s: Source, g: int, i: int, o: int) -> Diagonal:
     return Diagonal(s.positive(g, i, o))
 
@@ -157,6 +174,8 @@ REGULAR = [
     sum_with_an_embedding,
     sum_with_a_singular_one,
     sum_of_singular_ones,
+    sum_of_singular_inputs,
+    sum_beside_a_singular_one,
     diagonal,
     number,
     scaled_identity,
@@ -171,12 +190,24 @@ REGULAR = [
 
 def singular_kronecker(s: Source, g: int, i: int, o: int) -> Kronecker:
     """Of rank one in every group, on one side."""
-    x = s.rand(g, i, 1)
-    return Kronecker(x @ x.mT, s.regular(g, o))
+    return Kronecker(s.rank_one(g, i), s.regular(g, o))
 
 
 def embedding_of_unseen_words(s: Source, g: int, i: int, o: int) -> Kronecker:
     return Kronecker((torch.arange(i) % 2).to(s.dtype).expand(g, i), s.regular(g, o))
+
+
+def singular_on_both_sides(s: Source, g: int, i: int, o: int) -> KroneckerSum:
+    """One has an A without an inverse, the other such a B; nothing is both."""
+    return KroneckerSum(
+        Kronecker(s.rank_one(g, i), s.regular(g, o)), Kronecker(s.regular(g, i), s.rank_one(g, o))
+    )
+
+
+def alike_singular(s: Source, g: int, i: int, o: int) -> KroneckerSum:
+    """The inputs of both lack the same directions."""
+    A = s.rank_one(g, i)
+    return KroneckerSum(Kronecker(A, s.regular(g, o)), Kronecker(2 * A, s.regular(g, o)))
 
 
 def singular_dense(s: Source, g: int, i: int, o: int) -> Dense:
@@ -202,6 +233,8 @@ def zero(s: Source, g: int, i: int, o: int) -> Diagonal:
 SINGULAR = [
     singular_kronecker,
     embedding_of_unseen_words,
+    singular_on_both_sides,
+    alike_singular,
     singular_dense,
     partly_placed,
     twice_placed,

@@ -10,7 +10,7 @@ from fxkfac.linalg.operators.base import Operator
 from fxkfac.linalg.operators.composed import BlockDiagonal, Placed
 from fxkfac.linalg.operators.factored import KroneckerSum
 from fxkfac.linalg.operators.named import public
-from fxkfac.linalg.operators.pencil import pencil
+from fxkfac.linalg.operators.pencil import pencil, regular_pencil
 from fxkfac.linalg.operators.products import Array, product
 from fxkfac.linalg.operators.spectra import (
     each_block,
@@ -19,6 +19,7 @@ from fxkfac.linalg.operators.spectra import (
     mapped,
     of_blocks,
 )
+from fxkfac.linalg.operators.symmetric import singular
 from fxkfac.ranges import number_in, require_number
 
 
@@ -26,7 +27,7 @@ from fxkfac.ranges import number_in, require_number
 def power(operator: Operator, exponent: float) -> Operator:
     """C^p = Q Λ^p Qᵀ, for any real p; C⁰ = I.
 
-    A sum of two Kronecker products is inverted without being written out, where one is regular.
+    A sum of two Kronecker products is inverted without being written out.
 
     Args:
         operator: C.
@@ -43,18 +44,15 @@ def power(operator: Operator, exponent: float) -> Operator:
             return each_block(lambda block: power(block, exponent), operator)
         case Placed() if not operator.repeats:
             return in_place(lambda placed: power(placed, exponent), operator)
-        case KroneckerSum() if exponent == -1 and (found := pencil(operator)):
-            return found.inverse
+        case KroneckerSum() if exponent == -1:
+            return regular_pencil(operator).inverse
         case _:
             return mapped(lambda λ: _powers(λ, exponent), operator)
 
 
 def _powers(λ: Tensor, exponent: float) -> Tensor:
     if exponent < 0 and bool((λ == 0).any()):
-        raise OptionError(
-            "the operator is singular: its smallest eigenvalue is zero up to rounding; expected a "
-            "regular one, or damping > 0. Pass a positive damping."
-        )
+        raise singular()
     return λ**exponent
 
 
@@ -81,8 +79,9 @@ def logdet(operator: Operator) -> Tensor:
             return torch.stack(of_blocks(logdet, operator)).sum()
         case Placed() if operator.is_permutation:
             return logdet(operator.operator)
-        case KroneckerSum() if found := pencil(operator):
-            return found.logdet
+        case KroneckerSum():
+            found = pencil(operator)
+            return operator.like.new_tensor(-torch.inf) if found is None else found.logdet
         case _:
             return eigenvalues(operator).log().sum()
 

@@ -1,8 +1,11 @@
 """A₁ ⊗ B₁ + A₂ ⊗ B₂ in coordinates where it is diagonal.
 
-Two pairs are diagonalised at once: UᵀA₁U = Λ, UᵀA₂U = I and VᵀB₁V = M, VᵀB₂V = I. In these
-coordinates the sum has the entries λ_i μ_j + 1. The coordinates are not orthogonal, so that they
-give the inverse and the determinant, and no eigenvalues.
+Two pairs are diagonalised at once: UᵀA₁U = Λ and UᵀA₂U = I − Λ, VᵀB₁V = M and VᵀB₂V = I − M, with
+entries from 0 to 1, for factors scaled to the same mean eigenvalue. In these coordinates the sum
+has the entries λ_i μ_j + (1 − λ_i)(1 − μ_j), each term times its scale. They are as accurate as
+A₁ + A₂ and B₁ + B₂ are well conditioned, which the four need not be; where one of these two is
+singular, so is the whole. The coordinates are not orthogonal, so that they give the inverse and
+the determinant, and no eigenvalues.
 """
 
 from __future__ import annotations
@@ -13,8 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fxkfac.linalg.operators.factored import Congruence, Factor, Kronecker, KroneckerSum
-from fxkfac.linalg.operators.symmetric import is_regular, require_finite
+from fxkfac.linalg.operators.factored import Congruence, Factor, KroneckerSum
+from fxkfac.linalg.operators.symmetric import is_regular, require_finite, rounding, singular
 from fxkfac.precision import accurate
 
 if TYPE_CHECKING:
@@ -27,7 +30,7 @@ class Pencil:
 
     Attributes:
         scale: What the columns of U ⊗ V are multiplied by.
-        logdet: log det of C.
+        logdet: log det C.
     """
 
     U: Float[Tensor, "group d_in d_in"] | None
@@ -48,59 +51,83 @@ class Pencil:
 
 
 def pencil(operator: KroneckerSum) -> Pencil | None:
-    """The coordinates of a sum; `None` where both terms are singular, which says nothing of it.
+    """The coordinates of a sum; `None` where it is singular, up to rounding.
 
     Raises:
         NonFiniteError: A factor holds NaN or Inf.
     """
-    for one, other in (
-        (operator.first, operator.second),
-        (operator.second, operator.first),
-    ):
-        found = _pencil(one, other)
-        if found is not None:
-            return found
-    return None
-
-
-def _pencil(first: Kronecker, second: Kronecker) -> Pencil | None:
+    first, second = operator.first, operator.second
     A, B = _pair(first.A, second.A), _pair(first.B, second.B)
     if A is None or B is None:
         return None
+    one, other = ((w * v).view(-1, 1, 1) for w, v in zip(A.scales, B.scales, strict=True))
+    λ, not_λ = A.λ.unsqueeze(-1), A.not_λ.unsqueeze(-1)
+    μ, not_μ = B.λ.unsqueeze(-2), B.not_λ.unsqueeze(-2)
+    values = (one * λ * μ + other * not_λ * not_μ).expand(first.shape)
+    lost = A.rounding * (one * μ + other * not_μ) + B.rounding * (one * λ + other * not_λ)
+    if not bool((values > lost).all()):
+        return None
     groups, d_in, d_out = first.shape
-    values = (A.λ.unsqueeze(-1) * B.λ.unsqueeze(-2) + 1).expand(groups, d_in, d_out)
     logdet = values.log().sum() + (d_out * A.logdet + d_in * B.logdet).expand(groups).sum()
-    scale = A.scale.unsqueeze(-1).expand(groups, d_in, d_out)
+    scale = A.scale.unsqueeze(-1).expand(first.shape)
     assert B.basis is not None  # B is never a diagonal
-    return Pencil(A.basis, B.basis, scale, values, logdet)
+    dtype = operator.dtype
+    U = None if A.basis is None else A.basis.to(dtype)
+    return Pencil(U, B.basis.to(dtype), scale.to(dtype), values.to(dtype), logdet.to(dtype))
+
+
+def regular_pencil(operator: KroneckerSum) -> Pencil:
+    """The coordinates of a sum. Raises as `pencil`, and `OptionError` where it is singular."""
+    found = pencil(operator)
+    if found is None:
+        raise singular()
+    return found
 
 
 @dataclass(frozen=True)
 class _Pair:
-    """UᵀaU = diag(λ) and UᵀbU = I for U = basis · diag(scale), and log det b of every group."""
+    """UᵀaU = s diag(λ) and UᵀbU = t diag(1 − λ), for scales s, t and U = basis · diag(scale).
+
+    Attributes:
+        not_λ: 1 − λ.
+        scales: s and t.
+        logdet: log det (a / s + b / t).
+        rounding: How far λ is off, at most.
+    """
 
     λ: Float[Tensor, "group d"]
+    not_λ: Float[Tensor, "group d"]
     basis: Float[Tensor, "group d d"] | None
     scale: Float[Tensor, "group d"]
+    scales: tuple[Float[Tensor, " group"], Float[Tensor, " group"]]
     logdet: Float[Tensor, " group"]
+    rounding: float
 
 
 def _pair(a: Tensor, b: Tensor) -> _Pair | None:
-    """For symmetric a and positive definite b, or diagonals; `None` for a singular b."""
+    """For symmetric a and b, or diagonals; `None` where their sum is singular."""
     require_finite(a, b)
-    if a.ndim == b.ndim == 2:
-        if not bool((b > 0).all()):
+    if a.ndim != b.ndim:  # no larger than the other
+        a, b = (torch.diag_embed(t) if t.ndim == 2 else t for t in (a, b))
+    a, s = _scaled(accurate(a))
+    b, t = _scaled(accurate(b))
+    if a.ndim == 2:
+        σ = a + b
+        if not bool((σ > 0).all()):
             return None
-        return _Pair(a / b, None, b.rsqrt().expand_as(a / b), b.log().sum(-1))
-    a, b = (torch.diag_embed(t) if t.ndim == 2 else t for t in (a, b))  # no larger than the other
-    dtype, a, b = a.dtype, accurate(a), accurate(b)
-    L, failed = torch.linalg.cholesky_ex(b)
-    roots = L.diagonal(dim1=-2, dim2=-1)
-    if bool(failed.any()) or not is_regular(roots.square()):
+        return _Pair(a / σ, b / σ, None, σ.rsqrt(), (s, t), σ.log().sum(-1), 0.0)
+    σ, P = torch.linalg.eigh(a + b)
+    if not is_regular(σ):
         return None
-    inner = torch.linalg.solve_triangular(L, a, upper=False)
-    inner = torch.linalg.solve_triangular(L, inner.mT, upper=False)  # L⁻¹ a L⁻ᵀ
-    λ, Q = torch.linalg.eigh((inner + inner.mT) / 2)
-    U = torch.linalg.solve_triangular(L.mT, Q, upper=True)
-    found = (λ.clamp_min(0), U, torch.ones_like(λ), 2 * roots.log().sum(-1))
-    return _Pair(*(t.to(dtype) for t in found))
+    W = P * σ.rsqrt().unsqueeze(-2)  # Wᵀ(a + b)W = I
+    λ, Q = torch.linalg.eigh(W.mT @ a @ W)
+    λ = λ.clamp(0, 1)
+    return _Pair(λ, 1 - λ, W @ Q, torch.ones_like(λ), (s, t), σ.log().sum(-1), rounding(λ))
+
+
+def _scaled(factor: Tensor) -> tuple[Tensor, Float[Tensor, " group"]]:
+    """A factor of mean eigenvalue one, and what it was divided by; zero stays as it is."""
+    diagonal = factor if factor.ndim == 2 else factor.diagonal(dim1=-2, dim2=-1)
+    mean = diagonal.mean(-1)
+    mean = torch.where(mean > 0, mean, 1.0)
+    return factor / mean.view(-1, *[1] * (factor.ndim - 1)), mean

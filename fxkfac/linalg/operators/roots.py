@@ -11,10 +11,14 @@ from fxkfac.linalg.operators.composed import BlockDiagonal, Diagonal, Placed
 from fxkfac.linalg.operators.factored import Factor, Kronecker, KroneckerSum
 from fxkfac.linalg.operators.functions import power
 from fxkfac.linalg.operators.named import Named, public
-from fxkfac.linalg.operators.pencil import pencil
+from fxkfac.linalg.operators.pencil import regular_pencil
 from fxkfac.linalg.operators.products import product
 from fxkfac.linalg.operators.spectra import each_block, in_place, unflattened, written_out
-from fxkfac.linalg.operators.symmetric import is_regular, require_finite, require_semidefinite
+from fxkfac.linalg.operators.symmetric import (
+    is_regular,
+    require_semidefinite,
+    symmetric_eigenvalues,
+)
 from fxkfac.precision import accurate
 from fxkfac.ranges import require_count, require_generator
 
@@ -25,8 +29,8 @@ def cholesky(operator: Operator) -> Operator:
 
     Raises:
         NonFiniteError: A factor holds NaN or Inf.
-        OptionError: The operator is singular, up to rounding; or a sum that is too large to be
-            written out.
+        OptionError: The operator is singular, up to rounding, or not positive semi-definite; or a
+            sum that is too large to be written out.
     """
     match operator:
         case Kronecker():
@@ -45,9 +49,11 @@ def cholesky(operator: Operator) -> Operator:
 
 
 def _cholesky(matrix: Tensor) -> Tensor:
-    require_finite(matrix)
-    L, failed = torch.linalg.cholesky_ex(accurate(matrix))
-    if bool(failed.any()) or not is_regular(L.diagonal(dim1=-2, dim2=-1).square()):
+    # Pivots may be well above the smallest eigenvalue, so that they do not say what is singular.
+    C = accurate(matrix)
+    regular = is_regular(symmetric_eigenvalues(C))
+    L, failed = torch.linalg.cholesky_ex(C)
+    if not regular or bool(failed.any()):
         raise _singular()
     return L.to(matrix.dtype)
 
@@ -76,8 +82,8 @@ def inverse_root(operator: Operator) -> Operator:
             return each_block(inverse_root, operator)
         case Placed() if not operator.repeats:
             return in_place(inverse_root, operator)
-        case KroneckerSum() if found := pencil(operator):
-            return found.inverse_root
+        case KroneckerSum():
+            return regular_pencil(operator).inverse_root
         case _:
             return power(operator, -0.5)
 

@@ -64,7 +64,7 @@ def _rounded(λ: Float[Tensor, "*group d"], dtype: torch.dtype) -> Float[Tensor,
             f"the smallest eigenvalue is {lowest.min().item():.3g} beside "
             f"{largest.max().item():.3g}; expected a positive semi-definite matrix."
         )
-    return torch.where(λ <= _rounding(λ) * largest, 0.0, λ).to(dtype)
+    return torch.where(λ <= rounding(λ) * largest, 0.0, λ).to(dtype)
 
 
 def rounded_squares(λ: Float[Tensor, "group d_in d_out"]) -> Float[Tensor, "group d_in d_out"]:
@@ -74,18 +74,19 @@ def rounded_squares(λ: Float[Tensor, "group d_in d_out"]) -> Float[Tensor, "gro
     """
     if not λ.numel():
         return λ
-    rounding = (ROUNDING * torch.finfo(λ.dtype).eps) ** 2 * λ[0].numel()
-    return torch.where(λ <= rounding * λ.amax((1, 2), keepdim=True), 0.0, λ)
+    squared = (ROUNDING * torch.finfo(λ.dtype).eps) ** 2 * λ[0].numel()
+    return torch.where(λ <= squared * λ.amax((1, 2), keepdim=True), 0.0, λ)
 
 
 def is_regular(λ: Float[Tensor, "*group d"]) -> bool:
     """Whether no eigenvalue is zero up to rounding beside the largest one of its matrix."""
     if not λ.numel():
         return True
-    return bool((λ > _rounding(λ) * λ.amax(-1, keepdim=True)).all())
+    return bool((λ > rounding(λ) * λ.amax(-1, keepdim=True)).all())
 
 
-def _rounding(λ: Float[Tensor, "*group d"]) -> float:
+def rounding(λ: Float[Tensor, "*group d"]) -> float:
+    """What eigenvalues may be off by, beside a largest one of one."""
     return ROUNDING * torch.finfo(λ.dtype).eps * λ.shape[-1] ** 0.5
 
 
@@ -107,3 +108,11 @@ def require_finite(*tensors: Tensor) -> None:
                 f"a factor of shape {tuple(t.shape)} holds NaN or Inf; expected finite numbers. "
                 "Leave out the batch that it comes from."
             )
+
+
+def singular() -> OptionError:
+    """The error of an operator that has no inverse."""
+    return OptionError(
+        "the operator is singular: its smallest eigenvalue is zero up to rounding; expected a "
+        "regular one, or damping > 0. Pass a positive damping."
+    )
