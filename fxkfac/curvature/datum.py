@@ -226,22 +226,24 @@ def _side_by_side(uses: Sequence[DatumRows]) -> DatumRows:
 
 def _token_rows(uses: Sequence[_Normal], dtype: torch.dtype) -> TokenRows:
     """Rows of one-hot inputs; those of one datum with the same token become one."""
-    numbers, gradients = [], []
-    for own in uses:
-        assert isinstance(own.x, OneHotRows)
-        x, g = own.x, own.x.scale * own.g[0].to(dtype)  # (batch, shared, vectors, out)
-        n, shared = g.shape[:2]
-        tokens = x.indices.expand(n, shared)
-        keep = None if own.kept is None else own.kept[0].to(dtype)
-        if x.ignored is not None:
-            real = (tokens != x.ignored).to(dtype)
-            keep = real if keep is None else keep * real
-        g = g if keep is None else g * keep[..., None, None]
-        datum = torch.arange(n, device=tokens.device).unsqueeze(-1)
-        numbers.append((datum * x.size + tokens).flatten())
-        gradients.append(g.flatten(0, 1))
-    size, joined, rows = x.size, torch.cat(numbers), torch.cat(gradients)
-    if len(joined) > n:  # a datum with one row has no two of the same
-        joined, places = joined.unique(return_inverse=True)
-        rows = rows.new_zeros(len(joined), *rows.shape[1:]).index_add(0, places, rows)
-    return TokenRows(joined, rows, size, n)
+    each = [_tokens_of(own, dtype) for own in uses]
+    places, g = torch.cat([r.places for r in each]), torch.cat([r.g for r in each])
+    if len(places) > each[0].n:  # a datum with one row has no two of the same
+        places, joined = places.unique(return_inverse=True)
+        g = g.new_zeros(len(places), *g.shape[1:]).index_add(0, joined, g)
+    return replace(each[0], places=places, g=g)
+
+
+def _tokens_of(own: _Normal, dtype: torch.dtype) -> TokenRows:
+    """The rows of one use; several may be of one token yet, in any order."""
+    assert isinstance(own.x, OneHotRows)
+    x, g = own.x, own.x.scale * own.g[0].to(dtype)  # (batch, shared, vectors, out)
+    n, shared = g.shape[:2]
+    tokens = x.indices.expand(n, shared)
+    keep = None if own.kept is None else own.kept[0].to(dtype)
+    if x.ignored is not None:
+        real = (tokens != x.ignored).to(dtype)
+        keep = real if keep is None else keep * real
+    g = g if keep is None else g * keep[..., None, None]
+    datum = torch.arange(n, device=tokens.device).unsqueeze(-1)
+    return TokenRows((datum * x.size + tokens).flatten(), g.flatten(0, 1), x.size, n)

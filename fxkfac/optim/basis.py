@@ -129,14 +129,15 @@ def _inverse(Q: Tensor | None, eigenvalues: Tensor) -> Tensor:
 
 
 def eigh_once() -> Eigh:
-    """`factor_eigh` for factors that live on; equal inputs have one A, decomposed once."""
-    known: dict[tuple[int, torch.Size], tuple[Tensor, Tensor | None]] = {}
+    """`factor_eigh`; equal inputs have one A, decomposed once."""
+    # With the factor, so that none that comes later lies where it was.
+    known: dict[tuple[int, torch.Size], tuple[Tensor, tuple[Tensor, Tensor | None]]] = {}
 
     def decompose(factor: Tensor) -> tuple[Tensor, Tensor | None]:
         key = factor.data_ptr(), factor.shape
         if key not in known:
-            known[key] = factor_eigh(factor)
-        return known[key]
+            known[key] = factor, factor_eigh(factor)
+        return known[key][1]
 
     return decompose
 
