@@ -321,6 +321,13 @@ def test_wide_layers():
 
 
 @needs_compiler
+def test_a_sum_with_a_factor_behind_a_product():
+    """Inductor by itself makes one op of both, and loses the factor."""
+    entry = ZOO["bias_from_the_left"]
+    compare(entry.trace(*entry.build(), 6), entry.loss, entry.data(6), 1e-10, FLAVOURS[2:])
+
+
+@needs_compiler
 @pytest.mark.slow
 def test_attention_with_padding():
     """Padding that ignored targets show, and that a mask shows."""

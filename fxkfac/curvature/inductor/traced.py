@@ -103,6 +103,8 @@ def traced(function: Callable[..., Any], kinds: Sequence[Kind]) -> tuple[GraphMo
             node.target = aten.reshape.default
         elif node.target in INTO_A_COPY and _repeats(node.args[0].meta["val"]):
             _write_out(node)
+        elif node.target is aten.add.Tensor and "alpha" in node.kwargs:
+            _scale_first(node)
     leaves: Any = module.graph.output_node().args[0]
     return module, pytree.tree_unflatten(leaves, specs[0])
 
@@ -120,3 +122,11 @@ def _write_out(node: Node) -> None:
             aten.clone.default, (first,), {"memory_format": torch.contiguous_format}
         )
     node.args = (own, *rest)
+
+
+def _scale_first(node: Node) -> None:
+    """x + α y by two ops: what inductor makes of a product and something added, as one, has no α."""
+    x, y = node.args
+    with node.graph.inserting_before(node):
+        scaled = node.graph.call_function(aten.mul.Tensor, (y, node.kwargs["alpha"]))
+    node.args, node.kwargs = (x, scaled), {}
