@@ -24,6 +24,7 @@ from fxkfac.errors import (
     UnknownParameter,
 )
 from fxkfac.optim import KFAC, Preconditioner
+from fxkfac.optim.basis import Basis
 from fxkfac.optim.policies import kl_factor, next_damping, predicted_change
 
 MSE, CE = nn.MSELoss(), nn.CrossEntropyLoss()
@@ -143,6 +144,16 @@ def test_solve_is_that_of_the_factors(structure: dict[str, str]) -> None:
     p = Preconditioner(program, CE, damping=1e-2, damp="block", fisher="type-2")
     p.update(x, y)
     assert_close(p.solve(found.gradients), found.factors.solve(found.gradients, 1e-2))
+
+
+def test_split_damping_has_room_for_factors_of_very_different_size() -> None:
+    """π is a number that float32 holds; its square is none."""
+    Q = torch.eye(3).unsqueeze(0)
+    λ, μ = torch.tensor([[1e21, 2e21, 3e21]]), torch.tensor([[3e-20, 1e-20, 2e-20]])
+    found = Basis(Q, Q, λ, μ).inverses(0.1)
+    exact = Basis(Q.double(), Q.double(), λ.double(), μ.double()).inverses(0.1)
+    torch.testing.assert_close(found.left.double(), exact.left, rtol=1e-5, atol=0)
+    torch.testing.assert_close(found.right.double(), exact.right, rtol=1e-5, atol=0)
 
 
 def test_split_damping_is_that_of_martens_and_grosse_and_may_change_at_any_step() -> None:

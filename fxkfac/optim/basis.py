@@ -79,9 +79,9 @@ class Basis:
 
         π² is the ratio of the mean eigenvalues (Martens & Grosse 2015, Section 6.3).
         """
-        ratio = self.inputs.mean(-1, keepdim=True) / self.outputs.mean(-1, keepdim=True)
-        # A factor that is zero has no size to speak of.
-        π = torch.where((ratio > 0) & ratio.isfinite(), ratio, 1.0).sqrt()
+        a, b = (λ.mean(-1, keepdim=True) for λ in (self.inputs, self.outputs))
+        fits = (a > 0) & (b > 0)  # a factor that is zero has no size to speak of
+        π = torch.where(fits, a.sqrt() / torch.where(fits, b, 1.0).sqrt(), 1.0)
         return Inverses(
             _inverse(self.left, self.inputs + π * damping**0.5),
             _inverse(self.right, self.outputs + damping**0.5 / π),

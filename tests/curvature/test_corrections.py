@@ -17,6 +17,7 @@ from drawn import classes, generator, rand, seeded
 from quick import one_in, quick
 from terms import grouped
 from torch import Tensor, nn
+from torch.func import functional_call
 from zoo import ZOO, Made
 
 import fxkfac
@@ -41,6 +42,10 @@ class Case:
 
 def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach() for name, p in model.named_parameters()}
 
 
 def cnn() -> nn.Module:
@@ -399,6 +404,26 @@ def test_never_farther_than_kfac(name, fisher):
         C = exact_block(case, model, list(block.params), fisher)
         before, *after = ((b[name].dense() - C).norm() for b in (factors, ekfac, kfoc))
         assert all(a <= before + 1e-12 * C.norm() for a in after), name
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e10])
+@pytest.mark.parametrize("build", [mlp, lambda: Made(lambda m, x: x @ m.W @ m.W.mT, W=(4, 3))])
+def test_kfoc_has_room_in_float32_for_small_and_for_large_gradients(build, scale):
+    """Blocks scale with the square of the outputs, and nothing else changes."""
+    model = seeded(build).float()
+    x, found = rand(6, 4).float(), []
+    for s in (1.0, scale):
+        program = fxkfac.trace(
+            lambda p, x, s=s: s * functional_call(model, p, (x,)), x, weights(model)
+        )
+        data = (x, s * rand(6, *model(x).shape[1:]).float())
+        kfoc = fxkfac.kfoc(program, MSE, data, fxkfac.kfac(program, MSE, data), steps=3)
+        found.append(
+            {n: fxkfac.operators.to_dtype(b.operator, torch.float64) for n, b in kfoc.items()}
+        )
+    for name, op in found[0].items():
+        dense = fxkfac.operators.to_dense(found[1][name]) / scale**2
+        torch.testing.assert_close(dense, fxkfac.operators.to_dense(op), rtol=1e-3, atol=1e-4)
 
 
 class TestSolve:

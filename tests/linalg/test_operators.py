@@ -352,6 +352,60 @@ def test_a_sum_is_inverted_as_its_own_condition_allows(condition):
     off(ops.logdet(op), torch.logdet(C))
 
 
+def small_and_large():
+    """Factors whose squares, or the products of whose eigenvalues, float32 has no room for."""
+    s = Source(0, torch.float32)
+    A, B = s.regular(1, 3), s.regular(1, 2)
+    return [
+        ops.Kronecker(a * A, b * B)
+        for a, b in ((1e-12, 1e-24), (1e-25, 1e-25), (1e20, 1e-20), (1e25, 1e-25), (1e25, 1e20))
+    ]
+
+
+@pytest.mark.parametrize("op", small_and_large())
+def test_small_and_large_factors(op):
+    double = ops.to_dtype(op, F64)
+    blocks = ops.BlockDiagonal((op, op))
+    for function in (ops.norm, ops.logdet, ops.condition):
+        for of, exact in ((op, double), (blocks, ops.to_dtype(blocks, F64))):
+            expected = function(exact).float()
+            if expected.isfinite() and not (function is ops.condition and of is blocks):
+                close(function(of), expected, rtol=1e-4, atol=0)
+    close(
+        ops.power(op, 0.25).eigenvalues.double(),
+        ops.power(double, 0.25).eigenvalues,
+        rtol=1e-5,
+        atol=0,
+    )
+
+
+def test_powers_that_the_dtype_has_no_room_for_are_refused():
+    op = small_and_large()[1]
+    with pytest.raises(OptionError, match=r"larger than torch.float32 holds(.|\n)*float64"):
+        ops.power(op, -1)
+    assert ops.power(ops.to_dtype(op, F64), -1).eigenvalues.isfinite().all()
+
+
+@pytest.mark.parametrize("relative", [1e-4, 1e-6, 1e-8, 1e-10])
+@pytest.mark.parametrize("damp", ["block", "factors", "pi"])
+def test_damping_is_there_however_small_beside_the_largest_eigenvalue(damp, relative):
+    """Factors of rank two: all other eigenvalues are what was added, also to sums."""
+    s = Source(0, torch.float32)
+    low = [x @ x.mT for x in (s.rand(1, 6, 2), s.rand(1, 4, 2), s.rand(1, 6, 2), s.rand(1, 4, 2))]
+    one, other = ops.Kronecker(*low[:2]), ops.Kronecker(*low[2:])
+    repeated = ops.Placed(one, torch.arange(24).view(1, 6, 4) // 2, (12,))
+    for op in (one, ops.add(one, other), repeated):
+        found = ops.damped(op, Damping(relative, damp))
+        smallest = ops.eigenvalues(found).min()
+        if damp == "block" or op is one:
+            expected = ops.eigenvalues(ops.damped(ops.to_dtype(op, F64), Damping(relative, damp)))
+            close(smallest.double(), expected.min(), rtol=1e-2, atol=0)
+        assert smallest > 0.99 * relative  # of sums of factors only so much is known
+        assert ops.logdet(found).isfinite()
+        assert ops.condition(found).isfinite()
+        assert ops.solve(found, torch.ones(found.shape)).isfinite().all()
+
+
 EMPTY = [(1, 0, 2), (1, 2, 0), (0, 2, 2), (1, 0, 0), (0, 0, 0)]
 
 

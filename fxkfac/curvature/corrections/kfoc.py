@@ -22,7 +22,14 @@ from fxkfac.curvature.blocks import Block, Kronecker
 from fxkfac.curvature.corrections.common import Correction, alone, products_of, shape_of
 from fxkfac.curvature.corrections.corrected import Corrected
 from fxkfac.curvature.corrections.datum_pass import Asked
-from fxkfac.curvature.corrections.nearest import Pair, Pairs, explained, with_left, with_right
+from fxkfac.curvature.corrections.nearest import (
+    Pair,
+    Pairs,
+    explained,
+    with_left,
+    with_right,
+    with_unit,
+)
 from fxkfac.curvature.corrections.overlap import Place
 from fxkfac.curvature.data import Data
 from fxkfac.curvature.factors import Factors
@@ -85,11 +92,13 @@ def kfoc(
     parts, pairs = correction.parts, _of_factors(factors)
     for _ in range(steps):
         source.set_state(state)
+        pairs = with_unit(pairs, 1)
         sums = correction.run(_left(pairs), data, source, progress)
         totals = _scaled(sums.totals, correction.scale(sums))
         pairs = with_left(parts, pairs, totals)
         before = explained(parts, pairs, totals, 0)
         source.set_state(state)
+        pairs = with_unit(pairs, 0)
         sums = correction.run(_right(pairs), data, source, progress)
         totals = _scaled(sums.totals, correction.scale(sums))
         pairs = with_right(parts, pairs, totals)
@@ -147,9 +156,12 @@ def _scaled(totals: Mapping[Place, Tensor], R: float) -> dict[Place, Tensor]:
 
 def _grown(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
     """The largest relative growth."""
-    tiny = torch.finfo(torch.float32).tiny
     pairs = zip(before, after, strict=True)
-    return max((float(((b - a) / b.clamp_min(tiny)).max()) for a, b in pairs), default=0.0)
+    return max((float(((b - a) / _positive(b)).max()) for a, b in pairs), default=0.0)
+
+
+def _positive(t: Tensor) -> Tensor:
+    return t.clamp_min(torch.finfo(t.dtype).tiny)
 
 
 def _blocks(factors: Factors, pairs: Pairs) -> dict[str, Block]:

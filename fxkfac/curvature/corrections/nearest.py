@@ -22,6 +22,34 @@ Pair = tuple[Tensor, Tensor]  # A and B of one term, with their group axis
 Pairs = Mapping[Place, Pair]
 
 
+def with_unit(pairs: Pairs, side: int) -> Pairs:
+    """The same products, with factors of one side whose largest entry is one, in every group.
+
+    So there is room for their squares, however small or large gradients are.
+    """
+    found: dict[Place, Pair] = {}
+    for place, pair in pairs.items():
+        size, other = _size(pair[side]), pair[1 - side]
+        if len(size) != (1 if other.ndim == 1 else len(other)):
+            size = size.max().view(1)
+        unit, rest = _times(pair[side], 1 / size), _times(other, size)
+        found[place] = (unit, rest) if side == 0 else (rest, unit)
+    return found
+
+
+def _size(factor: Tensor) -> Tensor:
+    """The largest entry of every group; of a diagonal, (1,); one where all are zero."""
+    groups = 1 if factor.ndim == 1 else len(factor)
+    if not factor.numel():
+        return factor.new_ones(groups)
+    found = factor.abs().view(groups, -1).amax(1)
+    return torch.where(found > 0, found, torch.ones_like(found))
+
+
+def _times(factor: Tensor, scale: Tensor) -> Tensor:
+    return factor * (scale if factor.ndim == 1 else scale.view(-1, 1, 1))
+
+
 def with_left(parts: Sequence[Overlap], pairs: Pairs, sums: Mapping[Place, Tensor]) -> Pairs:
     """The best A for every B, one after the other where terms lie over each other.
 
@@ -63,24 +91,31 @@ def explained(
     """√(‖C‖² − ‖C − Ĉ‖²) of every part and group; of a single term that is ‖A ⊗ B‖.
 
     Args:
-        parts, pairs: As above, after a half step.
+        parts, pairs: As above, after a half step, the other side being as of `with_unit`.
         sums: Those of the half step.
         side: Which factor that was of: 0 is A.
     """
     found = []
     for part in parts:
+        size = torch.stack([_size(pairs[k][side]).max() for k in part]).max()
+        small = {k: _smaller(pairs[k], side, size) for k in part}
         total: Tensor | None = None
         for k in part:
-            A, B = pairs[k]
+            A, B = small[k]
             own = inner(A) * inner(B)
             if len(part) > 1:  # 2 ⟨C, Ĉ⟩ − ⟨Ĉ, Ĉ⟩
-                own = 2 * _product(sums[k], pairs[k][side]) - own
-                for F, H in _others(part, pairs, k):
+                own = 2 * _product(sums[k] / size, small[k][side]) - own
+                for F, H in _others(part, small, k):
                     own = own - _product(F, _weight(part, k, A)) * _product(H, B)
             total = own if total is None else total + own
         assert total is not None
-        found.append(total.clamp_min(0).sqrt())
+        found.append(size * total.clamp_min(0).sqrt())
     return found
+
+
+def _smaller(pair: Pair, side: int, size: Tensor) -> Pair:
+    A, B = pair
+    return (A / size, B) if side == 0 else (A, B / size)
 
 
 def inner(factor: Tensor) -> Tensor:

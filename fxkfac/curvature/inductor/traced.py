@@ -125,7 +125,7 @@ def _write_out(node: Node) -> None:
 
 
 def _scale_first(node: Node) -> None:
-    """x + α y by two ops: what inductor makes of a product and something added, as one, has no α."""
+    """x + α y by two ops: where x or y is a product, inductor makes one op of both, without α."""
     x, y = node.args
     with node.graph.inserting_before(node):
         scaled = node.graph.call_function(aten.mul.Tensor, (y, node.kwargs["alpha"]))

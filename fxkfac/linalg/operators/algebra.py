@@ -81,7 +81,8 @@ def scaled(operator: Operator, factor: float) -> Operator:
     require_not_negative("factor", number_in(factor))
     match operator:
         case Kronecker():
-            return Kronecker(operator.A, factor * operator.B)
+            least = None if operator.B_least is None else factor * operator.B_least
+            return replace(operator, B=factor * operator.B, B_least=least)
         case Eigenbasis():
             return replace(operator, eigenvalues=factor * operator.eigenvalues)
         case Congruence():

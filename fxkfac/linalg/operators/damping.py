@@ -104,7 +104,8 @@ def _factors_damped(operator: Operator, damping: Damping) -> Operator:
         case Kronecker():
             root = damping.value**0.5
             π = _pi(operator) if damping.damp == "pi" else operator.like.new_ones(1)
-            return Kronecker(_plus(operator.A, π * root), _plus(operator.B, root / π))
+            A, B = _plus(operator.A, π * root), _plus(operator.B, root / π)
+            return Kronecker(A, B, (π * root).expand(len(A)), (root / π).expand(len(B)))
         case BlockDiagonal():
             return each_block(lambda block: _factors_damped(block, damping), operator)
         case Placed() if not operator.repeats or _has_factors(operator):
@@ -147,7 +148,8 @@ def _pi(operator: Kronecker) -> Float[Tensor, " group"]:
     """π of every group."""
     a, b = _mean_diagonal(operator.A), _mean_diagonal(operator.B)
     fits = (a > 0) & (b > 0)
-    return torch.where(fits, a / torch.where(fits, b, 1), 1).sqrt()
+    # Each by itself: the quotient of two roots has room where that of the numbers has none.
+    return torch.where(fits, a.sqrt() / torch.where(fits, b, 1).sqrt(), 1)
 
 
 def _mean_diagonal(factor: Tensor) -> Float[Tensor, " group"]:

@@ -208,8 +208,34 @@ def inner(one: Operator, other: Operator) -> Tensor:
 
 @public
 def norm(operator: Operator) -> Tensor:
-    """The Frobenius norm √Σ C_ij², a tensor of no axes, by `inner`."""
-    return inner(operator, operator).sqrt()
+    """The Frobenius norm √Σ C_ij², a tensor of no axes; of sums by `inner`."""
+    match operator:
+        case Kronecker():
+            a, b = _largest(operator.A), _largest(operator.B)
+            unit = Kronecker(operator.A / a, operator.B / b)
+            return a * (b * inner(unit, unit).sqrt())
+        case Eigenbasis():
+            return _length(operator.eigenvalues)
+        case Diagonal() | Dense():
+            return _length(operator.like)
+        case BlockDiagonal():
+            return _length(torch.stack([norm(block) for block in operator.blocks]))
+        case Placed() if not operator.repeats:
+            return norm(operator.operator)
+        case _:
+            return inner(operator, operator).sqrt()
+
+
+def _length(entries: Tensor) -> Tensor:
+    """√Σ x², also where squares are too small or too large for the dtype."""
+    largest = _largest(entries)
+    return largest * (entries / largest).square().sum().sqrt()
+
+
+def _largest(factor: Tensor) -> Tensor:
+    """Its largest entry; of zeros, or of none, it is one."""
+    found = factor.abs().amax() if factor.numel() else factor.new_zeros(())
+    return torch.where(found > 0, found, 1.0)
 
 
 def terms_of(operator: Operator) -> tuple[Operator, ...]:

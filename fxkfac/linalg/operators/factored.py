@@ -24,10 +24,14 @@ class Kronecker(Operator):
         A: (group, in, in), or its diagonal (group, in), which is never written out. With one group
             it is the same for all groups of B.
         B: (group, out, out); with one group the same for all groups of A.
+        A_least, B_least: What is known to be below all eigenvalues of each, as damping that was
+            added to them, (group,); it holds where rounding hides it.
     """
 
     A: Float[Tensor, "group d_in d_in"] | Float[Tensor, "group d_in"]
     B: Float[Tensor, "group d_out d_out"]
+    A_least: Float[Tensor, " group"] | None = None
+    B_least: Float[Tensor, " group"] | None = None
 
     def __post_init__(self) -> None:
         A, B = self.A, self.B

@@ -8,13 +8,15 @@ from torch import Tensor
 from fxkfac.errors import OptionError
 from fxkfac.linalg.operators.base import Operator
 from fxkfac.linalg.operators.composed import BlockDiagonal, Placed
-from fxkfac.linalg.operators.factored import KroneckerSum
+from fxkfac.linalg.operators.factored import Eigenbasis, Kronecker, KroneckerSum
 from fxkfac.linalg.operators.named import public
 from fxkfac.linalg.operators.pencil import pencil, regular_pencil
 from fxkfac.linalg.operators.products import Array, product
 from fxkfac.linalg.operators.spectra import (
     each_block,
     eigenvalues,
+    factors_eigenvalues,
+    factors_eigh,
     in_place,
     mapped,
     of_blocks,
@@ -36,7 +38,7 @@ def power(operator: Operator, exponent: float) -> Operator:
     Raises:
         NonFiniteError: A factor holds NaN or Inf.
         OptionError: The exponent is no number, or negative and the operator singular, up to
-            rounding; or what `diagonalised` raises.
+            rounding; a power is too large for the dtype; or what `diagonalised` raises.
     """
     require_number("exponent", number_in(exponent))
     match operator:
@@ -46,14 +48,28 @@ def power(operator: Operator, exponent: float) -> Operator:
             return in_place(lambda placed: power(placed, exponent), operator)
         case KroneckerSum() if exponent == -1:
             return regular_pencil(operator).inverse
+        case Kronecker():  # the products of powers have room where powers of products have none
+            (λ, Q_A), (μ, Q_B) = factors_eigh(operator)
+            powers = _powers(λ, exponent).unsqueeze(-1) * _powers(μ, exponent).unsqueeze(-2)
+            return Eigenbasis(Q_A, Q_B, _require_room(powers))
         case _:
-            return mapped(lambda λ: _powers(λ, exponent), operator)
+            return mapped(lambda λ: _require_room(_powers(λ, exponent)), operator)
 
 
 def _powers(λ: Tensor, exponent: float) -> Tensor:
     if exponent < 0 and bool((λ == 0).any()):
         raise singular()
     return λ**exponent
+
+
+def _require_room(powers: Tensor) -> Tensor:
+    """The same. Raises `OptionError` where one is too large for its dtype."""
+    if not bool(powers.isfinite().all()):
+        raise OptionError(
+            f"a power of an eigenvalue is larger than {powers.dtype} holds; expected numbers that "
+            "fit. Take it of to_dtype(operator, torch.float64), or damp the operator."
+        )
+    return powers
 
 
 def solve(operator: Operator, x: Array) -> Array:
@@ -82,6 +98,8 @@ def logdet(operator: Operator) -> Tensor:
         case KroneckerSum():
             found = pencil(operator)
             return operator.like.new_tensor(-torch.inf) if found is None else found.logdet
+        case Kronecker():
+            return _logs(operator).sum()
         case _:
             return eigenvalues(operator).log().sum()
 
@@ -104,6 +122,16 @@ def condition(operator: Operator) -> Tensor:
     """
     if not operator.numel:
         raise OptionError("the operator has no rows, and so no condition number; expected some.")
+    if isinstance(operator, Kronecker):
+        logs = _logs(operator)
+        smallest = logs.min()
+        return torch.where(smallest > -torch.inf, (logs.max() - smallest).exp(), torch.inf)
     λ = eigenvalues(operator)
     smallest = λ.min()
     return torch.where(smallest > 0, λ.max() / smallest, torch.inf)  # also where all are zero
+
+
+def _logs(operator: Kronecker) -> Tensor:
+    """Those of all eigenvalues, of which the products may be too small or too large."""
+    λ, μ = factors_eigenvalues(operator)
+    return (λ.log().unsqueeze(-1) + μ.log().unsqueeze(-2)).expand(operator.shape)

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fxkfac.linalg.operators.factored import Congruence, Factor, KroneckerSum
-from fxkfac.linalg.operators.symmetric import is_regular, require_finite, rounding, singular
+from fxkfac.linalg.operators.factored import Congruence, Factor, Kronecker, KroneckerSum
+from fxkfac.linalg.operators.symmetric import require_finite, rounded, rounding, singular
 from fxkfac.precision import accurate
 
 if TYPE_CHECKING:
@@ -57,15 +57,12 @@ def pencil(operator: KroneckerSum) -> Pencil | None:
         NonFiniteError: A factor holds NaN or Inf.
     """
     first, second = operator.first, operator.second
-    A, B = _pair(first.A, second.A), _pair(first.B, second.B)
+    A = _pair(first.A, second.A, first.A_least, second.A_least)
+    B = _pair(first.B, second.B, first.B_least, second.B_least)
     if A is None or B is None:
         return None
-    one, other = ((w * v).view(-1, 1, 1) for w, v in zip(A.scales, B.scales, strict=True))
-    λ, not_λ = A.λ.unsqueeze(-1), A.not_λ.unsqueeze(-1)
-    μ, not_μ = B.λ.unsqueeze(-2), B.not_λ.unsqueeze(-2)
-    values = (one * λ * μ + other * not_λ * not_μ).expand(first.shape)
-    lost = A.rounding * (one * μ + other * not_μ) + B.rounding * (one * λ + other * not_λ)
-    if not bool((values > lost).all()):
+    values = _values(A, B, _least(first) + _least(second)).expand(first.shape)
+    if not bool((values > 0).all()):
         return None
     groups, d_in, d_out = first.shape
     logdet = values.log().sum() + (d_out * A.logdet + d_in * B.logdet).expand(groups).sum()
@@ -103,8 +100,32 @@ class _Pair:
     logdet: Float[Tensor, " group"]
     rounding: float
 
+    @property
+    def lengths(self) -> Float[Tensor, "group d"]:
+        """uᵀu of all columns u of U."""
+        squares = self.scale.square()
+        return squares if self.basis is None else self.basis.square().sum(-2) * squares
 
-def _pair(a: Tensor, b: Tensor) -> _Pair | None:
+
+def _values(A: _Pair, B: _Pair, least: Tensor) -> Tensor:
+    """(u ⊗ v)ᵀ C (u ⊗ v) for all u and v; zero up to rounding is zero, or what was added there."""
+    one, other = ((w * v).view(-1, 1, 1) for w, v in zip(A.scales, B.scales, strict=True))
+    λ, not_λ = A.λ.unsqueeze(-1), A.not_λ.unsqueeze(-1)
+    μ, not_μ = B.λ.unsqueeze(-2), B.not_λ.unsqueeze(-2)
+    values = one * λ * μ + other * not_λ * not_μ
+    lost = A.rounding * (one * μ + other * not_μ) + B.rounding * (one * λ + other * not_λ)
+    added = least.view(-1, 1, 1) * A.lengths.unsqueeze(-1) * B.lengths.unsqueeze(-2)
+    return torch.where(values > lost, values, 0.0).maximum(added)
+
+
+def _least(term: Kronecker) -> Float[Tensor, " group"]:
+    """What is known to be below all eigenvalues of a term."""
+    if term.A_least is None or term.B_least is None:
+        return accurate(term.like).new_zeros(1)
+    return accurate(term.A_least) * accurate(term.B_least)
+
+
+def _pair(a: Tensor, b: Tensor, least_a: Tensor | None, least_b: Tensor | None) -> _Pair | None:
     """For symmetric a and b, or diagonals; `None` where their sum is singular."""
     require_finite(a, b)
     if a.ndim != b.ndim:  # no larger than the other
@@ -117,12 +138,18 @@ def _pair(a: Tensor, b: Tensor) -> _Pair | None:
             return None
         return _Pair(a / σ, b / σ, None, σ.rsqrt(), (s, t), σ.log().sum(-1), 0.0)
     σ, P = torch.linalg.eigh(a + b)
-    if not is_regular(σ):
+    σ = rounded(σ, _known(least_a, s) + _known(least_b, t))
+    if not bool((σ > 0).all()):
         return None
     W = P * σ.rsqrt().unsqueeze(-2)  # Wᵀ(a + b)W = I
     λ, Q = torch.linalg.eigh(W.mT @ a @ W)
     λ = λ.clamp(0, 1)
     return _Pair(λ, 1 - λ, W @ Q, torch.ones_like(λ), (s, t), σ.log().sum(-1), rounding(λ))
+
+
+def _known(least: Tensor | None, scale: Float[Tensor, " group"]) -> Float[Tensor, " group"]:
+    """The same beside a factor that was divided by its scale."""
+    return torch.zeros_like(scale) if least is None else least.to(scale.dtype) / scale
 
 
 def _scaled(factor: Tensor) -> tuple[Tensor, Float[Tensor, " group"]]:

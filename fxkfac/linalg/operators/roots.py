@@ -10,15 +10,12 @@ from fxkfac.linalg.operators.base import Operator
 from fxkfac.linalg.operators.composed import BlockDiagonal, Diagonal, Placed
 from fxkfac.linalg.operators.factored import Factor, Kronecker, KroneckerSum
 from fxkfac.linalg.operators.functions import power
+from fxkfac.linalg.operators.least import least
 from fxkfac.linalg.operators.named import Named, public
 from fxkfac.linalg.operators.pencil import regular_pencil
 from fxkfac.linalg.operators.products import product
 from fxkfac.linalg.operators.spectra import each_block, in_place, unflattened, written_out
-from fxkfac.linalg.operators.symmetric import (
-    is_regular,
-    require_semidefinite,
-    symmetric_eigenvalues,
-)
+from fxkfac.linalg.operators.symmetric import require_semidefinite, symmetric_eigenvalues
 from fxkfac.precision import accurate
 from fxkfac.ranges import require_count, require_generator
 
@@ -37,21 +34,21 @@ def cholesky(operator: Operator) -> Operator:
             scale = operator.like.new_ones(()).expand(operator.shape)
             if operator.A.ndim == 2:
                 scale = scale * _roots(operator.A).unsqueeze(-1)
-            U = None if operator.A.ndim == 2 else _cholesky(operator.A)
-            return Factor(U, _cholesky(operator.B), scale)
+            U = None if operator.A.ndim == 2 else _cholesky(operator.A, operator.A_least)
+            return Factor(U, _cholesky(operator.B, operator.B_least), scale)
         case Diagonal():
             return Diagonal(_roots(operator.values))
         case BlockDiagonal():
             return each_block(cholesky, operator)
         case _:
-            L = _cholesky(written_out(operator))
+            L = _cholesky(written_out(operator), least(operator))
             return unflattened(Factor(L.unsqueeze(0), None, L.new_ones(1, len(L), 1)), operator)
 
 
-def _cholesky(matrix: Tensor) -> Tensor:
+def _cholesky(matrix: Tensor, least: Tensor | None) -> Tensor:
     # Pivots may be well above the smallest eigenvalue, so that they do not say what is singular.
     C = accurate(matrix)
-    regular = is_regular(symmetric_eigenvalues(C))
+    regular = bool((symmetric_eigenvalues(C, least) > 0).all())
     L, failed = torch.linalg.cholesky_ex(C)
     if not regular or bool(failed.any()):
         raise _singular()

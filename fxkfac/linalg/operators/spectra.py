@@ -18,6 +18,7 @@ from fxkfac.linalg.operators.base import Operator
 from fxkfac.linalg.operators.composed import BlockDiagonal, Dense, Diagonal, Placed, Sum, identity
 from fxkfac.linalg.operators.entries import LARGEST_DENSE, to_dense
 from fxkfac.linalg.operators.factored import Eigenbasis, Factor, Kronecker
+from fxkfac.linalg.operators.least import least
 from fxkfac.linalg.operators.named import public
 from fxkfac.linalg.operators.products import gathered
 from fxkfac.linalg.operators.symmetric import (
@@ -50,14 +51,19 @@ def diagonalised(operator: Operator) -> Operator:
 
 
 def _by_its_matrix(operator: Operator) -> Placed:
-    λ, Q = symmetric_eigh(written_out(operator))
+    λ, Q = symmetric_eigh(written_out(operator), least(operator))
     return unflattened(Eigenbasis(Q.unsqueeze(0), None, λ.view(1, -1, 1)), operator)
 
 
 @diagonalised.register
 def _(operator: Kronecker) -> Operator:
-    (λ, Q_A), (μ, Q_B) = factor_eigh(operator.A), factor_eigh(operator.B)
+    (λ, Q_A), (μ, Q_B) = factors_eigh(operator)
     return Eigenbasis(Q_A, Q_B, λ.unsqueeze(-1) * μ.unsqueeze(-2))
+
+
+def factors_eigh(operator: Kronecker) -> tuple[tuple[Tensor, Tensor | None], ...]:
+    """Eigenvalues and eigenvectors of A, and those of B."""
+    return factor_eigh(operator.A, operator.A_least), factor_eigh(operator.B, operator.B_least)
 
 
 @diagonalised.register
@@ -89,13 +95,21 @@ def eigenvalues(operator: Operator) -> Float[Tensor, " numel"]:
 
     Raises as `diagonalised` does.
     """
-    return symmetric_eigenvalues(written_out(operator))
+    return symmetric_eigenvalues(written_out(operator), least(operator))
 
 
 @eigenvalues.register
 def _(operator: Kronecker) -> Tensor:
-    λ, μ = factor_eigenvalues(operator.A), factor_eigenvalues(operator.B)
+    λ, μ = factors_eigenvalues(operator)
     return (λ.unsqueeze(-1) * μ.unsqueeze(-2)).flatten()
+
+
+def factors_eigenvalues(operator: Kronecker) -> tuple[Tensor, Tensor]:
+    """Those of A and those of B."""
+    return (
+        factor_eigenvalues(operator.A, operator.A_least),
+        factor_eigenvalues(operator.B, operator.B_least),
+    )
 
 
 @eigenvalues.register
@@ -116,7 +130,7 @@ def _(operator: BlockDiagonal) -> Tensor:
 @eigenvalues.register
 def _(operator: Placed) -> Tensor:
     if operator.repeats:
-        return symmetric_eigenvalues(written_out(operator))
+        return symmetric_eigenvalues(written_out(operator), least(operator))
     found = eigenvalues(operator.operator).view(operator.entries.shape)
     return gathered(operator, found).flatten()
 

@@ -94,7 +94,8 @@ class Summaries:
         """As `summary`."""
         match operator:
             case Kronecker():
-                return self._factor(operator.A).times(self._factor(operator.B)).joined()
+                A = self._factor(operator.A, operator.A_least)
+                return A.times(self._factor(operator.B, operator.B_least)).joined()
             case BlockDiagonal():
                 return joined(of_blocks(self.of, operator))
             case Placed() if not operator.repeats:
@@ -104,11 +105,11 @@ class Summaries:
                 total = trace(operator).detach().cpu().double()
                 return _Factor.of(λ.view(1, -1), total.view(1)).joined()
 
-    def _factor(self, factor: Tensor) -> _Factor:
+    def _factor(self, factor: Tensor, least: Tensor | None) -> _Factor:
         key = (factor.data_ptr(), factor.device, tuple(factor.shape), factor.stride())
         if key not in self._known:
             entries = factor if factor.ndim == 2 else factor.diagonal(dim1=-2, dim2=-1)
-            λ = factor_eigenvalues(factor).detach().cpu().double()
+            λ = factor_eigenvalues(factor, least).detach().cpu().double()
             found = _Factor.of(λ, entries.detach().cpu().double().sum(-1))
             self._known[key] = factor, found  # while it is held, no other one is at its address
         return self._known[key][1]

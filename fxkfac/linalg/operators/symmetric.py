@@ -1,4 +1,8 @@
-"""Eigenvalues of symmetric positive semi-definite tensors; zero up to rounding is zero."""
+"""Eigenvalues of symmetric positive semi-definite tensors; zero up to rounding is zero.
+
+Where damping was added, it is what is left there: eigenvalues are no smaller than `least`, which
+holds where rounding beside the largest one does not let it be seen.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +24,13 @@ NEGATIVE = torch.finfo(torch.float32).eps ** 0.5
 
 
 def symmetric_eigh(
-    matrix: Float[Tensor, "*group d d"],
+    matrix: Float[Tensor, "*group d d"], least: Float[Tensor, "*group"] | None = None
 ) -> tuple[Float[Tensor, "*group d"], Float[Tensor, "*group d d"]]:
     """Eigenvalues and eigenvectors, computed in float32 or better.
+
+    Args:
+        matrix: Semi-definite.
+        least: What is known to be below all of its eigenvalues.
 
     Raises:
         NonFiniteError: The matrix holds NaN or Inf.
@@ -30,33 +38,44 @@ def symmetric_eigh(
     """
     require_finite(matrix)
     λ, Q = torch.linalg.eigh(accurate(matrix))
-    return _rounded(λ, matrix.dtype), Q.to(matrix.dtype)
+    return rounded(λ, least).to(matrix.dtype), Q.to(matrix.dtype)
 
 
-def symmetric_eigenvalues(matrix: Float[Tensor, "*group d d"]) -> Float[Tensor, "*group d"]:
-    """The eigenvalues alone; errors as above."""
+def symmetric_eigenvalues(
+    matrix: Float[Tensor, "*group d d"], least: Float[Tensor, "*group"] | None = None
+) -> Float[Tensor, "*group d"]:
+    """The eigenvalues alone; arguments and errors as above."""
     require_finite(matrix)
-    return _rounded(torch.linalg.eigvalsh(accurate(matrix)), matrix.dtype)
+    return rounded(torch.linalg.eigvalsh(accurate(matrix)), least).to(matrix.dtype)
 
 
-def factor_eigh(factor: Tensor) -> tuple[Float[Tensor, "group d"], Tensor | None]:
+def factor_eigh(
+    factor: Tensor, least: Float[Tensor, " group"] | None = None
+) -> tuple[Float[Tensor, "group d"], Tensor | None]:
     """Eigenvalues and eigenvectors of a factor; of a diagonal, itself and `None`."""
     if factor.ndim == 3:
-        return symmetric_eigh(factor)
+        return symmetric_eigh(factor, least)
     return require_semidefinite(factor), None
 
 
-def factor_eigenvalues(factor: Tensor) -> Float[Tensor, "group d"]:
+def factor_eigenvalues(
+    factor: Tensor, least: Float[Tensor, " group"] | None = None
+) -> Float[Tensor, "group d"]:
     """The eigenvalues of a factor, or the entries of a diagonal."""
     if factor.ndim == 3:
-        return symmetric_eigenvalues(factor)
+        return symmetric_eigenvalues(factor, least)
     return require_semidefinite(factor)
 
 
-def _rounded(λ: Float[Tensor, "*group d"], dtype: torch.dtype) -> Float[Tensor, "*group d"]:
-    """Eigenvalues without what is rounding beside the largest one of their matrix."""
+def rounded(
+    λ: Float[Tensor, "*group d"], least: Float[Tensor, "*group"] | None
+) -> Float[Tensor, "*group d"]:
+    """Eigenvalues without what is rounding beside the largest one of their matrix.
+
+    Raises as `symmetric_eigh`.
+    """
     if not λ.numel():
-        return λ.to(dtype)
+        return λ
     largest = λ.amax(-1, keepdim=True).clamp_min(0)
     lowest = λ.amin(-1, keepdim=True)
     if bool((lowest < -NEGATIVE * largest).any()):
@@ -64,7 +83,9 @@ def _rounded(λ: Float[Tensor, "*group d"], dtype: torch.dtype) -> Float[Tensor,
             f"the smallest eigenvalue is {lowest.min().item():.3g} beside "
             f"{largest.max().item():.3g}; expected a positive semi-definite matrix."
         )
-    return torch.where(λ <= rounding(λ) * largest, 0.0, λ).to(dtype)
+    noise = rounding(λ) * largest
+    known = torch.where(λ <= noise, 0.0, λ)
+    return known if least is None else known.maximum(least.to(λ.dtype).unsqueeze(-1))
 
 
 def rounded_squares(λ: Float[Tensor, "group d_in d_out"]) -> Float[Tensor, "group d_in d_out"]:
@@ -76,13 +97,6 @@ def rounded_squares(λ: Float[Tensor, "group d_in d_out"]) -> Float[Tensor, "gro
         return λ
     squared = (ROUNDING * torch.finfo(λ.dtype).eps) ** 2 * λ[0].numel()
     return torch.where(λ <= squared * λ.amax((1, 2), keepdim=True), 0.0, λ)
-
-
-def is_regular(λ: Float[Tensor, "*group d"]) -> bool:
-    """Whether no eigenvalue is zero up to rounding beside the largest one of its matrix."""
-    if not λ.numel():
-        return True
-    return bool((λ > rounding(λ) * λ.amax(-1, keepdim=True)).all())
 
 
 def rounding(λ: Float[Tensor, "*group d"]) -> float:
