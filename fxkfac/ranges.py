@@ -1,6 +1,7 @@
 """Options that are out of their range, by name.
 
-A number may be Python's or NumPy's, and comes back as Python's: so files and states hold that.
+A number or flag may be Python's or NumPy's, and comes back as Python's: so files and states hold
+that.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from math import inf, isfinite
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
 from torch import Generator, Tensor
 
 from fxkfac.errors import OptionError
@@ -37,6 +39,12 @@ def require_generator(generator: Any) -> None:
         f"generator={generator!r}; expected a torch.Generator, such as "
         "torch.Generator().manual_seed(0).",
     )
+
+
+def require_flag(name: str, value: Any) -> bool:
+    """True or False. Raises `OptionError` for anything else."""
+    require(isinstance(value, bool | np.bool_), f"{name}={value!r}; expected True or False.")
+    return bool(value)
 
 
 def number_in(value: Any) -> Any:

@@ -746,10 +746,37 @@ class TestOtherKinds:
         sampled = fxkfac.kfac(program, CE(), (X, Y), fisher="mc", mc_samples=np.int64(2))
         fxkfac.save(sampled, tmp_path / "f")
         assert fxkfac.load(tmp_path / "f", program, CE()).settings.mc_samples == 2
-        optimizer = fxkfac.optim.KFAC(program, CE(), lr=np.float32(0.5), damping=np.float64(0.1))
+        memory = np.int64(2**20)
+        fxkfac.save(fxkfac.Accumulation(program, CE(), memory=memory), tmp_path / "a")
+        assert fxkfac.resume(tmp_path / "a", program, CE()).over.memory == memory
+
+    def test_numbers_of_numpy_in_the_state_of_an_optimizer_are_pythons(self, tmp_path):
+        program = fxkfac.trace(seeded(mlp), X, structure={"2.bias": "skip"})  # which Adam moves
+        options = {"momentum": np.float32(0.5), "decoupled": np.bool_(True)}
+        optimizer = fxkfac.optim.KFAC(
+            program, CE(), lr=np.float32(0.5), damping=np.float64(0.1), **options
+        )
         torch.save(optimizer.state_dict(), tmp_path / "state")
-        state = torch.load(tmp_path / "state", weights_only=True)
-        assert state["param_groups"][0]["lr"] == 0.5
+        groups = torch.load(tmp_path / "state", weights_only=True)["param_groups"]
+        assert [group["momentum"] for group in groups] == [0.5, 0.5]
+        assert groups[0]["lr"] == 0.5
+
+    def test_a_flag_of_numpys_counts(self, program, tmp_path):
+        apart = fxkfac.kfac(program, CE(), (X, Y), separate_weight_and_bias=np.bool_(True))
+        fxkfac.save(apart, tmp_path / "f")
+        assert fxkfac.load(tmp_path / "f", program, CE()).settings == apart.settings
+
+    @pytest.mark.parametrize("value", ["no", 1, None, [True]], ids=repr)
+    def test_a_flag(self, program, value, tmp_path):
+        for call in (
+            lambda: fxkfac.kfac(program, CE(), (X, Y), separate_weight_and_bias=value),
+            lambda: fxkfac.kfac(program, CE(), (X, Y), progress=value),
+            lambda: fxkfac.optim.Preconditioner(program, CE(), damp="block", ekfac=value),
+            lambda: fxkfac.optim.KFAC(program, CE(), lr=0.1, decoupled=value),
+            lambda: program.draw(tmp_path / "p.gv", fold=value),
+        ):
+            with refuses(OptionError, f"={value!r}", "True or False"):
+                call()
 
     def test_tensors_that_are_not_floating(self, program, factors):
         """Natural gradients in whole numbers would be truncated."""

@@ -106,7 +106,7 @@ class Pass(ABC, Generic[Sink, Total]):
 
     def __post_init__(self) -> None:
         self._forward = backend_of(self.backend)
-        require_memory(self.memory)
+        self.memory = require_memory(self.memory)
         require_generator(self.generator)
         self.state = self.program.state(self.params)
 

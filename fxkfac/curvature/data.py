@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from fxkfac.errors import DataError, FxkfacError, NoDataError
+from fxkfac.ranges import require_flag
 
 Data = Any  # one (inputs, targets) pair, or an iterable of such pairs
 
@@ -18,6 +19,7 @@ def batches(data: Data, progress: bool = False) -> Iterator[tuple[Any, Tensor]]:
     Raises:
         DataError: A batch is not a pair whose second part is a tensor.
         NoDataError: There is no batch.
+        OptionError: `progress` is neither true nor false.
     """
     source: Iterable[Any] = [data] if _is_pair(data) or _is_meant_for_one(data) else data
     if not isinstance(source, Iterable):
@@ -26,7 +28,7 @@ def batches(data: Data, progress: bool = False) -> Iterator[tuple[Any, Tensor]]:
             "iterable of such pairs, as a DataLoader is."
         )
     empty = True
-    for batch in _with_progress(source) if progress else source:
+    for batch in _with_progress(source) if require_flag("progress", progress) else source:
         found = pair(batch)
         empty = False
         yield found

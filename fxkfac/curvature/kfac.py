@@ -82,8 +82,8 @@ def kfac(
         float32 where these are in half precision.
 
     Raises:
-        OptionError: `fisher`, `sharing`, `mc_samples` or `memory` is out of range, or do not go
-            together with the structure of a block; or `backend="inductor"` cannot trace the graph.
+        OptionError: An option is out of its range, or does not go together with the structure of
+            a block; or `backend="inductor"` cannot trace the graph.
         FxkfacError: `backend="inductor"` finds no C++ compiler, or fails to compile.
         LossError: The loss has no likelihood here, or is not convex where that is needed.
         DataError: Inputs and targets that do not fit; `NoDataError` where there are none.

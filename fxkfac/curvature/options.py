@@ -11,7 +11,7 @@ from fxkfac.graph.program import Program
 from fxkfac.graph.structure import EXACT, NONE
 from fxkfac.likelihoods.backpropagation import require_fisher
 from fxkfac.likelihoods.losses import loss_text
-from fxkfac.ranges import require_count
+from fxkfac.ranges import require_count, require_flag
 
 
 def settings_of(
@@ -27,6 +27,7 @@ def settings_of(
     require_program(program)
     require_fisher(fisher)
     mc_samples = require_count("mc_samples", mc_samples)
+    separate = require_flag("separate_weight_and_bias", separate_weight_and_bias)
     if sharing not in SHARINGS:
         raise OptionError(f"sharing={sharing!r}; expected 'expand' or 'reduce'.")
     parameters, structures = program.tapped.once(
@@ -36,7 +37,7 @@ def settings_of(
         fisher,
         sharing,
         mc_samples,
-        separate_weight_and_bias,
+        separate,
         masked,
         loss_text(loss),
         parameters,

@@ -29,10 +29,11 @@ MEMORY = 2**25  # bytes: what fits the cache of a CPU gains by it, and larger ve
 MEMORY_ELSEWHERE = 2**30  # on a device where every call costs more than a missed cache
 
 
-def require_memory(memory: int | None) -> None:
-    """Raise `OptionError` unless it is a number of bytes."""
-    if memory is not None:
-        require_count("memory", memory, "whole number of bytes", least=0)
+def require_memory(memory: int | None) -> int | None:
+    """A number of bytes, or none. Raises `OptionError` for anything else."""
+    if memory is None:
+        return None
+    return require_count("memory", memory, "whole number of bytes", least=0)
 
 
 def memory_on(device: torch.device) -> int:

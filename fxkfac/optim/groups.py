@@ -9,7 +9,13 @@ from torch import Tensor
 
 from fxkfac.errors import OptionError, ParameterError
 from fxkfac.functional import FunctionalModel, select
-from fxkfac.ranges import require, require_fraction, require_not_negative, require_positive
+from fxkfac.ranges import (
+    require,
+    require_flag,
+    require_fraction,
+    require_not_negative,
+    require_positive,
+)
 
 OF_KFAC = ("lr", "momentum", "weight_decay", "decoupled")
 OF_ADAM = ("betas", "eps", "weight_decay", "decoupled")
@@ -93,6 +99,7 @@ def _in_range(options: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **{n: require_not_negative(n, options[n]) for n in ("lr", "adam_lr", "weight_decay")},
         "momentum": require_fraction("momentum", options["momentum"]),
+        "decoupled": require_flag("decoupled", options["decoupled"]),
         "betas": tuple(require_fraction("betas", beta) for beta in betas),
         "eps": require_positive("eps", options["eps"]),
     }

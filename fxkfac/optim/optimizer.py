@@ -34,7 +34,7 @@ from fxkfac.optim.groups import grouped, require_held, require_same_groups
 from fxkfac.optim.layout import held
 from fxkfac.optim.policies import clipped, kl_factor, next_damping, predicted_change
 from fxkfac.optim.preconditioner import Preconditioner
-from fxkfac.ranges import require, require_count, require_keys, require_positive
+from fxkfac.ranges import require, require_count, require_fraction, require_keys, require_positive
 
 
 class KFAC(Optimizer):
@@ -115,7 +115,8 @@ class KFAC(Optimizer):
         }
         covered = set(self.preconditioner.covered)
         own = grouped(program.model, held(program), covered, groups, defaults)
-        super().__init__(own, {"momentum": momentum})  # by which schedulers know what to cycle
+        # Schedulers know by this default what to cycle.
+        super().__init__(own, {"momentum": require_fraction("momentum", momentum)})
         self._frozen = {name for name, θ in self._trained() if not θ.requires_grad}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -34,7 +34,7 @@ from fxkfac.optim.layout import (
     require_all,
     require_blocks,
 )
-from fxkfac.ranges import require, require_count, require_keys, require_positive
+from fxkfac.ranges import require, require_count, require_flag, require_keys, require_positive
 
 DAMP = ("split", "block")
 
@@ -97,6 +97,7 @@ class Preconditioner:
         memory: int | None = None,
     ):
         require(damp in DAMP, f"damp={damp!r}; expected 'split' or 'block'.")
+        ekfac = require_flag("ekfac", ekfac)
         require(not ekfac or damp == "block", "ekfac=True has no two factors; pass damp='block'.")
         require_count("factor_interval", factor_interval, "whole number of steps")
         require_count("inverse_interval", inverse_interval, "whole number of steps")

@@ -17,6 +17,7 @@ from fxkfac.graph.drawing.details import details_of
 from fxkfac.graph.drawing.drawn import drawn
 from fxkfac.graph.drawing.page import page
 from fxkfac.graph.drawing.picture import dot_source
+from fxkfac.ranges import require_flag
 
 if TYPE_CHECKING:
     from fxkfac.graph.program import Program
@@ -64,7 +65,7 @@ def draw(
     _require_format(name, ending, details)
     scale = scale_of(program.model, colour, colour_name) if colour is not None else None
     said = details_of(program.model, details or {})
-    network = drawn(program, fold, scale)
+    network = drawn(program, require_flag("fold", fold), scale)
     if ending == ".html":
         return _write(name, page(program, network, scale, said).encode())
     # Only pixels need a resolution; graphviz clips an SVG that has one.
