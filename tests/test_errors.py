@@ -801,6 +801,10 @@ class TestOtherKinds:
         with refuses(ParameterError, "of type Tensor", "tensors by name"):
             laplace.predictions(posterior, rand(2, 3), X)
 
+    def test_a_mask(self, program):
+        with refuses(OptionError, "mask is of type int", "keyword of an input", "function"):
+            fxkfac.Accumulation(program, CE(), mask=5)
+
     def test_operators_and_generators(self, factors):
         C = operators.damped(factors.operator(), operators.Damping(1.0))
         with refuses(ParameterError, "of type dict", "fxkfac.operators"):

@@ -20,6 +20,7 @@ from fxkfac.curvature.padding import (
     chosen_by_values,
     ignored_positions,
     read_mask,
+    require_mask,
 )
 from fxkfac.curvature.receive import Receiver
 from fxkfac.curvature.schedule import Schedule, schedule_of
@@ -108,6 +109,7 @@ class Pass(ABC, Generic[Sink, Total]):
         self._forward = backend_of(self.backend)
         self.memory = require_memory(self.memory)
         require_generator(self.generator)
+        require_mask(self.mask)
         self.state = self.program.state(self.params)
 
     @abstractmethod

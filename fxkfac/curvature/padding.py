@@ -105,24 +105,27 @@ def ignored_positions(likelihood: Likelihood, run: Run, targets: Tensor) -> Tens
     return by_datum(run, found)
 
 
+def require_mask(mask: Mask | None) -> None:
+    """Raise `OptionError` unless it is a keyword or a function, or none."""
+    if not (mask is None or isinstance(mask, str) or callable(mask)):
+        raise OptionError(
+            f"mask is of type {type(mask).__name__}; expected the keyword of an input, or a "
+            "function of (inputs, targets), which is called for every batch."
+        )
+
+
 def read_mask(mask: Mask, inputs: Any, targets: Tensor, n: int) -> Tensor:
     """The positions of one batch that are real, (N, T).
 
     Raises:
         DataError: There is no such input, or the mask is not (N, T).
-        OptionError: It is neither a keyword nor a function.
     """
     if isinstance(mask, str):
         if not isinstance(inputs, Mapping) or mask not in inputs:
             raise DataError(f"mask={mask!r}, but no input has this keyword; pass a function.")
         found = inputs[mask]
-    elif callable(mask):
-        found = mask(inputs, targets)
     else:
-        raise OptionError(
-            f"mask is of type {type(mask).__name__}; expected the keyword of an input, or a "
-            "function of (inputs, targets), which is called for every batch."
-        )
+        found = mask(inputs, targets)
     if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != n:
         shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise DataError(f"the mask is {shape}; expected a tensor (N, T) with N = {n}.")

@@ -12,17 +12,16 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from fxkfac.curvature.accumulation import Accumulation
 from fxkfac.curvature.curvature import canonical_names
 from fxkfac.curvature.factors import Factors, require_factors
 from fxkfac.curvature.kfac import kfac
-from fxkfac.curvature.options import settings_of
 from fxkfac.curvature.padding import Mask
 from fxkfac.curvature.plan import BlockPlan
 from fxkfac.curvature.running import RunningAverage
 from fxkfac.errors import FxkfacError
 from fxkfac.graph.program import Program
 from fxkfac.isolation import full_precision
-from fxkfac.likelihoods.losses import likelihood_of
 from fxkfac.optim import saved
 from fxkfac.optim.basis import Basis, Inverses, basis_of, eigh_once
 from fxkfac.optim.layout import (
@@ -101,12 +100,9 @@ class Preconditioner:
         require(not ekfac or damp == "block", "ekfac=True has no two factors; pass damp='block'.")
         require_count("factor_interval", factor_interval, "whole number of steps")
         require_count("inverse_interval", inverse_interval, "whole number of steps")
-        self.program, self.loss, self.likelihood = program, loss, likelihood_of(loss)
+        self.program, self.loss = program, loss
         self.damping, self.split, self.ekfac, self.decay = damping, damp == "split", ekfac, decay
         self.factor_interval, self.inverse_interval = factor_interval, inverse_interval
-        self.settings = settings_of(
-            program, loss, fisher, sharing, mc_samples, separate_weight_and_bias, mask is not None
-        )
         own = Generator().manual_seed(torch.initial_seed() % 2**63)
         self.generator = own if generator is None else generator
         self.options: dict[str, Any] = {
@@ -119,6 +115,8 @@ class Preconditioner:
             "backend": backend,
             "memory": memory,
         }
+        over = Accumulation(program, loss, **self.options).over  # refuses what is out of range
+        self.likelihood, self.settings = over.likelihood, over.settings
         self.steps = 0
         self.average = RunningAverage(decay)
         self.reduction = 1.0
