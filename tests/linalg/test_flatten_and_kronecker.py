@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -42,6 +44,15 @@ def test_partial_flattening_is_that_of_every_slice(shape: list[int], data: st.Da
         assert flat.shape == (*shape[:start], np.prod(shape[start : end + 1]), *shape[end + 1 :])
         before, after = (0,) * start, (-1,) * (len(shape) - 1 - end)
         assert torch.equal(flat[(*before, slice(None), *after)], flatten(t[(*before, ..., *after)]))
+
+
+@pytest.mark.parametrize("flatten", [rvec, cvec])
+@pytest.mark.parametrize("axes", [(5, 6), (0, 4), (-5, 1), (2, 1), (-1, 0)], ids=str)
+def test_axes_that_there_are_not_or_in_another_order_are_refused(
+    flatten: Callable[..., Tensor], axes: tuple[int, int]
+) -> None:
+    with pytest.raises(OptionError, match=rf"start_dim={axes[0]} .*\(2, 3, 4, 5\); expected"):
+        flatten(rand(2, 3, 4, 5), *axes)
 
 
 @given(SIZES, SIZES, SIZES)
