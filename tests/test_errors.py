@@ -341,6 +341,18 @@ class TestData:
         with refuses(DataError, "(0, 4)", "at least one"):
             fxkfac.kfac(program, CE(), (X[:0], Y[:0]))
 
+    @pytest.mark.parametrize("call", [fxkfac.kfac, fxkfac.step, fxkfac.check])
+    @pytest.mark.parametrize(
+        ("axis", "inputs"), [(0, X[0, 0]), (1, X[0])], ids=["a number", "a vector"]
+    )
+    def test_inputs_without_the_batch_axis(self, call, axis, inputs):
+        def f(params, x):
+            return x.movedim(axis, 0) @ params["W"]
+
+        program = fxkfac.trace(f, X.movedim(0, axis), {"W": rand(4, 3)}, batch_axis=axis)
+        with refuses(DataError, f"{[tuple(inputs.shape)]}", f"batch axes [{axis}]", "at least one"):
+            call(program, CE(), (inputs, Y))
+
     def test_an_empty_example(self):
         with refuses(DataError, "(0, 4)", "at least one"):
             fxkfac.trace(seeded(mlp), X[:0])
@@ -408,8 +420,9 @@ class TestData:
         torch.testing.assert_close(split.dense(), whole.dense())
 
     def test_what_is_no_pair(self, program):
-        with refuses(DataError, "a batch is of type Tensor", "pair (inputs, targets)"):
-            fxkfac.kfac(program, CE(), [X])
+        for data in ([X], X, X[0, 0]):
+            with refuses(DataError, "a batch is of type Tensor", "pair (inputs, targets)"):
+                fxkfac.kfac(program, CE(), data)
         with refuses(DataError, "a batch is of type tuple", "pair (inputs, targets)"):
             fxkfac.kfac(program, CE(), [(X, Y, Y)])
         with refuses(DataError, "which has targets of type dict", "pair (inputs, targets)"):

@@ -63,7 +63,9 @@ def _is_pair(data: Any) -> bool:
 
 
 def _is_meant_for_one(data: Any) -> bool:
-    """Whether it is a pair that lacks targets: its first part is no batch."""
+    """Whether it is a tensor, or a pair that lacks targets: its first part is no batch."""
+    if isinstance(data, Tensor):
+        return True
     return isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor | Mapping)
 
 

@@ -88,9 +88,9 @@ class Signature:
 
     def batch_size(self, tensors: list[Tensor]) -> int:
         """Number of data N. Raises `DataError` where the tensors disagree, or hold none."""
-        sizes = {
-            t.shape[axis] for t, axis in zip(tensors, self.axes, strict=True) if axis is not None
-        }
+        pairs = zip(tensors, self.axes, strict=True)
+        # A tensor without the axis holds none.
+        sizes = {t.shape[a] if a < t.ndim else 0 for t, a in pairs if a is not None}
         if len(sizes) != 1 or 0 in sizes:
             found = [tuple(t.shape) for t in tensors]
             raise DataError(
