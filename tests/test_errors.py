@@ -608,6 +608,18 @@ class TestLoss:
             loss = type("Own", (Likelihood,), formula)()
             fxkfac.kfac(program, loss, (X, rand(5, 3)), fisher=fisher)
 
+    @pytest.mark.parametrize("value", [None, torch.ones(2)], ids=["None", "several"])
+    def test_a_count_that_is_no_number(self, program, value):
+        loss = type("Own", (Convex,), {"count": lambda self, f, y: value})()
+        data = X, rand(5, 3)
+        for call in (
+            lambda: fxkfac.kfac(program, loss, data),
+            lambda: fxkfac.step(program, loss, data, fisher="empirical"),
+            lambda: fxkfac.exact.ggn(seeded(mlp), loss, data),
+        ):
+            with refuses(LossError, "Own.count returned", "expected a number"):
+                call()
+
     def test_one_sampled_label_for_all_data(self, program):
         class Own(Likelihood):
             def nll(self, f, y):
@@ -837,6 +849,10 @@ class TestOtherKinds:
         with refuses(LossError, "returns Tensor", "torch.distributions"):
             loss = Likelihood.from_distribution(lambda f: f)
             fxkfac.kfac(program, loss, (X, rand(5, 3)))
+
+    def test_a_distribution_in_the_place_of_its_function(self):
+        with refuses(LossError, "got a Normal", "expected a function", "lambda f"):
+            Likelihood.from_distribution(torch.distributions.Normal(0.0, 1.0))
 
     def test_a_state_that_is_none(self, program):
         with refuses(OptionError, "a state of NoneType"):

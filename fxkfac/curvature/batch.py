@@ -32,7 +32,7 @@ from fxkfac.graph.program import Program
 from fxkfac.graph.tapped import Run, Tapped
 from fxkfac.isolation import is_finite, own_randomness, seed_from
 from fxkfac.likelihoods.backpropagation import BY_POSITION, backpropagated_vectors, sends_back
-from fxkfac.likelihoods.base import Likelihood
+from fxkfac.likelihoods.base import Likelihood, count_of
 from fxkfac.ranges import require_generator
 
 
@@ -194,7 +194,7 @@ class Pass(ABC, Generic[Sink, Total]):
         if sink.hold and not sends_back(self.settings.fisher):
             sent = iter([likelihood.gradient(prediction, targets)])  # it tells what is padding
         self._send_back(ran, sent)
-        count = float(likelihood.count(prediction, targets))
+        count = count_of(likelihood, prediction, targets)
         return self.sums(sink, Batch(inputs, schedule, run, count, vectors))
 
     def _batch(

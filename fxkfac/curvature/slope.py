@@ -17,7 +17,7 @@ from fxkfac.curvature.factors import scale_of
 from fxkfac.curvature.together import summed_gradients
 from fxkfac.errors import NonFiniteError
 from fxkfac.isolation import not_finite
-from fxkfac.likelihoods.base import Likelihood
+from fxkfac.likelihoods.base import Likelihood, count_of
 from fxkfac.precision import ACCURATE
 
 
@@ -61,7 +61,7 @@ def batch_scale(likelihood: Likelihood, f: Tensor, targets: Any, underflows: boo
     """R of a batch by itself; one where that is zero, so that it can be undone."""
     if not may_scale(f.dtype, underflows):
         return 1.0
-    return scale_of(likelihood, float(likelihood.count(f.detach(), targets))) or 1.0
+    return scale_of(likelihood, count_of(likelihood, f.detach(), targets)) or 1.0
 
 
 @dataclass

@@ -21,7 +21,7 @@ from fxkfac.exact.functions import jvp, vjp
 from fxkfac.functional import FunctionalModel, Inputs, Params, bind, prediction_of
 from fxkfac.isolation import own_randomness
 from fxkfac.likelihoods.backpropagation import backpropagated_vectors
-from fxkfac.likelihoods.base import Likelihood
+from fxkfac.likelihoods.base import Likelihood, count_of
 from fxkfac.likelihoods.losses import Gaussian, likelihood_of
 from fxkfac.likelihoods.targets import require_prediction
 from fxkfac.ranges import require_generator
@@ -166,7 +166,7 @@ def pose(bound: FunctionalModel, names: Iterable[str], loss: Loss, data: Data) -
     prediction = predict(bound, names, inputs)
     f = prediction.f.detach()
     likelihood.validate(f, target)
-    R = likelihood.reduction_factor(likelihood.count(f, target))
+    R = likelihood.reduction_factor(count_of(likelihood, f, target))
     return Problem(
         prediction=prediction,
         target=target,

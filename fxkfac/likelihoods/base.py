@@ -60,7 +60,8 @@ class Likelihood:
     ) -> Likelihood:
         """The likelihood of the distribution that `fn` makes of a prediction, rows along axis 0.
 
-        Raises `LossError` for a reduction that is neither "mean" nor "sum".
+        Raises `LossError` for a reduction that is neither "mean" nor "sum", and for what is no
+        function, as a distribution by itself.
         """
         return _FromDistribution(fn, reduction)
 
@@ -203,6 +204,12 @@ class Likelihood:
 
 class _FromDistribution(Likelihood):
     def __init__(self, fn: Callable[[Tensor], Distribution], reduction: str):
+        if not callable(fn):
+            raise LossError(
+                f"Likelihood.from_distribution got a {type(fn).__name__}; expected a function of "
+                "the prediction that returns a torch.distributions object, such as "
+                "`lambda f: torch.distributions.Normal(f, 1.0)`."
+            )
         self.fn, self.reduction = fn, reduction
         self.reduction_factor(1.0)  # refuses an unknown reduction now rather than later
 
@@ -214,6 +221,18 @@ class _FromDistribution(Likelihood):
                 "expected a torch.distributions object for a prediction."
             )
         return found
+
+
+def count_of(likelihood: Likelihood, f: Tensor, y: Target) -> float:
+    """What `count` says, as a number. Raises `LossError` where it is none."""
+    found = likelihood.count(f, y)
+    try:
+        return float(found)
+    except (TypeError, ValueError, RuntimeError) as error:  # of no number, and of several
+        raise LossError(
+            f"{type(likelihood).__name__}.count returned {found!r:.80}; expected a number: what "
+            "reduction='mean' divides by, for this batch."
+        ) from error
 
 
 def hessian_root(likelihood: Likelihood, f: Tensor, y: Target) -> Callable[[Tensor], Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fxkfac.errors import DataError, LossError
 from fxkfac.isolation import generator_on
-from fxkfac.likelihoods.base import Likelihood, sum_rows
+from fxkfac.likelihoods.base import Likelihood, count_of, sum_rows
 from fxkfac.likelihoods.categorical import Categorical
 from fxkfac.likelihoods.closed_form import ClosedForm
 from fxkfac.likelihoods.targets import require_floating_like, require_tensors
@@ -66,7 +66,7 @@ def loss_value(loss: Any, prediction: Tensor, targets: Any) -> Tensor:
     """The loss as a scalar, with its reduction: R Σ_n c(f_n, y_n)."""
     if not isinstance(loss, Likelihood):
         return loss(prediction, targets)
-    factor = loss.reduction_factor(float(loss.count(prediction.detach(), targets)))
+    factor = loss.reduction_factor(count_of(loss, prediction.detach(), targets))
     return factor * loss.criterion(prediction, targets)
 
 

@@ -19,7 +19,7 @@ from fxkfac.functional import FunctionalModel, copied, split_inputs
 from fxkfac.graph.program import Program
 from fxkfac.graph.uses.normal import Input
 from fxkfac.isolation import full_precision, in_place_of, own_randomness, seed_from
-from fxkfac.likelihoods.base import Likelihood
+from fxkfac.likelihoods.base import Likelihood, count_of
 
 Batches = Sequence[tuple[Any, Any]]
 
@@ -70,7 +70,7 @@ def loss_and_gradients(
         f = run.prediction.detach()
         require_finite_prediction(f, number)
         likelihood.validate(f, targets)
-        count += float(likelihood.count(f, targets))
+        count += count_of(likelihood, f, targets)
         if leaves:
             to_leaves = partial(gradients_of, run.prediction, list(leaves.values()))
             underflows = tapped.captured.underflows
