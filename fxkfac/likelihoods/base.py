@@ -187,11 +187,13 @@ class Likelihood:
                     f"{len(f)} predictions, but targets of shape {tuple(y.shape)}; expected as "
                     "many targets as predictions along axis 0."
                 )
+        if not (_is_given(self, "nll") or _is_given(self, "distribution")):
+            return  # formulas alone; what they lack is named where it is needed
         try:
             with torch.enable_grad():
                 rows = self.nll(f.detach().requires_grad_(), y)
             has_rows = isinstance(rows, Tensor) and rows.shape == f.shape[:1]
-            if has_rows and type(self).gradient is Likelihood.gradient:  # it is derived
+            if has_rows and not _is_given(self, "gradient"):  # it is derived
                 require_dependence(type(self).__name__, rows)
             if isinstance(y, Tensor) and len(f) > 1 and has_rows:
                 alone = self.nll(f[:1].detach(), y[:1])
@@ -235,11 +237,17 @@ def count_of(likelihood: Likelihood, f: Tensor, y: Target) -> float:
         ) from error
 
 
+def _is_given(likelihood: Likelihood, method: str) -> bool:
+    """Whether a method is the user's own."""
+    found, derived = getattr(likelihood, method), getattr(Likelihood, method)
+    return getattr(found, "__func__", None) is not derived
+
+
 def hessian_root(likelihood: Likelihood, f: Tensor, y: Target) -> Callable[[Tensor], Tensor]:
     """v -> S v; a square root that is not given by a formula is found once for all v."""
-    if getattr(likelihood.hessian_sqrt, "__func__", None) is Likelihood.hessian_sqrt:
-        return derived_hessian_sqrt(likelihood, f, y)
-    return partial(likelihood.hessian_sqrt, f, y)
+    if _is_given(likelihood, "hessian_sqrt"):
+        return partial(likelihood.hessian_sqrt, f, y)
+    return derived_hessian_sqrt(likelihood, f, y)
 
 
 def derived_hessian_sqrt(

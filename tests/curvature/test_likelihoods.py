@@ -529,8 +529,8 @@ class TestUsersOwn:
             PoissonRate().validate(rand(2, 1), torch.tensor([[1.0], [-1.0]]))
 
     def test_validation_lets_the_likelihoods_own_error_through(self):
-        with pytest.raises(LossError, match="no distribution"):
-            Likelihood().validate(rand(2, 1), rand(2, 1))
+        with pytest.raises(LossError, match="returns Tensor"):
+            Likelihood.from_distribution(lambda f: f).validate(rand(2, 1), rand(2, 1))
 
     def test_differing_lengths(self):
         with pytest.raises(DataError, match=r"3 predictions, but targets of shape \(2, 1\)"):
@@ -677,6 +677,37 @@ class TestNothingIsBroadcast:
         Likelihood.from_distribution(lambda f: D.Categorical(logits=f)).validate(
             rand(5, 3), classes(5, C=3)
         )
+
+
+ROOT = {"hessian_sqrt": lambda self, f, y, v: v}
+GRADIENT = {"gradient": lambda self, f, y: f - y}
+NOISY = {"sample": lambda self, f, generator: f + torch.randn(f.shape, generator=generator).to(f)}
+EITHER = {"labels": lambda self, f: ((torch.full_like(f, 0.5), f + sign) for sign in (-1.0, 1.0))}
+ENOUGH = {
+    "type-2": ROOT,
+    "curvature-propagation": ROOT,
+    "mc": NOISY | GRADIENT,
+    "type-1": EITHER | GRADIENT,
+    "empirical": GRADIENT,
+    "forward-only": {},
+}
+
+
+@pytest.mark.parametrize("fisher", ENOUGH)
+def test_the_formulas_of_a_flavour_are_enough_for_it(fisher):
+    def factors(**methods):
+        loss = type("Own", (Likelihood,), methods)()
+        generator = torch.Generator().manual_seed(0)
+        return fxkfac.kfac(program, loss, data, fisher=fisher, generator=generator)
+
+    data = rand(5, 3), rand(5, 2, seed=1)
+    program = fxkfac.trace(nn.Linear(3, 2).double(), data[0])
+    rest = {n: m for n, m in ENOUGH[fisher].items() if n in ("sample", "labels")}
+    derived = factors(nll=lambda self, f, y: (f - y).square().sum(1) / 2, **rest)
+    torch.testing.assert_close(factors(**ENOUGH[fisher]).dense(), derived.dense())
+    for part in rest:  # a label by itself does not say how it is sent back
+        with pytest.raises(LossError, match="Own has no distribution"):
+            factors(**{part: rest[part]})
 
 
 class TestTorchLossesThatAreOtherFunctions:
