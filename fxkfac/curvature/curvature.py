@@ -17,6 +17,7 @@ from fxkfac.curvature.report import Report
 from fxkfac.curvature.summarise import report_of
 from fxkfac.errors import OptionError, ParameterError, UnknownParameter
 from fxkfac.functional import unknown
+from fxkfac.graph.uses.ir import Unpickled
 from fxkfac.isolation import full_precision
 from fxkfac.linalg import operators
 from fxkfac.linalg.operators import BlockDiagonal, Damping, Named
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 AnyBlock = Block | Diagonal | Dense | EigenBlock
 
 
-class Curvature(Mapping[str, AnyBlock]):
+class Curvature(Unpickled, Mapping[str, AnyBlock]):
     """A mapping from the name of a weight to its block. No parameter is in two blocks."""
 
     @property

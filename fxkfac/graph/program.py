@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, NoReturn
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,7 +24,7 @@ from fxkfac.graph.structure import Choice, Structures
 from fxkfac.graph.table import headline, program_table
 from fxkfac.graph.tap import Sink, Taps
 from fxkfac.graph.tapped import Run, Tapped
-from fxkfac.graph.uses.ir import Use, refuse_to_pickle
+from fxkfac.graph.uses.ir import Unpickled, Use
 from fxkfac.isolation import full_precision, require_gradients_on, without_graph
 
 if TYPE_CHECKING:
@@ -35,7 +34,7 @@ Compile = Callable[..., Tapped]
 
 
 @dataclass(frozen=True, eq=False)
-class Program:
+class Program(Unpickled):
     """A traced model. Made by `fxkfac.trace`; `print` shows every use.
 
     Attributes:
@@ -54,12 +53,6 @@ class Program:
         default_factory=lambda: torch.Generator().manual_seed(torch.initial_seed() % 2**63),
         repr=False,
     )
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Program:
-        return Program(*(copy.deepcopy(getattr(self, f.name), memo) for f in fields(self)))
-
-    def __reduce__(self) -> NoReturn:
-        refuse_to_pickle()
 
     @property
     def tapped(self) -> Tapped:

@@ -379,3 +379,21 @@ def test_pickling_names_the_way_to_save():
     assert torch.equal(copy.deepcopy(factors).dense(), factors.dense())
     again = fxkfac.kfac(copy.deepcopy(program), CE(), (X, Y))
     assert torch.equal(again.dense(), factors.dense())
+
+
+@pytest.mark.parametrize("structure", ["kronecker", "diagonal"])
+def test_pickling_names_the_way_to_save_where_pickle_knows_no_name_of_the_function(structure):
+    params = {"W": torch.ones(4, 3, dtype=X.dtype)}
+    program = fxkfac.trace(lambda p, x: x @ p["W"], X, params, structure={"W": structure})
+    factors = fxkfac.kfac(program, CE(), (X, Y))
+    for what in (
+        program,
+        factors,
+        fxkfac.sum_of(factors),
+        fxkfac.ekfac(program, CE(), (X, Y), factors),
+    ):
+        with pytest.raises(FxkfacError, match=r"fxkfac\.save .* fxkfac\.load"):
+            torch.save(what, io.BytesIO())
+        for copied in (copy.copy(what), copy.deepcopy(what)):
+            assert type(copied) is type(what)
+    assert torch.equal(copy.copy(factors).dense(), factors.dense())

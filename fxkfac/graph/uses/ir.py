@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 from torch import Size, Tensor
 from torch.fx import Node
@@ -35,13 +36,29 @@ class Example:
     numbers: Mapping[Node, Any] = field(repr=False)
 
 
-def refuse_to_pickle() -> NoReturn:
-    """Raise `FxkfacError`: nothing that knows a traced graph is pickled."""
-    raise FxkfacError(
-        "a traced graph is pickled, as by torch.save or on the way to another process, and what "
-        "knows it with it; its operations cannot be. Write factors by fxkfac.save and read them "
-        "by fxkfac.load; trace anew where the graph is needed."
-    )
+class Unpickled:
+    """What knows a traced graph: there are copies of it, but no pickles.
+
+    It refuses by itself, before its parts are looked at: the user's function may be none that has a
+    name to be pickled by.
+    """
+
+    def __reduce__(self) -> NoReturn:
+        raise FxkfacError(
+            "a traced graph is pickled, as by torch.save or on the way to another process, and "
+            "what knows it with it; its operations cannot be. Write factors by fxkfac.save and "
+            "read them by fxkfac.load; trace anew where the graph is needed."
+        )
+
+    def __copy__(self) -> Self:
+        made = object.__new__(type(self))
+        made.__dict__.update(self.__dict__)
+        return made
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        made = memo[id(self)] = object.__new__(type(self))
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return made
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +77,7 @@ class Join:
 
 
 @dataclass(frozen=True, eq=False)
-class Use:
+class Use(Unpickled):
     """One place where one parameter, or a view of it, enters one linear op.
 
     Attributes:
@@ -93,9 +110,6 @@ class Use:
     def __deepcopy__(self, memo: dict[int, Any]) -> Use:
         """The same: nothing in it changes, and its nodes are a graph's."""
         return self
-
-    def __reduce__(self) -> NoReturn:
-        refuse_to_pickle()
 
     @property
     def parameter(self) -> str:
