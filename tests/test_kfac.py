@@ -367,6 +367,7 @@ class TestMerge:
     def test_parts_add_up_to_the_whole(self, parts):
         (a, b, c), whole = parts
         same_factors(a + b + c, whole)
+        same_factors(sum(parts[0]), whole)
         assert (a + b + c).n == 5
         assert (a + b + c).count == pytest.approx(whole.count)
 
@@ -512,6 +513,8 @@ class TestParameters:
         for other in (fxkfac.sum_of(parts_of_one, parts_of_one), 3):
             with pytest.raises(TypeError, match="unsupported operand"):
                 parts_of_one + other
+            with pytest.raises(TypeError, match="unsupported operand"):
+                other + parts_of_one
 
     @pytest.fixture
     def parts_of_one(self, mlp):

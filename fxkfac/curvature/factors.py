@@ -195,6 +195,10 @@ class Factors(Curvature):
             exact={name: mine * e + theirs * other.exact[name] for name, e in self.exact.items()},
         )
 
+    def __radd__(self, other: int) -> Factors:
+        """So that `sum` adds up parts: it begins with zero."""
+        return self if isinstance(other, int) and other == 0 else NotImplemented
+
 
 def require_factors(factors: Any) -> None:
     """Raise `OptionError` unless they are those of one computation, without corrections."""
