@@ -545,6 +545,23 @@ def test_scipys_operator_of_a_root_knows_its_transpose():
     np.testing.assert_allclose(found.T @ np.eye(len(L)), L.T, atol=1e-12)
 
 
+@every
+def test_scipys_operator_of_factors_without_rows(make):
+    pytest.importorskip("scipy")
+    op = make(Source(0), 1, 0, 0)
+    for shape in ((op.numel,), (op.numel, 3)):
+        assert (ops.to_scipy(op) @ np.zeros(shape)).shape == shape
+
+
+def test_scipys_operator_is_of_values_in_a_dtype_that_numpy_has():
+    pytest.importorskip("scipy")
+    K = REGULAR[0](Source(0), 1, 3, 2)
+    asking = ops.Kronecker(K.A.clone().requires_grad_(), K.B)
+    np.testing.assert_array_equal(ops.to_scipy(asking) @ np.ones(6), ops.to_scipy(K) @ np.ones(6))
+    with pytest.raises(OptionError, match=r"expected .* to_dtype\(operator, torch.float32"):
+        ops.to_scipy(ops.to_dtype(K, torch.bfloat16))
+
+
 @pytest.mark.parametrize("within", ["itself", "a block", "a place", "a sum"])
 def test_a_factor_is_not_symmetric_and_has_no_eigenvalues_here(within):
     """`torch.linalg.eigh` would take its lower triangle for both, without a word."""

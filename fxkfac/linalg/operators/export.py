@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import TYPE_CHECKING
 
 import torch
 
-from fxkfac.errors import FxkfacError
+from fxkfac.errors import FxkfacError, OptionError
 from fxkfac.linalg.operators.base import Operator
 from fxkfac.linalg.operators.products import product, transpose
 
@@ -22,6 +23,7 @@ def to_scipy(operator: Operator) -> LinearOperator:
 
     Raises:
         FxkfacError: SciPy is not installed.
+        OptionError: The operator is in bfloat16, which NumPy does not have.
     """
     try:
         from scipy.sparse.linalg import LinearOperator
@@ -30,11 +32,17 @@ def to_scipy(operator: Operator) -> LinearOperator:
             "to_scipy needs SciPy, which is not installed; install it by `pip install scipy`."
         ) from error
 
+    if operator.dtype == torch.bfloat16:
+        raise OptionError(
+            "the operator is in torch.bfloat16; expected a dtype that NumPy has. Take "
+            "to_dtype(operator, torch.float32)."
+        )
+
     def columns(of: Operator, x: ndarray) -> ndarray:
         found = torch.as_tensor(x, dtype=operator.dtype, device=operator.device)
-        rows = found.reshape(operator.numel, -1).mT
+        rows = found.reshape(operator.numel, prod(x.shape[1:])).mT
         images = product(of, rows.reshape(len(rows), *operator.shape)).reshape(rows.shape)
-        return images.mT.reshape(x.shape).cpu().numpy()
+        return images.mT.reshape(x.shape).detach().cpu().numpy()
 
     n, turned = operator.numel, transpose(operator)
     return LinearOperator(
