@@ -524,6 +524,13 @@ def test_a_kl_divergence_that_half_precision_does_not_hold_is_clipped(dtype: tor
     assert float(found) == pytest.approx(0.1, rel=1e-3)
 
 
+@pytest.mark.parametrize(("v", "g"), [(1e21, 1e18), (1e-25, 1e-20), (0.0, 1e-20), (0.0, 0.0)])
+def test_a_kl_divergence_that_single_precision_does_not_hold_is_clipped(v: float, g: float) -> None:
+    steps = [(0.1, torch.tensor([v]), torch.tensor([g])), (0.1, torch.ones(0), torch.ones(0))]
+    expected = min(1.0, (1e-3 / (0.1**2 * v * g)) ** 0.5) if v else 1.0
+    assert float(kl_factor(steps, 1e-3)) == pytest.approx(expected, rel=1e-6, abs=0.0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_change_that_half_precision_does_not_hold_is_foretold(dtype: torch.dtype) -> None:
     def foretold(dtype: torch.dtype) -> float:
@@ -1092,6 +1099,27 @@ class Length(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         return torch.cat([h.square().sum(1, keepdim=True).sqrt(), h.tanh()], 1)
+
+
+@pytest.mark.parametrize("interval", [1, 2])
+def test_a_gradient_whose_square_overflows_second_moments_changes_nothing(interval: int) -> None:
+    torch.manual_seed(0)
+    model, loss = nn.Linear(4, 3), nn.MSELoss(reduction="sum")
+    x, y = torch.randn(6, 4), torch.randn(6, 3)
+    options = {"damp": "block", "ekfac": True, "fisher": "type-2", "factor_interval": interval}
+    optimizer = KFAC(fxkfac.trace(model, x), loss, lr=0.1, **options)
+    optimizer.step(x, y)
+    p = optimizer.preconditioner
+    before, moments = values(model), p.bases["weight"].values.clone()
+    with pytest.raises(NonFiniteError, match=r"'weight' has entries up to .*e\+20.* overflow"):
+        optimizer.step(1e10 * x, 1e10 * y)
+    with pytest.raises(NonFiniteError, match=r"'weight' has entries up to 1e\+20"):
+        p.solve({"weight": torch.full((3, 4), 1e20), "bias": torch.ones(3)})
+    assert_equal(values(model), before)
+    assert p.steps == 1
+    assert torch.equal(p.bases["weight"].values, moments)
+    optimizer.step(1e8 * x, 1e8 * y)
+    assert p.bases["weight"].values.isfinite().all()
 
 
 @pytest.mark.parametrize("structure", [{}, {"0.weight": "skip"}, {"0.weight": "identity"}])

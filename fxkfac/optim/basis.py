@@ -8,7 +8,7 @@ a product with B = 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -18,11 +18,12 @@ from torch import Tensor
 from fxkfac.curvature.blocks import Block, Diagonal
 from fxkfac.curvature.curvature import AnyBlock
 from fxkfac.curvature.laid_out import turned
-from fxkfac.errors import OptionError
+from fxkfac.errors import NonFiniteError, OptionError
 from fxkfac.linalg.operators import BlockDiagonal, Damping, Kronecker, KroneckerSum, damped
 from fxkfac.linalg.operators.pencil import pencil
 from fxkfac.linalg.operators.spectra import of_blocks, written_out
 from fxkfac.linalg.operators.symmetric import factor_eigh, symmetric_eigh
+from fxkfac.precision import accurate
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -93,7 +94,7 @@ class Basis:
         With G = R Σ_n G_n, and gradients G_n of single data that are independent with mean zero,
         that is in expectation R Σ_n (Q_Aᵀ G_n Q_B)², the diagonal of the empirical Fisher.
         """
-        squares = self.rotated(G).square() / R
+        squares = (self.rotated(G) / R**0.5).square()
         return replace(self, values=torch.lerp(self.eigenvalues(), squares, 1 - decay))
 
     def carried(self, before: Basis) -> Basis:
@@ -104,6 +105,29 @@ class Basis:
         if self.right is not None and before.right is not None:
             s = s @ (before.right.mT @ self.right).square()
         return replace(self, values=s)
+
+
+def require_squares(gradients: Mapping[str, Tensor], names: Iterable[str], R: float) -> None:
+    """Raise `NonFiniteError` where gradients are too large for second moments, in any basis.
+
+    No entry, however rotated, exceeds the norm, whose square is four times too large here: for
+    roundings, and for entries that a block has twice.
+
+    Args:
+        gradients: By name.
+        names: Whose gradients are averaged, if they have any.
+        R: Of the batch that gradients are of.
+    """
+    held = {n: accurate(gradients[n]) for n in names if n in gradients}
+    squares = {n: (2 / R**0.5 * g).square().sum() for n, g in held.items()}
+    if not squares or torch.stack(list(squares.values())).sum().isfinite():
+        return
+    largest = max(squares, key=lambda n: squares[n].item())
+    raise NonFiniteError(
+        f"the gradient in {largest!r} has entries up to {held[largest].abs().max():.3g}, whose "
+        f"squares over R = {R:.3g} overflow {held[largest].dtype}; expected finite ones, which "
+        "ekfac=True averages. Compute in a wider dtype, or look at what scales the loss."
+    )
 
 
 @dataclass(frozen=True)

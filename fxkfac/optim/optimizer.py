@@ -23,6 +23,7 @@ from fxkfac.errors import FxkfacError, NonFiniteError
 from fxkfac.graph.program import Program
 from fxkfac.isolation import own_randomness, seed_from
 from fxkfac.optim.adam import move_by_adam, named
+from fxkfac.optim.basis import require_squares
 from fxkfac.optim.gradients import (
     Batches,
     loss_and_gradients,
@@ -140,7 +141,8 @@ class KFAC(Optimizer):
             The loss before the step.
 
         Raises:
-            DataError, NonFiniteError: As of `fxkfac.step`; nothing has changed then but what random
+            DataError, NonFiniteError: As of `fxkfac.step`, and where `ekfac=True` would average the
+                square of a gradient that overflows; nothing has changed then but what random
                 numbers were drawn.
             ParameterError: The model holds other parameters than when this was made, or one of them
                 was frozen since.
@@ -169,10 +171,14 @@ class KFAC(Optimizer):
         p = self.preconditioner
         if p.is_due:
             found = pass_over(self.program, self.loss, data, **p.options)
+            if p.ekfac:
+                require_squares(found.gradients, p.covered, found.factors.reduction)
             p.advance(found.factors)
             return found.loss, found.gradients
         wanted = self.program.asked.selected
         slope = loss_and_gradients(self.program, p.likelihood, data, p.generator, wanted)
+        if p.ekfac:
+            require_squares(slope.gradients, p.covered, slope.reduction)
         p.advance(None)
         p.reduction = slope.reduction
         return slope.loss, slope.gradients

@@ -23,7 +23,7 @@ from fxkfac.errors import FxkfacError
 from fxkfac.graph.program import Program
 from fxkfac.isolation import full_precision
 from fxkfac.optim import saved
-from fxkfac.optim.basis import Basis, Inverses, basis_of, eigh_once
+from fxkfac.optim.basis import Basis, Inverses, basis_of, eigh_once, require_squares
 from fxkfac.optim.layout import (
     Layout,
     are_same,
@@ -208,11 +208,14 @@ class Preconditioner:
                 or no parameter is called so.
             OptionError: A gradient is sparse, is none, or comes under two names of one parameter.
             ParameterError: A gradient has another shape than its parameter, or is not floating.
+            NonFiniteError: With `ekfac=True`, the square of a gradient overflows.
             FxkfacError: There was no update yet.
         """
         if self.steps == 0:
             raise FxkfacError("there are no factors yet; call `update(inputs, targets)` first.")
         given, first = self._by_name(gradients), of_batch and self._by_name(of_batch)
+        if self.ekfac:
+            require_squares(first or given, self.covered, self.reduction)
         natural = dict(given)
         for name, layout in self._layouts.items():
             if not set(layout.params) & set(given):
@@ -244,7 +247,7 @@ class Preconditioner:
         """Replace the values of all `.grad` of parameters with curvature by natural gradients.
 
         Raises:
-            UnknownParameter, OptionError, FxkfacError: As `solve` does.
+            UnknownParameter, OptionError, NonFiniteError, FxkfacError: As `solve` does.
         """
         tensors = held(self.program)
         gradients = {n: t.grad for n, t in tensors.items() if t.grad is not None}
