@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from fxkfac.graph.structure import Choice
 from fxkfac.graph.table import orientation, shape_text
 from fxkfac.graph.uses.ir import Use
 from fxkfac.graph.uses.normal import normal_weight
+from fxkfac.graph.uses.view import LAYOUT_OPS
 
 if TYPE_CHECKING:
     from fxkfac.graph.program import Program
@@ -35,6 +37,7 @@ def use_attributes(
     attributes: dict[str, Any] = {
         "tap": use.tap,
         "tapped": use.node,
+        "input": _input_text(use),
         "x": "1" if use.is_bias else shape_text(use.x_shape, use.form.x, use),
         "y": shape_text(use.y_shape, use.form.y, use),
         "batch": str(use.batch) if use.batch else "unknown",
@@ -45,6 +48,19 @@ def use_attributes(
         return attributes
     biases = [u for u in program.uses if u.join and u.join.weight == place]
     return attributes | _sizes(use, any(_is_factored(u, structures) for u in biases))
+
+
+def _input_text(use: Use) -> str:
+    """Names of the nodes of x and, with routes, of their numbers; empty for the constant one."""
+    routes = [use.form.routes.index] if use.form.routes else []
+    return " ".join(_original(n).name for n in (use.form.input, *routes) if n is not None)
+
+
+def _original(node: Node) -> Node:
+    """What a node is a copy of; one of several outputs is a value of its own."""
+    while LAYOUT_OPS.get(node.target) == "" and node.target is not operator.getitem:
+        (node,) = node.all_input_nodes
+    return node
 
 
 def _is_factored(use: Use, structures: Mapping[str, Choice]) -> bool:

@@ -42,10 +42,11 @@ def to_networkx(program: Program) -> nx.MultiDiGraph:
     - `input`, `buffer` and `prediction`.
     - `op`: a linear op with a tap. `op`, `module`, `function`, `source` and `code` say where it
       is. `tap` says which tap it has, and `tapped` the node whose output that is: another one
-      where the op itself meets no data. `x`, `y` (at the tap), `batch`, `orientation`, and the
-      factors' sizes `group`, `d_in` (one more where a bias has joined), `d_out`, `A` and `B` are
-      those of the first weight that enters, sizes where its block has factors; `joins` names the
-      weight whose factors a bias shares.
+      where the op itself meets no data. `input` (the node of the captured graph that holds x, and
+      with experts that of the choice; empty for a bias), `x`, `y` (at the tap), `batch`,
+      `orientation`, and the factors' sizes `group`, `d_in` (one more where a bias has joined),
+      `d_out`, `A` and `B` are those of the first weight that enters, sizes where its block has
+      factors; `joins` names the weight whose factors a bias shares.
     - `unsupported`: an op that a parameter enters without normal form (see `reason`): no tap.
     - `quiet`: any other op.
 

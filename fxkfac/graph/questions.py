@@ -85,6 +85,8 @@ def longest_path(network: nx.MultiDiGraph) -> list[str]:
 def sharing_inputs(network: nx.MultiDiGraph) -> list[tuple[str, ...]]:
     """The weights that enter ops with the same input, as query, key and value do.
 
+    Experts share one where they also have the same choice of rows.
+
     Args:
         network: What `program.to_networkx()` returned.
 
@@ -96,12 +98,10 @@ def sharing_inputs(network: nx.MultiDiGraph) -> list[tuple[str, ...]]:
         OptionError: The network is something else.
     """
     _require_network(network)
-    groups: dict[frozenset[str], dict[str, None]] = {}
-    for u, v, edge in network.edges(data=True):
-        if edge["kind"] == "parameter" and edge.get("x", "1") != "1" and "A" in edge:
-            entering = network.in_edges(v, data="kind")
-            fed_by = frozenset(source for source, _, kind in entering if kind == "data")
-            groups.setdefault(fed_by, {})[network.nodes[u]["name"]] = None
+    groups: dict[str, dict[str, None]] = {}
+    for u, _, edge in network.edges(data=True):
+        if edge["kind"] == "parameter" and edge.get("input") and "A" in edge:
+            groups.setdefault(edge["input"], {})[network.nodes[u]["name"]] = None
     return [tuple(names) for names in groups.values() if len(names) > 1]
 
 

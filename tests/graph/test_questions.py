@@ -94,6 +94,34 @@ def test_weights_with_one_input(attention):
     assert sharing_inputs(cnn().to_networkx()) == []
 
 
+def test_experts_share_an_input_with_those_that_also_have_the_same_choice():
+    def experts(params, x):
+        i, j = (x @ params["gate"]).argmax(-1), (x @ params["other gate"]).argmax(-1)
+        y = act(params["a"], i, x) + act(params["b"], i, x) + act(params["c"], j, x)
+        return act(params["above"], i, y + params["bias"][i])
+
+    def act(W, i, x):
+        return torch.tanh((W[i] @ x.unsqueeze(-1)).squeeze(-1))
+
+    params = {name: torch.randn(3, 4, 4) for name in ("a", "b", "c", "above")}
+    params |= {"gate": torch.randn(4, 3), "other gate": torch.randn(4, 3)}
+    params |= {"bias": torch.randn(3, 4)}
+    program = fxkfac.trace(experts, torch.randn(8, 4), params, structure={"*gate": "skip"})
+    assert sharing_inputs(program.to_networkx()) == [("a", "b")]
+
+
+def test_only_what_a_weight_multiplies_is_its_input():
+    def added(params, x):
+        h, (left, right) = x.sin(), x.chunk(2, -1)
+        y = torch.addmm(h, x, params["a"]) + torch.addmm(x, h, params["b"]) + x @ params["c"]
+        return y + left @ params["left"] + right @ params["right"]
+
+    params = {name: torch.randn(4, 4) for name in "abc"}
+    params |= {name: torch.randn(2, 4) for name in ("left", "right")}
+    network = fxkfac.trace(added, torch.randn(8, 4), params).to_networkx()
+    assert sharing_inputs(network) == [("a", "c")]
+
+
 def test_frozen_layers_save_their_taps_and_the_way_to_them():
     network = mlp().to_networkx()
     saved = saved_by_freezing(network, ["0.weight", "0.bias"])
