@@ -101,6 +101,12 @@ def test_trace_gives_plain_data(capsys):
     assert data["any_batch_size"] is True
 
 
+def test_a_pattern_that_comes_again_overrides_what_came_before(capsys):
+    words = [f"--structure={pair}" for pair in ("*=diagonal", "0.*=identity", "*=skip")]
+    data = found(capsys, "trace", TARGETS, *words)
+    assert {row["structure"] for row in data["coverage"]} == {"skip"}
+
+
 def test_what_has_no_rule_is_refused_unless_asked_otherwise(capsys):
     status, _, err = run(capsys, "trace", f"{TARGETS}:without_rule")
     assert status == 2

@@ -40,4 +40,8 @@ def _structure(pairs: list[str] | None) -> dict[str, str] | None:
         raise OptionError(
             f"--structure {wrong[0]}: expected PATTERN=KIND, such as 'conv*=diagonal'."
         )
-    return {name: kind for name, _, kind in (pair.rpartition("=") for pair in pairs)}
+    kinds: dict[str, str] = {}
+    for name, _, kind in (pair.rpartition("=") for pair in pairs):
+        kinds.pop(name, None)  # a later one overrides all earlier ones, so it comes last
+        kinds[name] = kind
+    return kinds
