@@ -1272,10 +1272,12 @@ def test_states_that_do_not_fit_are_refused() -> None:
     after.step(*batch())
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
-def test_an_optimizer_is_not_copied(copied: Callable[[Any], Any]) -> None:
-    with pytest.raises(FxkfacError, match="state_dict"):
-        copied(KFAC(fxkfac.trace(mlp(), batch()[0]), CE, lr=0.1))
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, pickle.dumps])
+def test_what_moves_a_model_is_not_copied(copied: Callable[[Any], Any]) -> None:
+    program = fxkfac.trace(mlp(), batch()[0])
+    for what in (KFAC(program, CE, lr=0.1), Preconditioner(program, CE)):
+        with pytest.raises(FxkfacError, match="state_dict"):
+            copied(what)
 
 
 def test_schedulers_cycle_the_momentum() -> None:

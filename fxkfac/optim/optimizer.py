@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 from math import inf
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from fxkfac.curvature.data import batches
 from fxkfac.curvature.step import step as pass_over
-from fxkfac.errors import FxkfacError, NonFiniteError
+from fxkfac.errors import NonFiniteError
 from fxkfac.graph.program import Program
 from fxkfac.isolation import own_randomness, seed_from
 from fxkfac.optim.adam import move_by_adam, named
@@ -35,6 +35,7 @@ from fxkfac.optim.groups import grouped, require_held, require_same_groups
 from fxkfac.optim.layout import held
 from fxkfac.optim.policies import clipped, kl_factor, next_damping, predicted_change
 from fxkfac.optim.preconditioner import Preconditioner
+from fxkfac.optim.saved import refuse_to_copy
 from fxkfac.ranges import require, require_count, require_fraction, require_keys, require_positive
 
 
@@ -255,11 +256,8 @@ class KFAC(Optimizer):
         assert self.lm_interval is not None
         p.damping = next_damping(p.damping, float(after - loss), predicted, self.lm_interval)
 
-    def __getstate__(self) -> dict[str, Any]:
-        raise FxkfacError(
-            "an optimizer is copied or pickled, and its program with it; expected neither. Save "
-            "its state_dict() and the model's, and make another one of the other model."
-        )
+    def __getstate__(self) -> NoReturn:
+        refuse_to_copy("an optimizer")
 
     def state_dict(self) -> dict[str, Any]:
         """That of any optimizer, and the preconditioner's; tensors and numbers alone."""

@@ -7,7 +7,7 @@ Each of the three has its own rhythm: factors every `factor_interval` steps, dec
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Generator, Tensor
@@ -254,6 +254,9 @@ class Preconditioner:
         for name, natural in self.solve(gradients).items():
             if natural is not gradients[name]:
                 gradients[name].copy_(natural)
+
+    def __getstate__(self) -> NoReturn:
+        saved.refuse_to_copy("a preconditioner")
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that changes, as tensors and numbers: averages, bases, damping, generator."""

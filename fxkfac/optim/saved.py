@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -13,12 +13,20 @@ from fxkfac.curvature.factors import Factors, Product
 from fxkfac.curvature.plan import BlockPlan
 from fxkfac.curvature.running import RunningAverage
 from fxkfac.curvature.settings import Settings
-from fxkfac.errors import OptionError
+from fxkfac.errors import FxkfacError, OptionError
 from fxkfac.graph.program import Program
 from fxkfac.likelihoods.base import Likelihood
 from fxkfac.optim.basis import Basis
 from fxkfac.optim.layout import Layout
 from fxkfac.ranges import require
+
+
+def refuse_to_copy(what: str) -> NoReturn:
+    """Raise `FxkfacError`: a copy would have a program of its own, whose model nobody holds."""
+    raise FxkfacError(
+        f"{what} is copied or pickled, and its program with it; expected neither. Save its "
+        "state_dict() and the model's, and make another one of the other model."
+    )
 
 
 def of_average(average: RunningAverage) -> dict[str, Any]:
