@@ -1,5 +1,6 @@
 """The model, or what it is called with, is no longer what was traced: noticed, never silent."""
 
+import copy
 import enum
 import random
 from functools import partial
@@ -545,6 +546,34 @@ def test_other_parameters_are_refused(change):
         fxkfac.kfac(program, MSE(), (X, Y))
     for part in ("the model has changed since it was traced", said, "race anew"):
         assert part in str(info.value)
+
+
+class TestCopies:
+    """The copy of a program has the graphs of the first, and looks at its own model."""
+
+    def test_of_a_function_that_names_modules(self):
+        def predicted(params, x):
+            return head(torch.tanh(x @ params["W"]))
+
+        head = seeded(layer)
+        program = fxkfac.trace(predicted, X, {"W": rand(4, 4)})
+        twin = copy.deepcopy(program)
+        found, expected = (fxkfac.kfac(p, MSE(), (X, Y)).dense() for p in (twin, program))
+        close(found, expected)
+        assert len(twin.graphs) == 1
+        head.weight = nn.Parameter(2 * head.weight)
+        assert fxkfac.kfac(twin, MSE(), (X, Y)).dense().ne(expected).any()
+
+    def test_of_a_module(self):
+        model = seeded(lambda: Made(lambda m, x: m.factor * m.a(x), a=layer(), factor=2.0))
+        program = fxkfac.trace(model, X)
+        twin = copy.deepcopy(program)
+        follows(twin, twin.model.model)
+        assert len(twin.graphs) == 1
+        twin.model.model.factor = 3.0
+        follows(twin, twin.model.model)
+        follows(program, model)
+        assert (len(twin.graphs), len(program.graphs)) == (2, 1)
 
 
 class TestOthersRandomness:

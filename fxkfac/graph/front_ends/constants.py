@@ -32,6 +32,10 @@ class Same:
     def __hash__(self) -> int:
         return id(self.value)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Same:
+        """The same object, or the copy that what holds it has got: a key copies nothing itself."""
+        return Same(memo.get(id(self.value), self.value))
+
 
 def constant_key(value: Any) -> Hashable:
     """Type and value of a constant; nested ones, and arrays, by what is in them.

@@ -7,6 +7,7 @@ not moved since it was made is not looked at again.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from operator import is_
@@ -47,6 +48,11 @@ class Watch:
     _mutable: dict[int, tuple[Any, Hashable]] = field(default_factory=dict)
     _tokens: dict[Hashable, object] = field(default_factory=dict)  # of all that was found so far
     _key: Hashable = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Watch:
+        """A watch on the model's copy, which looks at that anew and knows the same graphs."""
+        model, tokens = copy.deepcopy((self.model, self._tokens), memo)
+        return Watch(model, self.reads, _tokens=tokens)
 
     def key(self) -> Hashable:
         """Equal where a graph of the model is the same graph.
