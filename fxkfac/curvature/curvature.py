@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ from fxkfac.curvature.eigen import EigenBlock
 from fxkfac.curvature.report import Report
 from fxkfac.curvature.summarise import report_of
 from fxkfac.errors import OptionError, ParameterError, UnknownParameter
-from fxkfac.functional import unknown
+from fxkfac.functional import canonical_names, unknown
 from fxkfac.graph.uses.ir import Unpickled
 from fxkfac.isolation import full_precision
 from fxkfac.linalg import operators
@@ -191,17 +191,6 @@ def no_block(name: str, held: Mapping[str, Sequence[str]]) -> UnknownParameter:
         f"{name!r} has no block of its own, but is in that of {joined[0]!r}. Ask for this one, or "
         "compute factors with separate_weight_and_bias=True."
     )
-
-
-def canonical_names(names: Iterable[str], canonical: Callable[[str], str]) -> dict[str, str]:
-    """For every name the one by which blocks know it. Raises `OptionError` for two of one."""
-    found = {name: canonical(name) for name in names}
-    if len(set(found.values())) < len(found):
-        raise OptionError(
-            f"two of {list(found)} are names of one tied parameter; expected one gradient of each "
-            "parameter, under any of its names."
-        )
-    return found
 
 
 def strided(name: str, gradient: Tensor) -> Tensor:

@@ -13,13 +13,13 @@ import torch
 from torch import Generator, Tensor
 
 from fxkfac.curvature.accumulation import Accumulation
-from fxkfac.curvature.curvature import canonical_names
 from fxkfac.curvature.factors import Factors, require_factors
 from fxkfac.curvature.kfac import kfac
 from fxkfac.curvature.padding import Mask
 from fxkfac.curvature.plan import BlockPlan
 from fxkfac.curvature.running import RunningAverage
 from fxkfac.errors import FxkfacError
+from fxkfac.functional import canonical_names
 from fxkfac.graph.program import Program
 from fxkfac.isolation import full_precision
 from fxkfac.optim import saved

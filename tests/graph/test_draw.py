@@ -18,6 +18,7 @@ from fxkfac.errors import FxkfacError, NonFiniteError, OptionError, UnknownParam
 from fxkfac.graph.drawing import draw as drawing
 from fxkfac.graph.drawing import picture
 from fxkfac.graph.drawing.colour import RAMP, blend, ink_on, scale_of
+from fxkfac.graph.drawing.details import details_of
 from fxkfac.graph.drawing.draw import FORMATS, draw
 from fxkfac.graph.drawing.drawn import drawn
 from fxkfac.graph.drawing.fold import folded
@@ -204,7 +205,7 @@ VALUES = {"0.weight": 1.0, "0.bias": 10.0, "2.weight": 1000.0}
 
 
 def coloured(program, values, name="condition number"):
-    scale = scale_of(program.model, values, name)
+    scale = scale_of(program, values, name)
     network = drawn(program, scale=scale)
     return network, picture.dot_source(program, network, scale)
 
@@ -248,9 +249,7 @@ def test_text_is_legible_on_every_colour():
 def test_folded_layers_have_the_colour_of_the_largest():
     model = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3)))
     program = fxkfac.trace(model, torch.randn(3, 4))
-    scale = scale_of(
-        program.model, {"0.0.weight": 1.0, "1.0.weight": 3.0, "2.0.bias": 2.0}, "error"
-    )
+    scale = scale_of(program, {"0.0.weight": 1.0, "1.0.weight": 3.0, "2.0.bias": 2.0}, "error")
     network = drawn(program, True, scale)
     weight = of_kind(network, "parameter")["0.0.weight"]
     assert (weight["value"], weight["fill"]) == ("1 … 3", RAMP[-1])
@@ -263,7 +262,24 @@ def test_a_tied_parameter_may_have_any_of_its_names():
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
     model[2].weight = model[0].weight
     program = fxkfac.trace(model, torch.randn(3, 4))
-    assert scale_of(program.model, {"2.weight": 1.0}, "").values == {"0.weight": 1.0}
+    assert scale_of(program, {"2.weight": 1.0}, "").values == {"0.weight": 1.0}
+    with pytest.raises(OptionError, match="names of one tied parameter"):
+        scale_of(program, {"0.weight": 1.0, "2.weight": 9.0}, "")
+
+
+def test_what_is_said_of_a_derived_weight_is_shown_at_its_parameters():
+    def low_rank(params, x):
+        summed = x @ (params["W"] + params["U"] @ params["V"].detach())
+        return torch.tanh(summed) @ (2 * params["U"].mT @ params["W"]).sin()
+
+    shapes = {"W": (4, 4), "U": (4, 4), "V": (4, 4)}
+    params = {name: torch.randn(shape) for name, shape in shapes.items()}
+    program = fxkfac.trace(low_rank, torch.randn(5, 4), params, structure={"[WUV]": "derived"})
+    first, second = program.tapped.derived
+    assert scale_of(program, {first: 1.0, second: 2.0}, "").values == {"W": 2.0, "U": 2.0}
+    said = details_of(program, {first: {"A": [1.0, 2.0]}, second: {"trace": 3}})
+    names = {parameter: [fact["name"] for fact in facts] for parameter, facts in said.items()}
+    assert names == {key: [f"A of {first}", f"trace of {second}"] for key in ("W", "U")}
 
 
 # What goes wrong.

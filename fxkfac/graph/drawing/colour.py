@@ -6,9 +6,14 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 from fxkfac.errors import NonFiniteError, OptionError
-from fxkfac.functional import FunctionalModel
+from fxkfac.functional import canonical_names
+from fxkfac.graph.drawing.shown import shown_at
+
+if TYPE_CHECKING:
+    from fxkfac.graph.program import Program
 
 # From pale to dark, so that the scale holds in grey and for every eye.
 RAMP = ("#FFFAE3", "#FBDF8F", "#F2A93B", "#C8611B", "#7A2E12")
@@ -52,18 +57,19 @@ class Scale:
         return math.log(value) if self.logarithmic else value
 
 
-def scale_of(model: FunctionalModel, colour: Mapping[str, float], name: str) -> Scale:
+def scale_of(program: Program, colour: Mapping[str, float], name: str) -> Scale:
     """The scale of the caller's numbers.
 
     Args:
-        model: Whose parameters they belong to; a tied one may have any of its names.
-        colour: A finite number for each parameter that is to be coloured.
+        program: Whose parameters they belong to; a tied one may have any of its names.
+        colour: A finite number for each parameter that is to be coloured. That of a weight which is
+            computed from parameters is theirs; of several it is the largest.
         name: What the numbers are.
 
     Raises:
         UnknownParameter: A name is not among the parameters.
         NonFiniteError: A number is NaN or infinite.
-        OptionError: There are none, or something is no number.
+        OptionError: There are none, something is no number, or two are of one parameter.
     """
     if not isinstance(colour, Mapping) or not colour:
         found = "an empty mapping" if isinstance(colour, Mapping) else type(colour).__name__
@@ -71,7 +77,12 @@ def scale_of(model: FunctionalModel, colour: Mapping[str, float], name: str) -> 
             f"colour is {found}; expected a mapping from names of parameters to numbers, such as "
             "{'0.weight': 1.5}. Leave it out to draw without."
         )
-    values = {model.resolve(key): _number(key, value) for key, value in colour.items()}
+    named = canonical_names(colour, lambda key: program.model.aliases.get(key, key))
+    values: dict[str, float] = {}
+    for key, value in colour.items():
+        number = _number(key, value)
+        for parameter in shown_at(program, named[key]):
+            values[parameter] = max(number, values.get(parameter, number))
     low, high = min(values.values()), max(values.values())
     return Scale(name, values, low > 0 and math.log10(high) - math.log10(low) > DECADES)
 

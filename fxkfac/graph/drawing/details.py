@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fxkfac.errors import NonFiniteError, OptionError
-from fxkfac.functional import FunctionalModel
+from fxkfac.graph.drawing.shown import shown_at
+
+if TYPE_CHECKING:
+    from fxkfac.graph.program import Program
 
 Details = Mapping[str, list[dict[str, Any]]]  # by name of a parameter
 POINTS = 400  # of a curve; the panel is no wider
 
 
-def details_of(model: FunctionalModel, details: Mapping[str, Mapping[str, Any]]) -> Details:
+def details_of(program: Program, details: Mapping[str, Mapping[str, Any]]) -> Details:
     """Details as the page takes them.
 
     Args:
-        model: Whose parameters they belong to; a tied one may have any of its names.
-        details: For names of parameters, names with numbers, texts or sequences of numbers.
+        program: Whose parameters they belong to; a tied one may have any of its names.
+        details: For names of parameters, names with numbers, texts or sequences of numbers. What is
+            said of a weight that is computed from parameters stands at each of them.
 
     Raises:
         UnknownParameter: A name is not among the parameters.
@@ -37,8 +41,10 @@ def details_of(model: FunctionalModel, details: Mapping[str, Mapping[str, Any]])
                 f"details[{key!r}] is of type {type(facts).__name__}; expected a mapping from "
                 "names to numbers, texts or sequences of numbers."
             )
-        of = found.setdefault(model.resolve(key), [])
-        of += [_fact(f"details[{key!r}][{name!r}]", str(name), v) for name, v in facts.items()]
+        of = f" of {key}" if key in program.tapped.derived else ""
+        said = [_fact(f"details[{key!r}][{name!r}]", f"{name}{of}", v) for name, v in facts.items()]
+        for parameter in shown_at(program, key):
+            found.setdefault(parameter, []).extend(said)
     return found
 
 

@@ -45,7 +45,8 @@ def draw(
         fold: Draw layers that repeat once, with their count.
         colour: A finite number for each parameter that is to be coloured, on a scale from pale
             (the smallest) to dark (the largest); logarithmic if positive and over more than two
-            decades. Parameters that are not named stay white.
+            decades. Parameters that are not named stay white; those from which a weight is
+            computed have the number of that weight.
         colour_name: What these numbers are, for the legend.
         details: What the page shows of a parameter beside its shapes: names with numbers, texts,
             or sequences of numbers, which are drawn as a curve, as `fxkfac.spectra` gives them.
@@ -56,15 +57,16 @@ def draw(
     Raises:
         OptionError: Another ending; details in a picture; more than `dot` lays out in a minute; or
             an argument is not what it should be.
-        UnknownParameter: A name in `colour` or `details` is not among the parameters.
+        UnknownParameter: A name in `colour` or `details` is not among the parameters, nor among
+            the weights that are computed from them.
         NonFiniteError: A number in `colour` is NaN or infinite.
         FxkfacError: The file cannot be written.
     """
     name = os.fspath(path)
     ending = Path(name).suffix.lower()
     _require_format(name, ending, details)
-    scale = scale_of(program.model, colour, colour_name) if colour is not None else None
-    said = details_of(program.model, details or {})
+    scale = scale_of(program, colour, colour_name) if colour is not None else None
+    said = details_of(program, details or {})
     network = drawn(program, require_flag("fold", fold), scale)
     if ending == ".html":
         return _write(name, page(program, network, scale, said).encode())
