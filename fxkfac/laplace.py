@@ -164,7 +164,7 @@ def linearised(posterior: Posterior, draws: Draws, inputs: Inputs) -> Tensor:
 
     Args:
         posterior: The posterior that the draws are from.
-        draws: What `fxkfac.laplace.sample` returned, or tensors of such shapes.
+        draws: What `fxkfac.laplace.sample` returned, or tensors of such shapes, of any dtype.
         inputs: One batch.
 
     Raises:
@@ -220,7 +220,7 @@ def _of_each(posterior: Posterior, draws: Draws, together: Run, alone: Run) -> T
 
 
 def _require_draws(posterior: Posterior, draws: Draws) -> dict[str, Tensor]:
-    """The draws in the order of the posterior. Raises `ParameterError` unless they fit."""
+    """The draws in the posterior's order and dtype. Raises `ParameterError` unless they fit."""
     names = list(posterior.mean)
     if not isinstance(draws, Mapping):
         raise ParameterError(
@@ -229,7 +229,7 @@ def _require_draws(posterior: Posterior, draws: Draws) -> dict[str, Tensor]:
         )
     if set(draws) != set(names):
         raise UnknownParameter(f"draws of {list(draws)}; expected one of each of {names}.")
-    held = {name: draws[name] for name in names}
+    held = {name: draws[name].to(t.dtype) for name, t in posterior.mean.items()}
     shapes = {tuple(t.shape[:1]) for t in held.values()}
     if len(shapes) > 1 or any(t.shape[1:] != posterior.mean[n].shape for n, t in held.items()):
         raise ParameterError(

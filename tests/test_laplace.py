@@ -377,6 +377,15 @@ def test_models_with_ops_that_have_no_rule(name: str) -> None:
     torch.testing.assert_close(linear - model(x).detach(), slope, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("call", [laplace.linearised, laplace.predictions])
+def test_draws_of_another_dtype_are_taken_in_the_parameters_own(call: Any) -> None:
+    found, x = network_posterior()
+    draws = laplace.sample(found, 2, torch.Generator().manual_seed(0))
+    rounded = {name: t.float() for name, t in draws.items()}
+    expected = call(found, {name: t.double() for name, t in rounded.items()}, x)
+    assert torch.equal(call(found, rounded, x), expected)
+
+
 def test_draws_of_other_shapes_are_refused() -> None:
     found, x = network_posterior()
     draws = laplace.sample(found, 2, torch.Generator().manual_seed(0))
