@@ -10,7 +10,7 @@ from torch._ops import OpOverload
 
 import fxkfac
 from fxkfac import rules
-from fxkfac.errors import OptionError, UnsupportedUse
+from fxkfac.errors import CaptureError, OptionError, UnsupportedUse
 from fxkfac.graph.form import BatchAxis, Form
 from fxkfac.graph.rules import RULES, Call, Operand, registry, rule
 
@@ -99,10 +99,29 @@ def _backward(ctx, g):
 scaled_product.register_autograd(_backward, setup_context=_save)
 
 
-def test_a_rule_from_outside(monkeypatch):
-    """As the page on rules shows it."""
+@pytest.fixture
+def own_rules(monkeypatch):
+    """Rules that a test registers go with it."""
     monkeypatch.setattr(registry, "RULES", dict(RULES))
     monkeypatch.setattr("fxkfac.graph.uses.match.RULES", registry.RULES)
+
+
+@pytest.mark.usefixtures("own_rules")
+def test_a_wrong_rule_from_outside_is_named_as_a_cause():
+    @rules.rule(torch.ops.fxkfac_tests.scaled_product.default)
+    def rule(call, operand):
+        return rules.Form("i o", "r i", "r o", call.args["x"])  # without its factor
+
+    def model(params, x):
+        return torch.tanh(scaled_product(x, params["W"], 2.0))
+
+    with pytest.raises(CaptureError, match=r"relative errors W .*a rule of your own is wrong"):
+        fxkfac.trace(model, rand(5, 4), {"W": rand(4, 3)})
+
+
+@pytest.mark.usefixtures("own_rules")
+def test_a_rule_from_outside():
+    """As the page on rules shows it."""
     params, x = {"W": rand(4, 3), "V": rand(3, 2)}, rand(5, 4)
 
     def model(params, x):

@@ -150,7 +150,8 @@ def _require_equal(
         listed = ", ".join(f"{name} ({errors[name]:.1e})" for name in wrong[:4])
         raise Refusal(
             f"{WRONG_GRADIENTS} {how} are not the model's: relative errors {listed}. "
-            "A custom autograd.Function or a detached part gets lost."
+            "A custom autograd.Function or a detached part gets lost, or a rule of your own is "
+            "wrong."
         )
 
 
