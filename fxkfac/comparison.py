@@ -117,12 +117,14 @@ def layer_errors(
         so what is drawn too few times is part of the distance.
 
     Raises:
-        OptionError: A block is too large to be written out, or is one of a derived weight.
+        OptionError: A block is too large to be written out, or is one of a derived weight; or the
+            factors were computed with a mask.
         UnknownParameter: There is no block of that name.
         DataError, MergeError, UnsupportedUse, BatchAxisError, NonFiniteError: As of `fxkfac.kfoc`.
     """
     require_program(program)
     require_factors(factors)
+    _require_all_rows(factors)
     _require_batch_first(program)
     listed = [names] if isinstance(names, str) else names
     chosen = {name: factors[name] for name in (factors if listed is None else listed)}
@@ -158,6 +160,15 @@ def _total(rows: Sequence[LayerError]) -> LayerError:
     norm = sum(row.norm**2 for row in rows) ** 0.5
     names = tuple(name for row in rows for name in row.params)
     return LayerError(names, sum(row.numel for row in rows), norm, distances)
+
+
+def _require_all_rows(factors: Factors) -> None:
+    if factors.settings.masked:
+        raise OptionError(
+            "these factors were computed with a mask, which leaves out rows, but the exact blocks "
+            "are of all that the model does; expected factors without one. Compute them anew on "
+            "data without padding."
+        )
 
 
 def _require_batch_first(program: Program) -> None:

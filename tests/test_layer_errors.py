@@ -148,6 +148,13 @@ class TestRefusals:
         with pytest.raises(OptionError, match="forward-only"):
             fxkfac.layer_errors(program, CE, data, factors)
 
+    def test_factors_with_a_mask(self):
+        x, y = rand(6, 5, 4), rand(6, 5, 3)
+        program, data = fxkfac.trace(seeded(lambda: nn.Linear(4, 3)), x), (x, y)
+        factors = fxkfac.kfac(program, MSE, data, mask=lambda x, y: y[..., 0] > 0)
+        with pytest.raises(OptionError, match=r"computed with a mask.*; expected factors without"):
+            fxkfac.layer_errors(program, MSE, data, factors)
+
     def test_data_that_can_be_read_once(self, traced):
         _, data, program = traced
         factors = fxkfac.kfac(program, CE, data)

@@ -406,12 +406,15 @@ class TestRefusals:
             laplacian(mlp(2), x)
 
     def test_weights(self):
-        with pytest.raises(OptionError, match=r"expected \(2,\)"):
+        with pytest.raises(OptionError, match=r"a tensor of shape \(3,\); expected .* \(2,\)"):
             laplacian(mlp(2), rand(N, 2), rand(3))
 
-    def test_weights_that_are_no_tensor(self):
-        with pytest.raises(OptionError, match=r"weights are list; expected \(2,\)"):
-            laplacian(mlp(2), rand(N, 2), [1.0, 0.0])
+    @pytest.mark.parametrize(
+        ("weights", "said"), [([1.0, 0.0], "list"), (np.ones(2), r"ndarray of shape \(2,\)")]
+    )
+    def test_weights_that_are_no_tensor(self, weights, said):
+        with pytest.raises(OptionError, match=rf"weights are {said}; expected a tensor of shape"):
+            laplacian(mlp(2), rand(N, 2), weights)
 
     def test_axis_out_of_range(self):
         with pytest.raises(IndexError):

@@ -124,15 +124,15 @@ def resume(
         program: A trace of the same model, in this process, with the same parameters.
         loss: The same loss.
         params: The same tensors in the place of the model's own parameters, if there were some.
-        mask: The same mask, if there was one.
+        mask: The same mask, if there was one. The file knows that, but not which it was.
 
     Returns:
         The accumulation; its `batches` says how many it has.
 
     Raises:
         FileError: There is no such file, it is damaged or no whole file, or holds something else.
-        MergeError: It is of another program, loss or mask, or of other values of the parameters or
-            buffers; the message says what differs.
+        MergeError: It is of another program or loss, of other values of the parameters or buffers,
+            or has a mask and there is none here, or the reverse; the message says what differs.
     """
     require_program(program)
     header, tensors = read(path, (KIND,), program.like.device)

@@ -57,7 +57,9 @@ def laplacian(
         )
     N, D = x.shape
     if weights is not None and not (isinstance(weights, Tensor) and weights.shape == (D,)):
-        raise OptionError(f"weights are {_described(weights)}; expected ({D},), x's axes.")
+        raise OptionError(
+            f"weights are {_described(weights)}; expected a tensor of shape ({D},), x's axes."
+        )
     axes = torch.eye(D, dtype=x.dtype, device=x.device).unsqueeze(1).expand(D, N, D)
     start = Jet(torch.cat([x[None], axes, torch.zeros_like(x)[None]]), weights)
     out: Any = function(start)  # type: ignore[arg-type]
@@ -75,4 +77,5 @@ def laplacian(
 
 def _described(found: Any) -> str:
     shape = getattr(found, "shape", None)
-    return type(found).__name__ if shape is None else f"a tensor of shape {tuple(shape)}"
+    kind = "a tensor" if isinstance(found, Tensor | Jet) else type(found).__name__
+    return kind if shape is None else f"{kind} of shape {tuple(shape)}"
