@@ -416,6 +416,33 @@ def test_a_complex_derived_weight_is_refused_by_what_helps():
         fxkfac.trace(model, rand(3, 5), structure={"c": "derived"})
 
 
+C128 = torch.complex128
+COMPLEX = {
+    "a product": lambda m, x: ((x.to(C128) @ m.w.to(C128)) * (2 + 1j)).real.square(),
+    "a product with complex data": lambda m, x: ((1j + x) @ m.w.to(C128)).abs(),
+    "a bias behind a Fourier transform": lambda m, x: torch.fft.irfft(
+        torch.fft.rfft(x) + m.w[0, :3]
+    ),
+    "a scale": lambda m, x: (x.to(C128) * m.w[0] * (2 + 1j)).real.square(),
+    "a look-up": lambda m, x: (m.w.to(C128)[(x > 0).long()] * (2 + 1j)).real.square(),
+    "positions": lambda m, x: (1j * x.exp() + m.w[torch.arange(4), 0]).abs(),
+    "a factor": lambda m, x: (x * torch.exp(0.5j * m.w[0] + x)).real,
+    "a summand's factor": lambda m, x: torch.add(x.to(C128), m.w[0], alpha=2j).abs(),
+}
+
+
+@pytest.mark.parametrize("case", COMPLEX)
+def test_where_values_are_complex_a_parameter_has_no_factors_but_an_exact_block(case):
+    model = randomised(lambda: Made(COMPLEX[case], w=(4, 3 if "product" in case else 4)))
+    x = rand(3, 4)
+    with pytest.raises(UnsupportedUse, match="values are complex"):
+        fxkfac.trace(model, x)
+    target = torch.zeros_like(model(x))
+    program = fxkfac.trace(model, x, structure={"w": "dense"})
+    found = fxkfac.kfac(program, MSE, (x, target))["w"].dense()
+    assert_relative(found, fxkfac.exact.ggn(model, MSE, (x, target), ["w"]))
+
+
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
 def test_one_number_that_scales_all_is_a_scale(shape):
     model = randomised(lambda: Made(lambda m, x: m.s * m.head(x), head=nn.Linear(3, 1), s=shape))

@@ -1,4 +1,4 @@
-"""One run of a graph: the shape of every tensor and the value of every number in it."""
+"""One run of a graph: the shape of every tensor, which are complex, the value of every number."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from fxkfac.graph.uses.ir import Example
 
 
 def record(module: GraphModule, values: Sequence[Tensor]) -> Example:
-    """Run a graph and keep the shape of every tensor and the value of every number in it."""
+    """Run a graph and keep what `Example` holds of every tensor and number in it."""
     recorder = _Recorder(module)
     with torch.no_grad():
         recorder.run(*values)
-    return Example(recorder.shapes, recorder.numbers)
+    return Example(recorder.shapes, recorder.numbers, recorder.complex)
 
 
 class _Recorder(Interpreter):
@@ -25,11 +25,14 @@ class _Recorder(Interpreter):
         super().__init__(module)
         self.shapes: dict[Node, torch.Size] = {}
         self.numbers: dict[Node, Any] = {}
+        self.complex: set[Node] = set()
 
     def run_node(self, n: Node) -> Any:
         value = super().run_node(n)
         if isinstance(value, Tensor):
             self.shapes[n] = value.shape
+            if value.is_complex():
+                self.complex.add(n)
         elif isinstance(value, int | float | bool):
             self.numbers[n] = value
         return value

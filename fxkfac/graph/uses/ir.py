@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, Self
 
@@ -12,6 +12,7 @@ from torch.fx import Node
 
 from fxkfac.errors import FxkfacError
 from fxkfac.graph.form import BatchAxis, Form
+from fxkfac.graph.rules.registry import NotLinear
 from fxkfac.graph.uses.view import View
 
 
@@ -30,10 +31,22 @@ class Source:
 
 @dataclass(frozen=True)
 class Example:
-    """What the graph's nodes were in one run: shapes of tensors, values of numbers."""
+    """What the graph's nodes were in one run: shapes of tensors, which are complex, numbers."""
 
     shapes: Mapping[Node, Size] = field(repr=False)
     numbers: Mapping[Node, Any] = field(repr=False)
+    complex: Set[Node] = field(repr=False)
+
+    def require_real(self, *nodes: Node) -> None:
+        """Raise `NotLinear` where one of these is complex: x and g do not tell the gradient there.
+
+        That of a real parameter is the real part of Σ x̄ gᵀ, and is squared after it is taken.
+        """
+        if not self.complex.isdisjoint(nodes):
+            raise NotLinear(
+                "its values are complex, so that a real parameter's gradient is the real part of a "
+                "sum, and has no factors"
+            )
 
 
 class Unpickled:

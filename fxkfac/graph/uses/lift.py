@@ -53,6 +53,7 @@ def _additions(
     for user in node.users:
         if user.target in SHAPE_ONLY | LIKE:
             continue
+        example.require_real(user)
         if is_layout(user) and user not in dependent and user.args[0] is node:
             moved, factor = (*layout, user), scale_of(user)
             yield from _additions(user, moved, dependent, example, scale * factor)

@@ -55,6 +55,7 @@ def _products(
 ) -> Iterator[tuple[Node, Operand, tuple[Node, ...]]]:
     """Follow every reader of an output through layout ops to the op that takes it."""
     for user in node.users:
+        example.require_real(user)
         if is_layout(user) and user.args[0] is node:
             yield from _products(user, (*layout, user), example)
         elif isinstance(user.target, OpOverload) and user.target in RULES:
