@@ -75,6 +75,7 @@ class Reader:
         schedule = schedule_of(
             self.program, tapped, self.settings.structures, self.settings.separate_weight_and_bias
         )
+        schedule.require_factors()
         _require_apart(tapped)
         _require_tapped(schedule, self.settings)
         taps = Taps()

@@ -178,6 +178,7 @@ class Pass(ABC, Generic[Sink, Total]):
         with _named(number):
             tapped, tensors = self.program.at(inputs, self.state)
         schedule = self._schedule(tapped)
+        schedule.require_factors()
         n = self.program.signature.batch_size(tensors)
         given = None if self.mask is None else read_mask(self.mask, inputs, targets, n)
         padding = Padding(given, chosen=chosen_by_values(tapped))

@@ -8,11 +8,13 @@ from functools import cached_property
 
 from fxkfac.curvature.images import Images, input_images, output_images
 from fxkfac.curvature.plan import BlockPlan, TermPlan, plan_blocks
+from fxkfac.errors import UnsupportedUse
 from fxkfac.graph.axes import axis_lengths
 from fxkfac.graph.program import Program
 from fxkfac.graph.structure import EXACT
 from fxkfac.graph.tapped import Tapped
 from fxkfac.graph.uses.ir import Use
+from fxkfac.graph.uses.match import Unsupported
 from fxkfac.graph.uses.normal import normal_weight
 
 
@@ -30,6 +32,8 @@ class Schedule:
         exact: Parameters whose exact blocks come from the taps, and their uses.
         exact_of: For every use of these, the parameters.
         from_graph: Parameters whose exact blocks come from the graph.
+        lost: Parameters that have factors in the graph of the trace, and a use without normal form
+            in this one.
     """
 
     tapped: Tapped
@@ -41,6 +45,17 @@ class Schedule:
     exact: Mapping[str, tuple[Use, ...]]
     exact_of: Mapping[Use, tuple[str, ...]]
     from_graph: tuple[str, ...]
+    lost: Mapping[str, Unsupported]
+
+    def require_factors(self) -> None:
+        """Raise `UnsupportedUse` where this graph cannot have the factors that the trace's has."""
+        if self.lost:
+            name, use = next(iter(self.lost.items()))
+            raise UnsupportedUse(
+                f"{use}\n{name!r} has factors in the graph of the inputs that were traced, and can "
+                "have none in that of these; expected factors in both. Trace with inputs like "
+                f"these, or with structure={{{name!r}: 'diagonal'}}, which is exact for all."
+            )
 
     @cached_property
     def inputs(self) -> Mapping[Use, Images | None]:
@@ -111,7 +126,14 @@ def _schedule(
         exact,
         {use: names for use, names in exact_of.items() if names},
         tuple(from_graph),
+        _lost(tapped, structures),
     )
+
+
+def _lost(tapped: Tapped, structures: Mapping[str, str]) -> dict[str, Unsupported]:
+    """Parameters that are to have factors, with a use without normal form."""
+    lost = {name: use for use in tapped.unsupported for name in use.parameters}
+    return {name: use for name, use in lost.items() if structures.get(name) == "kronecker"}
 
 
 def _exact_names(

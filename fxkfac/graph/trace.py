@@ -136,16 +136,28 @@ def compile_graph(
             best = tapped
         if all(u.is_final for u in tapped.unsupported):
             break
-    refused = _refused(best, structures)
-    if dynamic and model.signature.batch_size(tensors) == 1 and (best is None or refused):
-        return compile_graph(model, tensors, structures, dynamic=False)
-    if refused:
+    if dynamic and model.signature.batch_size(tensors) == 1 and (best is None or best.unsupported):
+        return _of_one(model, tensors, structures, best)
+    if refused := _refused(best, structures):
         raise UnsupportedUse(unsupported_message(refused))
     if best is not None:
         return best
     with quietly():
         met = constructs_of(model, tensors)
     raise CaptureError(_capture_message(model.bound, refusals, met))
+
+
+def _of_one(
+    model: FlatModel, tensors: list[Tensor], structures: Structures, best: Tapped | None
+) -> Tapped:
+    """The graph for one datum alone, or the one for all batch sizes where it covers as much."""
+    if best is None or _refused(best, structures):
+        return compile_graph(model, tensors, structures, dynamic=False)
+    try:
+        own = compile_graph(model, tensors, structures, dynamic=False)
+    except FxkfacError:
+        return best
+    return own if len(own.uncovered) < len(best.uncovered) else best
 
 
 def _tried(captured_by: Callable[[str], Tapped], name: str) -> Tapped | str:

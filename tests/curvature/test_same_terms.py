@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fxkfac
 from fxkfac import exact
-from fxkfac.errors import MergeError
+from fxkfac.errors import MergeError, UnsupportedUse
 
 MSE, CE = nn.MSELoss(), nn.CrossEntropyLoss()
 W = rand(4, 4, seed=1)
@@ -115,6 +115,26 @@ def test_rows_that_an_attribute_chooses() -> None:
     model.start = 0
     accumulation.add(*batch)
     assert accumulation.n == 10
+
+
+@pytest.mark.parametrize("unsupported", ["dense", "diagonal", "identity", "skip"])
+def test_a_weight_that_has_no_factors_in_another_shape_is_no_block_of_zeros(
+    unsupported: str,
+) -> None:
+    def by_shape(params: dict[str, Tensor], x: Tensor) -> Tensor:
+        return x @ params["W"] if x.ndim == 2 else (x @ params["W"].exp()).mean(1)
+
+    program = fxkfac.trace(by_shape, FLAT[0], {"W": W}, unsupported)
+    factors = fxkfac.kfac(program, MSE, FLAT)
+    with pytest.raises(UnsupportedUse, match=r"'W' has factors in the graph of the inputs"):
+        fxkfac.kfac(program, MSE, SQUARE)
+    with pytest.raises(UnsupportedUse, match=r"'W' has factors in the graph of the inputs"):
+        fxkfac.influence(program, MSE, factors, FLAT, SQUARE, 0.1)
+    assert fxkfac.kfac(program, MSE, FLAT)["W"].dense().equal(factors["W"].dense())
+    program = fxkfac.trace(by_shape, FLAT[0], {"W": W}, structure={"W": "diagonal"})
+    found = fxkfac.kfac(program, MSE, SQUARE)["W"].diagonal
+    expected = exact.ggn(by_shape, MSE, SQUARE, ["W"], {"W": W}).diagonal()
+    assert found.flatten().allclose(expected, rtol=1e-10, atol=0)
 
 
 def test_shapes_that_use_a_weight_alike_add_up() -> None:

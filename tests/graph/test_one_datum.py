@@ -104,6 +104,15 @@ class Members(nn.Module):
         return torch.vmap(nn.functional.linear)(scaled, self.weight, self.bias).mean(0).tanh()
 
 
+class Given(nn.Module):
+    def __init__(self, run: nn.RNNBase) -> None:
+        super().__init__()
+        self.run = run
+
+    def forward(self, x: Tensor, state: Tensor) -> Tensor:
+        return self.run(x, state)[0][:, -1]
+
+
 MODELS = [Added, ClassToken, FirstState, Positions, Queries, Squeezed, Unrolled, Members]
 X, Y = rand(6, 3, 4, seed=1), rand(6, 3, seed=2)
 
@@ -122,6 +131,15 @@ def test_one_datum_has_half_the_sums_of_two_that_are_equal(
     for name, block in one.items():
         torch.testing.assert_close(2 * block.dense(), two[name].dense())
     assert max(fxkfac.check(program, SUM, (X[:1], y)).values()) < 1e-9
+
+
+def test_what_is_taken_apart_for_one_batch_size_alone_is_so_for_one_datum() -> None:
+    """A recurrence from a state that is given, of as many units as the data traced first, two."""
+    model = seeded(lambda: Given(nn.RNN(4, 2, 2, batch_first=True))).to(F64)
+    data = (rand(1, 1, 4), rand(2, 1, 2, seed=1)), rand(1, 2, seed=2)
+    program = fxkfac.trace(model, data[0], unsupported="skip", batch_axis=(0, 1))
+    assert max(fxkfac.check(program, SUM, data).values()) < 1e-9
+    assert not program.uncovered
 
 
 @pytest.mark.parametrize("structure", ["dense", "diagonal"])
