@@ -106,3 +106,42 @@ def test_what_is_added_with_a_factor_is_not_taken_apart(alpha: float, beta: floa
     params = {"W": rand(6, 4), "q": rand(4)}
     with pytest.raises(UnsupportedUse, match="q enters"):
         fxkfac.trace(model, rand(5, 4), params)
+
+
+def tokens(p: dict[str, Tensor], x: Tensor, mask: Tensor) -> Tensor:
+    h = x @ p["W"]
+    h[mask] = p["t"]
+    return h.tanh()
+
+
+def places(p: dict[str, Tensor], x: Tensor, mask: Tensor) -> Tensor:
+    h = x @ p["W"]
+    h[:, torch.tensor([True, False, True])] = p["t"]
+    return h.tanh()
+
+
+def numbers(p: dict[str, Tensor], x: Tensor, mask: Tensor) -> Tensor:
+    h = p["t"].repeat(len(x), 3, 1)
+    h[mask] = 0.5
+    return (x @ p["W"] * h).tanh()
+
+
+@pytest.mark.parametrize("model", [tokens, places, numbers])
+def test_what_stands_where_a_mask_is_true_has_factors(model: Any) -> None:
+    data = (rand(5, 3, 4), rand(5, 3, seed=1) > 0), rand(5, 3, 2, seed=2)
+    params, loss = {"W": rand(4, 2, seed=3), "t": rand(2, seed=4)}, nn.MSELoss()
+    program = fxkfac.trace(model, data[0], params)
+    assert max(fxkfac.check(program, loss, data).values()) < 1e-14
+    found = fxkfac.kfac(program, loss, data)["t"].dense()
+    exact = fxkfac.exact.ggn(model, loss, data, ["t"], params)
+    torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-15)
+
+
+def test_rows_that_differ_where_a_mask_is_true_are_not_taken_apart() -> None:
+    def model(p: dict[str, Tensor], x: Tensor) -> Tensor:
+        h = p["t"].repeat(len(x), 1)
+        h[x[:, 0] > 0] = x[x[:, 0] > 0]
+        return h * x
+
+    with pytest.raises(UnsupportedUse, match=r"t enters aten\.index_put"):
+        fxkfac.trace(model, rand(5, 4), {"t": rand(4, seed=1)})

@@ -109,6 +109,24 @@ def where(at: Rewriter) -> Node | None:
     return at.replaced(names[0], at.call(aten.add.Tensor, zeros, at[names[0]]))
 
 
+@decomposition(aten.index_put.default)
+def masked(at: Rewriter) -> Node | None:
+    """`h[mask] = token`: the same by `where`, if all rows that a mask selects get one value."""
+    masks = [index for index in at["indices"] if index is not None]
+    known = [n.meta.get("val") for n in (at["self"], at["values"], masks[0])]
+    if at["accumulate"] or len(masks) > 1 or any(value is None for value in known):
+        return None
+    rows, values, mask = known
+    inside = rows.ndim - at["indices"].index(masks[0]) - mask.ndim  # axes of a selected row
+    if mask.dtype != torch.bool or values.ndim > inside:
+        return None
+    over_rows = masks[0]
+    for _ in range(inside):
+        over_rows = at.call(aten.unsqueeze.default, over_rows, -1)
+    chosen = at.call(aten.where.self, over_rows, at["values"], at["self"])
+    return where(Rewriter(at.graph, chosen, at.own)) or chosen
+
+
 @decomposition(aten.scaled_dot_product_attention.default)
 def attention(at: Rewriter) -> Node | None:
     """A mask that is made of parameters, as a relative position bias is, is added to the scores."""
