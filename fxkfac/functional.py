@@ -110,6 +110,10 @@ class FunctionalModel:
         with self.autocast.again():
             return function(*args, **kwargs)
 
+    def modules(self) -> list[nn.Module]:
+        """The module and all inside; none for a function."""
+        return list(self.model.modules()) if isinstance(self.model, nn.Module) else []
+
     def buffers(self) -> dict[str, Tensor]:
         """The module's buffers by name, as they are now; empty for a function."""
         return dict(self.model.named_buffers()) if isinstance(self.model, nn.Module) else {}

@@ -121,42 +121,46 @@ def in_place_of(tensors: Mapping[int, Tensor], module: nn.Module) -> Iterator[No
         for m, parameters, buffers, flat in held:
             m._parameters.update({k: tensors.get(id(p), p) for k, p in parameters.items()})  # type: ignore[misc]
             m._buffers.update({k: tensors.get(id(b), b) for k, b in buffers.items()})
-            if flat is not None:
-                m._flat_weights = [tensors.get(id(p), p) for p in flat]  # type: ignore[assignment]
+            if "_flat_weights" in flat:
+                m._flat_weights = [tensors.get(id(p), p) for p in flat["_flat_weights"]]  # type: ignore[assignment]
         yield
     finally:
         for m, parameters, buffers, flat in held:
             m._parameters.update(parameters)
             m._buffers.update(buffers)
-            if flat is not None:
-                m._flat_weights = flat  # type: ignore[assignment]
+            for name, parts in flat.items():
+                setattr(m, name, parts)
 
 
 @contextmanager
-def held_by(module: nn.Module) -> Iterator[None]:
-    """Afterwards all modules hold the very objects they held, and lists and dicts what was in them.
+def held_by(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Afterwards they hold the very objects they held, and lists and dicts what was in them.
 
-    That is what export does not leave, which puts copies of containers in their place.
+    Generators among these are in the state in which they were. Neither do models leave that, which
+    count their calls or keep what they computed, nor does export, which puts copies in place.
     """
-    attributes = [(vars(m), dict(vars(m))) for m in module.modules()]
+    attributes = [(vars(m), dict(vars(m))) for m in modules]
     contents: dict[int, tuple[Any, Any]] = {}
     for own, _ in attributes:
         _note_contents(own, contents)
+        contents.pop(id(own["_buffers"]), None)  # what a first call registers is a graph's input
     try:
         yield
     finally:
         for own, before in attributes:
             own.update(before)
-        for container, before in contents.values():
-            _refill(container, before)
+        for value, before in contents.values():
+            _put_back(value, before)
 
 
 CONTAINERS = (dict, OrderedDict, defaultdict, list, deque)
 
 
 def _note_contents(value: Any, found: dict[int, tuple[Any, Any]]) -> None:
-    """What is in a container, and in those that it holds."""
+    """What is in a container, and in those that it holds; and in which state generators are."""
     kind = type(value)
+    if kind is Generator:
+        found[id(value)] = value, value.get_state()
     if id(value) in found or kind not in (*CONTAINERS, tuple):
         return
     parts = list(value.values()) if isinstance(value, dict) else list(value)
@@ -166,21 +170,24 @@ def _note_contents(value: Any, found: dict[int, tuple[Any, Any]]) -> None:
         _note_contents(part, found)
 
 
-def _refill(container: Any, before: Any) -> None:
-    """Put back what was in a container, unless it is there."""
-    if isinstance(container, dict):
-        is_there = list(map(id, container.values())) == list(map(id, before.values()))
-        if not is_there or container.keys() != before.keys():
-            container.clear()
-            container.update(before)
-    elif list(map(id, container)) != list(map(id, before)):
-        container.clear()
-        container.extend(before)
+def _put_back(value: Any, before: Any) -> None:
+    """Put back the state of a generator; or what was in a container, unless it is there."""
+    if isinstance(value, Generator):
+        value.set_state(before)
+    elif isinstance(value, dict):
+        is_there = list(map(id, value.values())) == list(map(id, before.values()))
+        if not is_there or value.keys() != before.keys():
+            value.clear()
+            value.update(before)
+    elif list(map(id, value)) != list(map(id, before)):
+        value.clear()
+        value.extend(before)
 
 
-def _flat(module: nn.Module) -> list[Tensor] | None:
-    """The list by which recurrent modules hold their parameters a second time."""
-    return getattr(module, "_flat_weights", None)
+def _flat(module: nn.Module) -> dict[str, Any]:
+    """The lists by which a recurrent module holds its parameters a second and a third time."""
+    lists = {name: getattr(module, name, None) for name in ("_flat_weights", "_flat_weight_refs")}
+    return {name: held for name, held in lists.items() if held is not None}
 
 
 DEVICES = ("cpu", "cuda")

@@ -14,6 +14,7 @@ from torch.testing import assert_close
 import fxkfac
 from fxkfac import laplace
 from fxkfac.errors import CaptureError
+from fxkfac.functional import bind
 
 CE = nn.CrossEntropyLoss()
 
@@ -127,6 +128,46 @@ def test_a_model_keeps_its_own_lists_and_dicts(data):
     assert settings["nested"] is nested
     assert nested[1] is two
     assert settings == {"scale": 1.0, "nested": [1, {"two": 2}], "pair": ([3], 4)}
+
+
+class Keeping(nn.Module):
+    """It counts its calls, and keeps what it has computed."""
+
+    def __init__(self, generator=None):
+        super().__init__()
+        self.a, self.calls, self.log, self.generator = nn.Linear(4, 3), 0, [], generator
+
+    def forward(self, x):
+        self.calls, self.last = self.calls + 1, self.a(x)
+        self.log.append(self.last.mean())
+        drawn = 0 if self.generator is None else torch.rand(3, generator=self.generator)
+        return self.last + drawn
+
+
+@pytest.mark.parametrize("of_function", [False, True])
+def test_a_model_has_not_counted_our_calls_nor_kept_what_they_computed(data, of_function):
+    model, (x, y) = seeded(Keeping), data
+    scaled = (lambda p, x: model(x) * p["s"]), x, {"s": torch.ones(3)}
+    program = fxkfac.trace(*(scaled if of_function else (model, x)))
+    fxkfac.kfac(program, CE, [(x, y), (x[:1], y[:1])])
+    fxkfac.exact.ggn(model, CE, data, ["a.bias"])
+    assert (model.calls, model.log) == (0, [])
+    assert not hasattr(model, "last")
+
+
+def test_a_generator_of_the_models_own_is_where_it_was(data):
+    model = seeded(lambda: Keeping(torch.Generator().manual_seed(0)))
+    before = model.generator.get_state()
+    with pytest.raises(CaptureError):
+        fxkfac.trace(model, data[0])
+    assert model.generator.get_state().equal(before)
+
+
+def test_recurrent_modules_know_that_their_weights_are_the_same(data):
+    model = seeded(lambda: nn.GRU(4, 3))
+    bound = bind(model, None)
+    bound(bound.current(), data[0])
+    assert not model._weights_have_changed()
 
 
 def test_hooks_of_parameters_that_change_gradients_are_refused(data):

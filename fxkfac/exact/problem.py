@@ -19,7 +19,7 @@ from fxkfac.errors import DataError, NonFiniteError, OptionError, ParameterError
 from fxkfac.exact.data import Data, merge, size_of
 from fxkfac.exact.functions import jvp, vjp
 from fxkfac.functional import FunctionalModel, Inputs, Params, bind, prediction_of
-from fxkfac.isolation import own_randomness
+from fxkfac.isolation import held_by, own_randomness
 from fxkfac.likelihoods.backpropagation import backpropagated_vectors
 from fxkfac.likelihoods.base import Likelihood, count_of
 from fxkfac.likelihoods.losses import Gaussian, likelihood_of
@@ -141,7 +141,12 @@ def predict(bound: FunctionalModel, names: Iterable[str], inputs: Inputs) -> Pre
         if value.is_floating_point():
             value.requires_grad_()
     # Fused attention kernels have no second derivative; dropout draws from the caller's RNG.
-    with torch.enable_grad(), own_randomness(), sdpa_kernel(SDPBackend.MATH):
+    with (
+        torch.enable_grad(),
+        own_randomness(),
+        held_by(bound.modules()),
+        sdpa_kernel(SDPBackend.MATH),
+    ):
         f = prediction_of(bound({**values, **leaves}, copied(inputs)))
     require_prediction(f)
     if not f.isfinite().all():

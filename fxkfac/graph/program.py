@@ -17,7 +17,8 @@ from fxkfac.graph.experiments.by_values import located_again
 from fxkfac.graph.experiments.verify import agrees
 from fxkfac.graph.flat import FlatModel
 from fxkfac.graph.front_ends.constructs import require_own_gradients
-from fxkfac.graph.front_ends.watch import Watch, watch_for
+from fxkfac.graph.front_ends.reached import reached_from
+from fxkfac.graph.front_ends.watch import Watch, modules_of, watch_for
 from fxkfac.graph.quiet import quietly
 from fxkfac.graph.signature import Signature, require_finite
 from fxkfac.graph.structure import Choice, Structures
@@ -25,7 +26,7 @@ from fxkfac.graph.table import headline, program_table
 from fxkfac.graph.tap import Sink, Taps
 from fxkfac.graph.tapped import Run, Tapped
 from fxkfac.graph.uses.ir import Unpickled, Use
-from fxkfac.isolation import full_precision, require_gradients_on, without_graph
+from fxkfac.isolation import full_precision, held_by, require_gradients_on, without_graph
 
 if TYPE_CHECKING:
     import networkx
@@ -151,12 +152,13 @@ class Program(Unpickled):
         if tapped is not None and n in tapped.verified:
             return tapped, tensors
         model = FlatModel(self.model, self.signature.with_constants(inputs))
-        if tapped is None:
-            require_own_gradients(self.model)
-            key = (called, watch_for(model, tensors, self._watches).key())
-            return self._compile_for(key, model, tensors, n, dynamic=True), tensors
-        if not agrees(model, tapped, tensors, n):
-            return self._compile_for(key, model, tensors, n, dynamic=False), tensors
+        with held_by(modules_of(reached_from(self.model.model))):
+            if tapped is None:
+                require_own_gradients(self.model)
+                key = (called, watch_for(model, tensors, self._watches).key())
+                return self._compile_for(key, model, tensors, n, dynamic=True), tensors
+            if not agrees(model, tapped, tensors, n):
+                return self._compile_for(key, model, tensors, n, dynamic=False), tensors
         return tapped, tensors
 
     def _known(self, called: Hashable, n: int) -> tuple[Hashable, Tapped | None]:

@@ -123,7 +123,7 @@ def by_export(bound: FunctionalModel, signature: Signature, tensors: list[Tensor
     axes = [None if a is None else {a: Dim.AUTO} for a in signature.axes]
     dynamic = ([None] * len(params), axes)
     callee = _Callee(bound, signature)
-    with held_by(callee):
+    with held_by(callee.modules()):
         program = export(callee, (params, tensors), dynamic_shapes=dynamic)
     if not is_functional(program.graph_module.graph):
         program = program.run_decompositions({})

@@ -15,8 +15,8 @@ from torch.utils import _pytree as pytree
 from fxkfac.errors import CaptureError
 from fxkfac.graph.flat import FlatModel
 
-# Torch's attributes; the last is how recurrent modules hold parameters twice.
-OWN = frozenset([*nn.Module().__dict__, "_flat_weights"])
+# Torch's attributes; by the last ones recurrent modules hold parameters two times more.
+OWN = frozenset([*nn.Module().__dict__, "_flat_weights", "_flat_weight_refs"])
 
 Place = tuple[nn.Module, str]
 
