@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fxkfac.errors import FxkfacError, OptionError, ParameterError, UnknownParameter
+from fxkfac.errors import FxkfacError, ParameterError, UnknownParameter
 from fxkfac.isolation import Autocast, in_place_of, without_graph
 from fxkfac.parameters import Params as Params
 from fxkfac.parameters import (
@@ -189,17 +189,6 @@ def unknown(name: Any, known: Iterable[str], what: str = "parameter") -> Unknown
     some = f"{names[:8]}" + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else f"There are: {some}."
     return UnknownParameter(f"no {what} matches {name!r}. {hint}")
-
-
-def canonical_names(names: Iterable[str], canonical: Callable[[str], str]) -> dict[str, str]:
-    """For every name the one by which blocks know it. Raises `OptionError` for two of one."""
-    found = {name: canonical(name) for name in names}
-    if len(set(found.values())) < len(found):
-        raise OptionError(
-            f"two of {list(found)} are names of one tied parameter; expected each parameter once, "
-            "under any of its names."
-        )
-    return found
 
 
 def bind(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fxkfac.errors import ParameterError
+from fxkfac.errors import OptionError, ParameterError
 
 Params = Mapping[str, Any] | list[Any] | tuple[Any, ...]  # tensors, nested by name or position
 
@@ -36,6 +36,17 @@ def canonical(named: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
         else:
             first[key] = name
     return {name: named[name] for name in first.values()}, aliases
+
+
+def canonical_names(names: Iterable[str], canonical: Callable[[str], str]) -> dict[str, str]:
+    """For every name the one by which blocks know it. Raises `OptionError` for two of one."""
+    found = {name: canonical(name) for name in names}
+    if len(set(found.values())) < len(found):
+        raise OptionError(
+            f"two of {list(found)} are names of one tied parameter; expected each parameter once, "
+            "under any of its names."
+        )
+    return found
 
 
 def _storage_key(tensor: Tensor) -> object:

@@ -29,6 +29,7 @@ ALLOWED = {
         "ranges",
         "isolation",
         "precision",
+        "parameters",
         "functional",
         "likelihoods",
         "graph",

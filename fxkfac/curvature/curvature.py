@@ -16,11 +16,12 @@ from fxkfac.curvature.eigen import EigenBlock
 from fxkfac.curvature.report import Report
 from fxkfac.curvature.summarise import report_of
 from fxkfac.errors import OptionError, ParameterError, UnknownParameter
-from fxkfac.functional import canonical_names, unknown
+from fxkfac.functional import unknown
 from fxkfac.graph.uses.ir import Unpickled
 from fxkfac.isolation import full_precision
 from fxkfac.linalg import operators
 from fxkfac.linalg.operators import BlockDiagonal, Damping, Named
+from fxkfac.parameters import canonical_names
 from fxkfac.precision import accurate_dtype
 
 if TYPE_CHECKING:

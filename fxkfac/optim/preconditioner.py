@@ -19,7 +19,6 @@ from fxkfac.curvature.padding import Mask
 from fxkfac.curvature.plan import BlockPlan
 from fxkfac.curvature.running import RunningAverage
 from fxkfac.errors import FxkfacError
-from fxkfac.functional import canonical_names
 from fxkfac.graph.program import Program
 from fxkfac.isolation import full_precision
 from fxkfac.optim import saved
@@ -33,6 +32,7 @@ from fxkfac.optim.layout import (
     require_all,
     require_blocks,
 )
+from fxkfac.parameters import canonical_names
 from fxkfac.ranges import require, require_count, require_flag, require_keys, require_positive
 
 DAMP = ("split", "block")

@@ -9,8 +9,8 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from fxkfac.errors import NonFiniteError, OptionError
-from fxkfac.functional import canonical_names
 from fxkfac.graph.drawing.shown import shown_at
+from fxkfac.parameters import canonical_names
 
 if TYPE_CHECKING:
     from fxkfac.graph.program import Program
