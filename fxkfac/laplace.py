@@ -222,9 +222,9 @@ def _of_each(posterior: Posterior, draws: Draws, together: Run, alone: Run) -> T
 def _require_draws(posterior: Posterior, draws: Draws) -> dict[str, Tensor]:
     """The draws in the posterior's order and dtype. Raises `ParameterError` unless they fit."""
     names = list(posterior.mean)
-    if not isinstance(draws, Mapping):
+    if not isinstance(draws, Mapping) or not all(isinstance(d, Tensor) for d in draws.values()):
         raise ParameterError(
-            f"draws are of type {type(draws).__name__}; expected tensors by name, as "
+            f"draws are {draws!r:.80}; expected tensors by name, as "
             "fxkfac.laplace.sample returns them."
         )
     if set(draws) != set(names):

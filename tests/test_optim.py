@@ -531,6 +531,11 @@ def test_a_kl_divergence_that_single_precision_does_not_hold_is_clipped(v: float
     assert float(kl_factor(steps, 1e-3)) == pytest.approx(expected, rel=1e-6, abs=0.0)
 
 
+def test_a_kl_divergence_of_parameters_of_very_different_size_is_clipped() -> None:
+    steps = [(1.0, torch.tensor([v]), torch.tensor([1 / v])) for v in (1e30, 1e-25)]
+    assert float(kl_factor(steps, 1e-3)) == pytest.approx((1e-3 / 2) ** 0.5, rel=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_change_that_half_precision_does_not_hold_is_foretold(dtype: torch.dtype) -> None:
     def foretold(dtype: torch.dtype) -> float:

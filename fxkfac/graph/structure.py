@@ -63,6 +63,10 @@ class Structures:
         """The parameters that are tapped through the weight that is computed from them."""
         return tuple(n for n in self.selected if self.wanted.get(n) == "derived")
 
+    def has_own(self, name: str) -> bool:
+        """Whether a parameter is to have a block that curvature is found for."""
+        return name in self.selected and self.wanted.get(name) not in ("identity", *NONE)
+
     def refuses(self, name: str) -> bool:
         """Whether it is an error that this parameter has a use without normal form."""
         return self.unsupported == "error" and self.wanted.get(name, "kronecker") == "kronecker"

@@ -230,7 +230,12 @@ def count_of(likelihood: Likelihood, f: Tensor, y: Target) -> float:
     found = likelihood.count(f, y)
     try:
         return float(found)
-    except (TypeError, ValueError, RuntimeError) as error:  # of no number, and of several
+    except (
+        TypeError,
+        ValueError,
+        OverflowError,
+        RuntimeError,
+    ) as error:  # of no number, and of several
         raise LossError(
             f"{type(likelihood).__name__}.count returned {found!r:.80}; expected a number: what "
             "reduction='mean' divides by, for this batch."

@@ -11,7 +11,7 @@ from torch import Tensor
 from fxkfac.exact import ggn_vector_product
 from fxkfac.functional import FunctionalModel
 from fxkfac.parameters import nest_names
-from fxkfac.precision import accurate
+from fxkfac.precision import accurate, accurate_dtype, widest
 
 GOOD, BAD = 0.75, 0.25  # reduction ratios (Martens & Grosse 2015, Section 6.5)
 CHANGE = 19 / 20  # of the damping in one step
@@ -38,16 +38,12 @@ def kl_factor(
         steps: For every parameter lr, v and g.
         kl_clip: κ.
     """
-    held = [(lr, accurate(v), accurate(g)) for lr, v, g in steps if v.numel()]
-    if kl_clip is None or not held:
+    if kl_clip is None or not steps:
         return 1.0
-    # Where v and g are representable, their product may not be: so none has entries beyond one.
-    size_v, size_g = _largest([v for _, v, _ in held]), _largest([g for _, _, g in held])
     # A parameter's own part may be negative, as a bias' that has joined a weight; the sum is not.
-    parts = [lr**2 * _inner(v / size_v, g / size_g) for lr, v, g in held]
-    total = torch.stack(parts).sum().clamp_min(0.0)
-    factor = (kl_clip / total).sqrt() / size_v.sqrt() / size_g.sqrt()
-    return factor.clamp_max(1.0)  # of zero it is one
+    parts = [lr**2 * (widest(v) * widest(g)).sum() for lr, v, g in steps]
+    factor = (kl_clip / torch.stack(parts).sum().clamp_min(0.0)).sqrt().clamp_max(1.0)
+    return factor.to(accurate_dtype(steps[0][1]))  # of zero it is one
 
 
 def predicted_change(
@@ -73,12 +69,6 @@ def predicted_change(
     slope = sum(_inner(gradients[n], δ) for n, δ in step.items())
     bend = sum(_inner(curved[n], δ) for n, δ in step.items())
     return float(slope + bend / 2)
-
-
-def _largest(tensors: Sequence[Tensor]) -> Tensor:
-    """The size of their largest entry; where all are zero, some number that is not."""
-    largest = torch.stack([t.abs().amax() for t in tensors]).amax()
-    return torch.where(largest > 0, largest, 1.0)
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:

@@ -406,8 +406,21 @@ def test_never_farther_than_kfac(name, fisher):
         assert all(a <= before + 1e-12 * C.norm() for a in after), name
 
 
-@pytest.mark.parametrize("scale", [1e-12, 1e10])
-@pytest.mark.parametrize("build", [mlp, lambda: Made(lambda m, x: x @ m.W @ m.W.mT, W=(4, 3))])
+def dead_group() -> nn.Module:
+    """One of whose groups has neither inputs nor gradients."""
+    alive = torch.tensor([1.0, 1.0, 0.0, 0.0])
+    return Made(
+        lambda m, x: (m.conv((x * alive).unsqueeze(-1)).squeeze(-1) * alive).tanh(),
+        conv=nn.Conv1d(4, 4, 1, groups=2),
+    )
+
+
+def tied_pair() -> nn.Module:
+    return Made(lambda m, x: x @ m.W @ m.W.mT, W=(4, 3))
+
+
+@pytest.mark.parametrize("scale", [1e-19, 1e-12, 1e10])
+@pytest.mark.parametrize("build", [mlp, tied_pair, dead_group])
 def test_kfoc_has_room_in_float32_for_small_and_for_large_gradients(build, scale):
     """Blocks scale with the square of the outputs, and nothing else changes."""
     model = seeded(build).float()

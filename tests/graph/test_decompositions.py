@@ -120,16 +120,22 @@ def places(p: dict[str, Tensor], x: Tensor, mask: Tensor) -> Tensor:
     return h.tanh()
 
 
+def behind_a_norm(p: dict[str, Tensor], x: Tensor, mask: Tensor) -> Tensor:
+    h = torch.nn.functional.rms_norm(x @ p["W"], (2,), p["s"])
+    h[mask] = p["t"]
+    return h.tanh()
+
+
 def numbers(p: dict[str, Tensor], x: Tensor, mask: Tensor) -> Tensor:
     h = p["t"].repeat(len(x), 3, 1)
     h[mask] = 0.5
     return (x @ p["W"] * h).tanh()
 
 
-@pytest.mark.parametrize("model", [tokens, places, numbers])
+@pytest.mark.parametrize("model", [tokens, places, behind_a_norm, numbers])
 def test_what_stands_where_a_mask_is_true_has_factors(model: Any) -> None:
     data = (rand(5, 3, 4), rand(5, 3, seed=1) > 0), rand(5, 3, 2, seed=2)
-    params, loss = {"W": rand(4, 2, seed=3), "t": rand(2, seed=4)}, nn.MSELoss()
+    params, loss = {"s": rand(2), "W": rand(4, 2, seed=3), "t": rand(2, seed=4)}, nn.MSELoss()
     program = fxkfac.trace(model, data[0], params)
     assert max(fxkfac.check(program, loss, data).values()) < 1e-14
     found = fxkfac.kfac(program, loss, data)["t"].dense()

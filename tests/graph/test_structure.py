@@ -407,6 +407,22 @@ def test_weights_are_computed_in_many_ways(case, teacher):
         assert_relative(found.dense(), expected.dense())
 
 
+@pytest.mark.parametrize("used_apart", [False, True])
+def test_another_parameter_in_a_derived_weight_is_refused(used_apart):
+    """Its block would lack what reaches it through the weight."""
+
+    def forward(m, x):
+        apart = x.sin() @ m.u if used_apart else 0
+        return (x @ (m.w + m.u)).tanh() + apart
+
+    model, x = randomised(lambda: Made(forward, w=(4, 3), u=(4, 3))), rand(5, 4)
+    with pytest.raises(OptionError, match=r"'u' enters the weight 'add\(w\)'(.|\n)*'identity'"):
+        fxkfac.trace(model, x, structure={"w": "derived"})
+    for other in ("derived", "identity", "skip"):
+        if not (used_apart and other == "derived"):
+            assert fxkfac.trace(model, x, structure={"w": "derived", "u": other})
+
+
 def test_a_complex_derived_weight_is_refused_by_what_helps():
     def forward(m, x):
         return torch.fft.irfft(torch.fft.rfft(x) * torch.fft.rfft(m.c), n=5)

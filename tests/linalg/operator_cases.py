@@ -118,6 +118,12 @@ def sum_beside_a_singular_one(s: Source, g: int, i: int, o: int) -> KroneckerSum
     return KroneckerSum(Kronecker(s.rank_one(g, i), s.rank_one(g, o)), kronecker(s, g, i, o))
 
 
+def sum_with_a_term_of_no_outputs(s: Source, g: int, i: int, o: int) -> KroneckerSum:
+    """That is zero, however large its inputs are."""
+    none = Kronecker(1e3 * s.regular(g, i), 0 * s.regular(g, o))
+    return KroneckerSum(kronecker(s, g, i, o), none)
+
+
 def diagonal(s: Source, g: int, i: int, o: int) -> Diagonal:
     return Diagonal(s.positive(g, i, o))
 
@@ -176,6 +182,7 @@ REGULAR = [
     sum_of_singular_ones,
     sum_of_singular_inputs,
     sum_beside_a_singular_one,
+    sum_with_a_term_of_no_outputs,
     diagonal,
     number,
     scaled_identity,

@@ -406,6 +406,40 @@ def test_damping_is_there_however_small_beside_the_largest_eigenvalue(damp, rela
         assert ops.solve(found, torch.ones(found.shape)).isfinite().all()
 
 
+@pytest.mark.parametrize("damp", ["factors", "pi"])
+def test_what_is_damped_twice_has_both(damp):
+    s = Source(0, torch.float32)
+    op = ops.Kronecker(1e7 * s.rank_one(1, 2), s.regular(1, 3))
+    first, second = Damping(1e-2, damp), Damping(1e-12, damp)
+    for both in (op, ops.add(op, op)):
+        once = ops.damped(both, first)
+        twice = ops.damped(once, second)
+        close(ops.eigenvalues(twice).min(), ops.eigenvalues(once).min(), rtol=1e-2, atol=0)
+
+
+def test_damping_hides_no_negative_eigenvalue():
+    op = ops.Kronecker(
+        torch.eye(2).unsqueeze(0), torch.diag(torch.tensor([-0.5, 3.0])).unsqueeze(0)
+    )
+    for damp in ("factors", "pi"):
+        with pytest.raises(
+            OptionError, match=r"eigenvalue is -0.5 beside \S+; expected a positive"
+        ):
+            ops.eigenvalues(ops.damped(op, Damping(1.0, damp)))
+
+
+@pytest.mark.parametrize(("a", "b", "p"), [(2e-4, 200, 2), (300, 0.01, 2), (1e-5, 1e3, -1)])
+def test_powers_have_room_where_those_of_the_factors_have_none(a, b, p):
+    one = torch.ones(1, 1, 1, dtype=torch.float16)
+    found = ops.power(ops.Kronecker(a * one, b * one), p).eigenvalues
+    close(found.double().squeeze(), torch.tensor((a * b) ** p, dtype=F64), rtol=1e-2, atol=0)
+
+
+def test_norms_of_half_precision_and_of_infinity():
+    assert ops.norm(ops.Diagonal(torch.ones(100_000, dtype=torch.float16))).item() == 316.25
+    assert ops.norm(ops.Diagonal(torch.tensor([1.0, torch.inf]))) == torch.inf
+
+
 EMPTY = [(1, 0, 2), (1, 2, 0), (0, 2, 2), (1, 0, 0), (0, 0, 0)]
 
 

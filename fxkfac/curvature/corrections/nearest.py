@@ -29,25 +29,25 @@ def with_unit(pairs: Pairs, side: int) -> Pairs:
     """
     found: dict[Place, Pair] = {}
     for place, pair in pairs.items():
-        size, other = _size(pair[side]), pair[1 - side]
-        if len(size) != (1 if other.ndim == 1 else len(other)):
-            size = size.max().view(1)
-        unit, rest = _times(pair[side], 1 / size), _times(other, size)
+        factor, other = pair[side], pair[1 - side]
+        groups = 1 if factor.ndim == 1 else len(factor)
+        alike = groups == (1 if other.ndim == 1 else len(other))
+        size = _size(factor.reshape(groups if alike else 1, -1))
+        unit = factor / _beside(size, factor)
+        rest = other * _beside(size, other)
         found[place] = (unit, rest) if side == 0 else (rest, unit)
     return found
 
 
-def _size(factor: Tensor) -> Tensor:
-    """The largest entry of every group; of a diagonal, (1,); one where all are zero."""
-    groups = 1 if factor.ndim == 1 else len(factor)
-    if not factor.numel():
-        return factor.new_ones(groups)
-    found = factor.abs().view(groups, -1).amax(1)
+def _size(rows: Tensor) -> Tensor:
+    """The largest entry of every row; one where all are zero."""
+    found = rows.abs().amax(1) if rows.numel() else rows.new_zeros(len(rows))
     return torch.where(found > 0, found, torch.ones_like(found))
 
 
-def _times(factor: Tensor, scale: Tensor) -> Tensor:
-    return factor * (scale if factor.ndim == 1 else scale.view(-1, 1, 1))
+def _beside(scale: Tensor, factor: Tensor) -> Tensor:
+    """One number for every group, as a factor is multiplied by it."""
+    return scale if factor.ndim == 1 else scale.view(-1, 1, 1)
 
 
 def with_left(parts: Sequence[Overlap], pairs: Pairs, sums: Mapping[Place, Tensor]) -> Pairs:
@@ -97,7 +97,7 @@ def explained(
     """
     found = []
     for part in parts:
-        size = torch.stack([_size(pairs[k][side]).max() for k in part]).max()
+        size = _size(torch.cat([pairs[k][side].flatten() for k in part]).unsqueeze(0))
         small = {k: _smaller(pairs[k], side, size) for k in part}
         total: Tensor | None = None
         for k in part:

@@ -38,6 +38,8 @@ def decompose(graph: Graph, selected: Sequence[Node], inputs: Sequence[Node]) ->
         with graph.inserting_before(node):
             result = rewrite(Rewriter(graph, node, own))
         if result is not None:
+            if "val" in node.meta:  # what comes behind it may be taken apart by what it is
+                result.meta.setdefault("val", node.meta["val"])
             node.replace_all_uses_with(result)
             graph.erase_node(node)
     for node in list(graph.nodes):

@@ -116,6 +116,8 @@ def masked(at: Rewriter) -> Node | None:
     known = [n.meta.get("val") for n in (at["self"], at["values"], masks[0])]
     if at["accumulate"] or len(masks) > 1 or any(value is None for value in known):
         return None
+    if at.is_parameter(at.node):  # what parameters alone are put together of is a view of them
+        return None
     rows, values, mask = known
     inside = rows.ndim - at["indices"].index(masks[0]) - mask.ndim  # axes of a selected row
     if mask.dtype != torch.bool or values.ndim > inside:

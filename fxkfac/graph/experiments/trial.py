@@ -24,7 +24,7 @@ from fxkfac.graph.front_ends.capture import Captured, Refusal
 from fxkfac.graph.signature import near
 from fxkfac.graph.structure import Structures
 from fxkfac.graph.tap import tap_uses, without_dropout
-from fxkfac.graph.uses.derived import derived_weights
+from fxkfac.graph.uses.derived import derived_weights, require_no_other
 from fxkfac.graph.uses.ir import Example, Use
 from fxkfac.graph.uses.match import Matched, match
 from fxkfac.isolation import is_finite
@@ -82,6 +82,8 @@ def attempt(
     through = {node: p for node, p in captured.placeholders().items() if p in structures.derived}
     inputs = dict(zip(captured.inputs(), model.signature.axes, strict=True))
     derived = derived_weights(captured.module.graph, through, inputs)
+    with_block = {node: p for node, p in captured.placeholders().items() if structures.has_own(p)}
+    require_no_other(captured.module.graph, derived, with_block)
     return Trial(model, captured, dynamic, state, data, generator, structures, derived)
 
 

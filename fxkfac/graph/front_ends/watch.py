@@ -66,7 +66,7 @@ class Watch:
         return self._key
 
     def _is_as_it_was(self) -> bool:
-        objects = self._now()
+        objects = _objects(self._modules, self._reached)
         return (
             len(objects) == len(self._objects)
             and all(map(is_, objects, self._objects))
@@ -87,17 +87,9 @@ class Watch:
         values = enumerate(self._reached.values)
         held = tuple(Same(v) if k in moving else self._of_value(v) for k, v in values)
         # All of it would be hashed at every batch.
-        everywhere = tuple(map(Same, self._hooks_elsewhere()))
+        everywhere = tuple(map(Same, _global_hooks()))
         self._key = self._tokens.setdefault((tuple(parts), functions, held, everywhere), object())
-        self._objects = self._now()
-
-    def _now(self) -> list[Any]:
-        return _objects(self._modules, self._reached) + self._hooks_elsewhere()
-
-    def _hooks_elsewhere(self) -> list[Any]:
-        """Those of all modules, and of the parameters of a function."""
-        of_function = not isinstance(self.model.model, nn.Module)
-        return _global_hooks() + (_hooks_of(self.model.tensors.values()) if of_function else [])
+        self._objects = _objects(self._modules, self._reached)
 
     def _of_module(
         self, m: nn.Module, places: Mapping[nn.Module, int], by_identity: bool
@@ -115,7 +107,6 @@ class Watch:
             tuple((kind, *map(Same, held[kind].values())) for kind in HOOKS if held[kind]),
             tuple((n, _of_tensor(t, by_identity)) for n, t in m._parameters.items()),
             tuple((n, _of_tensor(t, by_identity)) for n, t in m._buffers.items()),
-            tuple(map(Same, _hooks_of(m._parameters.values()))),
             tuple((name, self._of_value(held[name])) for name in chosen),
         )
 
@@ -172,19 +163,12 @@ def _objects(modules: Iterable[nn.Module], reached: Reached) -> list[Any]:
             if part:
                 found += part
                 found += part.values()
-        found += _hooks_of(held["_parameters"].values())
         for kind in HOOKS:
             if held[kind]:
                 found += held[kind].values()
     for function in reached.functions:
         found += named_by(function)
-    return found
-
-
-def _hooks_of(parameters: Iterable[Tensor | None]) -> list[Any]:
-    """What hears, and may change, the gradients of parameters."""
-    heard = (t._backward_hooks for t in parameters if t is not None and t._backward_hooks)
-    return [hook for hooks in heard for hook in hooks.values()]
+    return found + _global_hooks()
 
 
 def _global_hooks() -> list[Any]:

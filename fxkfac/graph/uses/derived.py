@@ -72,6 +72,26 @@ def derived_weights(
     return names
 
 
+def require_no_other(
+    graph: Graph, derived: Mapping[Node, str], parameters: Mapping[Node, str]
+) -> None:
+    """Raise `OptionError` where one of these parameters enters the computation of a weight.
+
+    Args:
+        graph: A captured graph.
+        derived: What `derived_weights` returned.
+        parameters: Placeholders of parameters that are to have blocks of their own.
+    """
+    for node, name in parameters.items() if derived else ():
+        reached = depend_on(graph, [node], blind=SHAPE_ONLY | LIKE | STOPS)
+        for root in derived.keys() & reached:
+            raise OptionError(
+                f"{name!r} enters the weight {derived[root]!r}, which has a block of its own; "
+                f"expected 'derived' for all parameters that it is computed from. Say structure="
+                f"{{{name!r}: 'derived'}}, or 'identity' or 'skip', too."
+            )
+
+
 def _is_other_length(node: Node, inputs: Mapping[Node, int | None]) -> bool:
     """Whether it is the length of an axis of the data that is not that of the batch."""
     if node.target is not length:

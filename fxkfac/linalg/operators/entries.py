@@ -16,6 +16,7 @@ from fxkfac.linalg.operators.composed import BlockDiagonal, Dense, Diagonal, Pla
 from fxkfac.linalg.operators.factored import Congruence, Eigenbasis, Kronecker, KroneckerSum
 from fxkfac.linalg.operators.named import Named, public
 from fxkfac.linalg.operators.products import apply, gathered, transpose, unrotated
+from fxkfac.precision import widest
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -211,9 +212,9 @@ def norm(operator: Operator) -> Tensor:
     """The Frobenius norm √Σ C_ij², a tensor of no axes; of sums by `inner`."""
     match operator:
         case Kronecker():
-            a, b = _largest(operator.A), _largest(operator.B)
-            unit = Kronecker(operator.A / a, operator.B / b)
-            return a * (b * inner(unit, unit).sqrt())
+            A, B = widest(operator.A), widest(operator.B)
+            found = (_of_factors(A, A) * _of_factors(B, B)).sum().sqrt()
+            return found.to(operator.dtype)
         case Eigenbasis():
             return _length(operator.eigenvalues)
         case Diagonal() | Dense():
@@ -228,14 +229,7 @@ def norm(operator: Operator) -> Tensor:
 
 def _length(entries: Tensor) -> Tensor:
     """√Σ x², also where squares are too small or too large for the dtype."""
-    largest = _largest(entries)
-    return largest * (entries / largest).square().sum().sqrt()
-
-
-def _largest(factor: Tensor) -> Tensor:
-    """Its largest entry; of zeros, or of none, it is one."""
-    found = factor.abs().amax() if factor.numel() else factor.new_zeros(())
-    return torch.where(found > 0, found, 1.0)
+    return widest(entries).square().sum().sqrt().to(entries.dtype)
 
 
 def terms_of(operator: Operator) -> tuple[Operator, ...]:

@@ -22,6 +22,7 @@ from fxkfac.linalg.operators.spectra import (
     of_blocks,
 )
 from fxkfac.linalg.operators.symmetric import singular
+from fxkfac.precision import widest
 from fxkfac.ranges import number_in, require_number
 
 
@@ -48,10 +49,10 @@ def power(operator: Operator, exponent: float) -> Operator:
             return in_place(lambda placed: power(placed, exponent), operator)
         case KroneckerSum() if exponent == -1:
             return regular_pencil(operator).inverse
-        case Kronecker():  # the products of powers have room where powers of products have none
+        case Kronecker():  # of which the dtype may have room for powers, and none for products
             (λ, Q_A), (μ, Q_B) = factors_eigh(operator)
-            powers = _powers(λ, exponent).unsqueeze(-1) * _powers(μ, exponent).unsqueeze(-2)
-            return Eigenbasis(Q_A, Q_B, _require_room(powers))
+            powers = _powers(widest(λ).unsqueeze(-1) * widest(μ).unsqueeze(-2), exponent)
+            return Eigenbasis(Q_A, Q_B, _require_room(powers.to(operator.dtype)))
         case _:
             return mapped(lambda λ: _require_room(_powers(λ, exponent)), operator)
 
@@ -99,7 +100,7 @@ def logdet(operator: Operator) -> Tensor:
             found = pencil(operator)
             return operator.like.new_tensor(-torch.inf) if found is None else found.logdet
         case Kronecker():
-            return _logs(operator).sum()
+            return _logs(operator).sum().to(operator.dtype)
         case _:
             return eigenvalues(operator).log().sum()
 
@@ -125,7 +126,8 @@ def condition(operator: Operator) -> Tensor:
     if isinstance(operator, Kronecker):
         logs = _logs(operator)
         smallest = logs.min()
-        return torch.where(smallest > -torch.inf, (logs.max() - smallest).exp(), torch.inf)
+        found = torch.where(smallest > -torch.inf, (logs.max() - smallest).exp(), torch.inf)
+        return found.to(operator.dtype)
     λ = eigenvalues(operator)
     smallest = λ.min()
     return torch.where(smallest > 0, λ.max() / smallest, torch.inf)  # also where all are zero
@@ -133,5 +135,5 @@ def condition(operator: Operator) -> Tensor:
 
 def _logs(operator: Kronecker) -> Tensor:
     """Those of all eigenvalues, of which the products may be too small or too large."""
-    λ, μ = factors_eigenvalues(operator)
+    λ, μ = map(widest, factors_eigenvalues(operator))
     return (λ.log().unsqueeze(-1) + μ.log().unsqueeze(-2)).expand(operator.shape)

@@ -5,7 +5,8 @@ entries from 0 to 1, for factors scaled to the same mean eigenvalue. In these co
 has the entries λ_i μ_j + (1 − λ_i)(1 − μ_j), each term times its scale. They are as accurate as
 A₁ + A₂ and B₁ + B₂ are well conditioned, which the four need not be; where one of these two is
 singular, so is the whole. The coordinates are not orthogonal, so that they give the inverse and
-the determinant, and no eigenvalues.
+the determinant, and no eigenvalues. They are found in float64 where the device has it: what is
+small in one term is 1 − λ beside the other.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from fxkfac.linalg.operators.factored import Congruence, Factor, Kronecker, KroneckerSum
 from fxkfac.linalg.operators.symmetric import require_finite, rounded, rounding, singular
-from fxkfac.precision import accurate
+from fxkfac.precision import widest
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -57,6 +58,8 @@ def pencil(operator: KroneckerSum) -> Pencil | None:
         NonFiniteError: A factor holds NaN or Inf.
     """
     first, second = operator.first, operator.second
+    if not operator.numel:
+        return _of_nothing(operator)
     A = _pair(first.A, second.A, first.A_least, second.A_least)
     B = _pair(first.B, second.B, first.B_least, second.B_least)
     if A is None or B is None:
@@ -71,6 +74,14 @@ def pencil(operator: KroneckerSum) -> Pencil | None:
     dtype = operator.dtype
     U = None if A.basis is None else A.basis.to(dtype)
     return Pencil(U, B.basis.to(dtype), scale.to(dtype), values.to(dtype), logdet.to(dtype))
+
+
+def _of_nothing(operator: KroneckerSum) -> Pencil:
+    """The coordinates of a sum without entries, which is regular."""
+    like, (groups, d_in, d_out) = operator.like, operator.shape
+    U, V = like.new_zeros(groups, d_in, d_in), like.new_zeros(groups, d_out, d_out)
+    empty = like.new_zeros(operator.shape)
+    return Pencil(U, V, empty, empty, like.new_zeros(()))
 
 
 def regular_pencil(operator: KroneckerSum) -> Pencil:
@@ -121,8 +132,8 @@ def _values(A: _Pair, B: _Pair, least: Tensor) -> Tensor:
 def _least(term: Kronecker) -> Float[Tensor, " group"]:
     """What is known to be below all eigenvalues of a term."""
     if term.A_least is None or term.B_least is None:
-        return accurate(term.like).new_zeros(1)
-    return accurate(term.A_least) * accurate(term.B_least)
+        return widest(term.like).new_zeros(1)
+    return widest(term.A_least) * widest(term.B_least)
 
 
 def _pair(a: Tensor, b: Tensor, least_a: Tensor | None, least_b: Tensor | None) -> _Pair | None:
@@ -130,8 +141,8 @@ def _pair(a: Tensor, b: Tensor, least_a: Tensor | None, least_b: Tensor | None) 
     require_finite(a, b)
     if a.ndim != b.ndim:  # no larger than the other
         a, b = (torch.diag_embed(t) if t.ndim == 2 else t for t in (a, b))
-    a, s = _scaled(accurate(a))
-    b, t = _scaled(accurate(b))
+    a, s = _scaled(widest(a))
+    b, t = _scaled(widest(b))
     if a.ndim == 2:
         σ = a + b
         if not bool((σ > 0).all()):
@@ -149,12 +160,15 @@ def _pair(a: Tensor, b: Tensor, least_a: Tensor | None, least_b: Tensor | None) 
 
 def _known(least: Tensor | None, scale: Float[Tensor, " group"]) -> Float[Tensor, " group"]:
     """The same beside a factor that was divided by its scale."""
-    return torch.zeros_like(scale) if least is None else least.to(scale.dtype) / scale
+    return torch.zeros_like(scale) if least is None else least.to(scale.dtype) / _or_one(scale)
 
 
 def _scaled(factor: Tensor) -> tuple[Tensor, Float[Tensor, " group"]]:
-    """A factor of mean eigenvalue one, and what it was divided by; zero stays as it is."""
+    """A factor of mean eigenvalue one, and its own mean; zero stays as it is."""
     diagonal = factor if factor.ndim == 2 else factor.diagonal(dim1=-2, dim2=-1)
-    mean = diagonal.mean(-1)
-    mean = torch.where(mean > 0, mean, 1.0)
-    return factor / mean.view(-1, *[1] * (factor.ndim - 1)), mean
+    mean = diagonal.mean(-1).clamp_min(0)
+    return factor / _or_one(mean).view(-1, *[1] * (factor.ndim - 1)), mean
+
+
+def _or_one(scale: Tensor) -> Tensor:
+    return torch.where(scale > 0, scale, 1.0)

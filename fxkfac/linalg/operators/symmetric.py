@@ -78,14 +78,14 @@ def rounded(
         return λ
     largest = λ.amax(-1, keepdim=True).clamp_min(0)
     lowest = λ.amin(-1, keepdim=True)
+    known = torch.zeros_like(lowest) if least is None else least.to(λ.dtype).unsqueeze(-1)
+    lowest = lowest - known.clamp_min(0)  # without what damping has added
     if bool((lowest < -NEGATIVE * largest).any()):
         raise OptionError(
             f"the smallest eigenvalue is {lowest.min().item():.3g} beside "
             f"{largest.max().item():.3g}; expected a positive semi-definite matrix."
         )
-    noise = rounding(λ) * largest
-    known = torch.where(λ <= noise, 0.0, λ)
-    return known if least is None else known.maximum(least.to(λ.dtype).unsqueeze(-1))
+    return torch.where(λ <= rounding(λ) * largest, 0.0, λ).maximum(known)
 
 
 def rounded_squares(λ: Float[Tensor, "group d_in d_out"]) -> Float[Tensor, "group d_in d_out"]:
