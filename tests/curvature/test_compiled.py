@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+import torch.nn.functional as F
 import zoo_functional  # noqa: F401 - registers its entries
 import zoo_wide  # noqa: F401 - likewise
 from benchmarks.models import GPT
@@ -18,6 +19,7 @@ import fxkfac
 from fxkfac.curvature import backends, moments
 from fxkfac.curvature.inductor import code, inside, whole
 from fxkfac.curvature.inductor.inside import is_fixed, is_open
+from fxkfac.curvature.inductor.traced import Kind, traced
 from fxkfac.curvature.padding import Padding
 from fxkfac.errors import DataError, FxkfacError, OptionError
 
@@ -325,6 +327,52 @@ def test_a_sum_with_a_factor_behind_a_product():
     """Inductor by itself makes one op of both, and loses the factor."""
     entry = ZOO["bias_from_the_left"]
     compare(entry.trace(*entry.build(), 6), entry.loss, entry.data(6), 1e-10, FLAVOURS[2:])
+
+
+ROWS = torch.tensor([2, 0])
+TINY = torch.tensor([[0], [2], [1], [5]])
+WRONG = {  # by inductor alone, forwards or back; of an image and its rows
+    "a factor, in bytes": lambda im, x: torch.add(x, torch.arange(24).view(4, 6).byte(), alpha=-1),
+    "a factor of a number": lambda im, x: torch.add(x, 2.0, alpha=0.3),
+    "a factor, in float32": lambda im, x: torch.add(x, x.float(), alpha=1 / 3),
+    "a window over the edge": lambda im, x: F.avg_pool2d(im, 2, ceil_mode=True),
+    "in one dimension": lambda im, x: F.avg_pool1d(x, 4, ceil_mode=True),
+    "in three": lambda im, x: F.avg_pool3d(im, 2, ceil_mode=True),
+    "scales": lambda im, x: F.interpolate(im, scale_factor=1.7),
+    "draws": lambda im, x: x * torch.bernoulli(torch.full_like(x, 0.3)),
+    "numbers": lambda im, x: x * torch.full_like(x, 0.1).scatter(1, TINY, 0.7),
+    "put": lambda im, x: torch.put(x.sum().expand(4, 6), ROWS, x[0, :2]),
+    "diagonal": lambda im, x: torch.diagonal_scatter(x.sum().expand(4, 6), x[0, :4]),
+    "beside zeros": lambda im, x: (x.sum(0).expand(4, 6) + 0 * x).index_add(0, ROWS, x[:2]),
+    "beside ones": lambda im, x: (x.sum(0) * torch.ones_like(x)).index_copy(0, ROWS, x[:2]),
+}
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_what_inductor_gets_wrong_is_kept_from_it():
+    def values_and_gradients(*inputs):
+        found = {}
+        for name, function in WRONG.items():
+            leaves = [t.detach().requires_grad_() for t in inputs]
+            y = function(*leaves)
+            vector = torch.arange(1.0, y.numel() + 1).view_as(y).to(y).sin()
+            gradients = torch.autograd.grad(y, leaves, vector, allow_unused=True)
+            found[name] = [y.detach(), *(g for g in gradients if g is not None)]
+        return found
+
+    inputs = rand(2, 4, 7, 6), rand(4, 6)
+    module, results = traced(values_and_gradients, [Kind.of(t) for t in inputs])
+    arguments = [n.name for n in module.graph.nodes if n.op == "placeholder"]
+    compiled = code.code_of(module, results, set(module.graph.nodes))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        found = compiled(dict(zip(arguments, inputs, strict=True)))
+        torch.manual_seed(0)
+        expected = values_and_gradients(*inputs)
+    for name, tensors in code.read(code.names_of(results), found).items():
+        for t, right in zip(tensors, expected[name], strict=True):
+            torch.testing.assert_close(t, right, rtol=1e-12, atol=1e-12, msg=name)
 
 
 @needs_compiler

@@ -13,13 +13,14 @@ from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from fxkfac.curvature.inductor import mended
 from fxkfac.errors import FxkfacError
 from fxkfac.graph.overloads import draws
 from fxkfac.graph.quiet import quietly
 
 EAGER = "Use backend='eager'."
 # Dropout draws what it draws without compilation.
-OPTIONS: dict[str, Any] = {"fallback_random": True}
+OPTIONS: dict[str, Any] = {"fallback_random": True, **mended.OPTIONS}
 
 Values = Mapping[str, Tensor]  # of the joint graph's nodes, by their names
 

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.func import functionalize
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from fxkfac.curvature.inductor.code import EAGER, first_line
+from fxkfac.curvature.inductor.mended import mend
 from fxkfac.errors import FxkfacError, OptionError
 from fxkfac.graph.quiet import quietly
 from fxkfac.graph.tap import Taps
@@ -24,14 +25,6 @@ aten = torch.ops.aten
 
 # Compiled code lays out what it computes in its own way, in which these may need a copy.
 VIEWS = {aten.view.default, aten._unsafe_view.default}
-# Of a tensor whose entries share memory, inductor makes the copy in that memory, and is wrong.
-INTO_A_COPY = {
-    aten.index_put.default,
-    aten.index_add.default,
-    aten.index_copy.default,
-    aten.index_fill.int_Scalar,
-    aten.index_fill.int_Tensor,
-}
 
 
 class Kind(NamedTuple):
@@ -101,32 +94,7 @@ def traced(function: Callable[..., Any], kinds: Sequence[Kind]) -> tuple[GraphMo
             node.replace_all_uses_with(node.args[0])
         elif node.target in VIEWS:
             node.target = aten.reshape.default
-        elif node.target in INTO_A_COPY and _repeats(node.args[0].meta["val"]):
-            _write_out(node)
-        elif node.target is aten.add.Tensor and "alpha" in node.kwargs:
-            _scale_first(node)
+        else:
+            mend(node)
     leaves: Any = module.graph.output_node().args[0]
     return module, pytree.tree_unflatten(leaves, specs[0])
-
-
-def _repeats(t: Tensor) -> bool:
-    """Whether entries of a tensor share memory."""
-    return any(step == 0 and size > 1 for size, step in zip(t.shape, t.stride(), strict=True))
-
-
-def _write_out(node: Node) -> None:
-    """Give an op its first argument without shared memory."""
-    first, *rest = node.args
-    with node.graph.inserting_before(node):
-        own = node.graph.call_function(
-            aten.clone.default, (first,), {"memory_format": torch.contiguous_format}
-        )
-    node.args = (own, *rest)
-
-
-def _scale_first(node: Node) -> None:
-    """x + α y by two ops: where x or y is a product, inductor makes one op of both, without α."""
-    x, y = node.args
-    with node.graph.inserting_before(node):
-        scaled = node.graph.call_function(aten.mul.Tensor, (y, node.kwargs["alpha"]))
-    node.args, node.kwargs = (x, scaled), {}
