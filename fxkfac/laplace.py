@@ -224,8 +224,8 @@ def _require_draws(posterior: Posterior, draws: Draws) -> dict[str, Tensor]:
     names = list(posterior.mean)
     if not isinstance(draws, Mapping) or not all(isinstance(d, Tensor) for d in draws.values()):
         raise ParameterError(
-            f"draws are {draws!r:.80}; expected tensors by name, as "
-            "fxkfac.laplace.sample returns them."
+            f"draws are of type {type(draws).__name__}, and not tensors by name; expected such, "
+            "as fxkfac.laplace.sample returns them."
         )
     if set(draws) != set(names):
         raise UnknownParameter(f"draws of {list(draws)}; expected one of each of {names}.")

@@ -825,6 +825,8 @@ class TestOtherKinds:
         posterior = laplace.posterior(factors)
         with refuses(ParameterError, "of type Tensor", "tensors by name"):
             laplace.predictions(posterior, rand(2, 3), X)
+        with refuses(ParameterError, "of type dict", "tensors by name"):
+            laplace.predictions(posterior, dict.fromkeys(posterior.mean, 1.0), X)
 
     def test_a_mask(self, program):
         with refuses(OptionError, "mask is of type int", "keyword of an input", "function"):
