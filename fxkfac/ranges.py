@@ -11,7 +11,6 @@ from math import inf, isfinite
 from numbers import Integral, Real
 from typing import Any
 
-import numpy as np
 from torch import Generator, Tensor
 
 from fxkfac.errors import OptionError
@@ -43,8 +42,9 @@ def require_generator(generator: Any) -> None:
 
 def require_flag(name: str, value: Any) -> bool:
     """True or False. Raises `OptionError` for anything else."""
-    require(isinstance(value, bool | np.bool_), f"{name}={value!r}; expected True or False.")
-    return bool(value)
+    found = value.item() if getattr(value, "shape", None) == () else value  # as NumPy's have it
+    require(isinstance(found, bool), f"{name}={value!r}; expected True or False.")
+    return bool(found)
 
 
 def number_in(value: Any) -> Any:

@@ -16,7 +16,7 @@ from fxkfac.curvature.inductor.inside import is_fixed, is_open
 from fxkfac.curvature.inductor.traced import Kind
 from fxkfac.curvature.inductor.whole import Objective, Outcome, Whole, is_whole, whole
 from fxkfac.curvature.receive import Receiver
-from fxkfac.curvature.slope import Slope, batch_scale, slope_of
+from fxkfac.curvature.slope import Slope, batch_slope
 from fxkfac.curvature.together import gradients_of
 from fxkfac.errors import OptionError
 from fxkfac.graph.program import Program
@@ -78,10 +78,8 @@ class Forward:
         self, prediction: Tensor, gradients: Callable[[Tensor], Sequence[Tensor | None]]
     ) -> Slope:
         """By what gives ⟨cotangent, f⟩'s gradients."""
-        underflows, y = self.tapped.captured.underflows, self.targets
-        scale = batch_scale(self.likelihood, prediction, y, underflows)
-        found = slope_of(self.likelihood, prediction, y, gradients, underflows, scale)
-        return Slope(*found, scale)
+        underflows = self.tapped.captured.underflows
+        return batch_slope(self.likelihood, prediction, self.targets, gradients, underflows)
 
 
 @dataclass(frozen=True)

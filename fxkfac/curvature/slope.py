@@ -52,6 +52,19 @@ def slope_of(
     return criterion, summed_gradients(gradients, cotangent, underflows)
 
 
+def batch_slope(
+    likelihood: Likelihood,
+    prediction: Tensor,
+    targets: Any,
+    gradients: Callable[[Tensor], Sequence[Tensor | None]],
+    underflows: bool,
+) -> Slope:
+    """Those of one batch, scaled by its own R."""
+    scale = batch_scale(likelihood, prediction, targets, underflows)
+    found = slope_of(likelihood, prediction, targets, gradients, underflows, scale)
+    return Slope(*found, scale)
+
+
 def may_scale(dtype: torch.dtype, underflows: bool) -> bool:
     """Whether a cotangent may be scaled: in half precision what is small gets lost."""
     return dtype in ACCURATE and not underflows

@@ -230,12 +230,8 @@ def count_of(likelihood: Likelihood, f: Tensor, y: Target) -> float:
     found = likelihood.count(f, y)
     try:
         return float(found)
-    except (
-        TypeError,
-        ValueError,
-        OverflowError,
-        RuntimeError,
-    ) as error:  # of no number, and of several
+    # Of no number, one that is too large, and several.
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise LossError(
             f"{type(likelihood).__name__}.count returned {found!r:.80}; expected a number: what "
             "reduction='mean' divides by, for this batch."

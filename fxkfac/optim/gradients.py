@@ -13,7 +13,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from fxkfac.curvature.batch import require_finite_prediction
-from fxkfac.curvature.slope import Slope, SlopeSums, batch_scale, slope_of
+from fxkfac.curvature.slope import Slope, SlopeSums, batch_slope
 from fxkfac.curvature.together import gradients_of
 from fxkfac.functional import FunctionalModel, copied, split_inputs
 from fxkfac.graph.program import Program
@@ -74,9 +74,7 @@ def loss_and_gradients(
         if leaves:
             to_leaves = partial(gradients_of, run.prediction, list(leaves.values()))
             underflows = tapped.captured.underflows
-            scale = batch_scale(likelihood, f, targets, underflows)
-            found = slope_of(likelihood, f, targets, to_leaves, underflows, scale)
-            sums.add(leaves, Slope(*found, scale))
+            sums.add(leaves, batch_slope(likelihood, f, targets, to_leaves, underflows))
         else:
             sums.add((), Slope(likelihood.criterion(f, targets), ()))
     R = likelihood.reduction_factor(count)

@@ -26,6 +26,7 @@ from fxkfac.optim.adam import move_by_adam, named
 from fxkfac.optim.basis import require_squares
 from fxkfac.optim.gradients import (
     Batches,
+    Evaluation,
     loss_and_gradients,
     modes_with_buffers,
     move_buffers,
@@ -171,18 +172,19 @@ class KFAC(Optimizer):
         """Loss and gradients, and the curvature if it is due."""
         p = self.preconditioner
         if p.is_due:
-            found = pass_over(self.program, self.loss, data, **p.options)
-            if p.ekfac:
-                require_squares(found.gradients, p.covered, found.factors.reduction)
-            p.advance(found.factors)
-            return found.loss, found.gradients
-        wanted = self.program.asked.selected
-        slope = loss_and_gradients(self.program, p.likelihood, data, p.generator, wanted)
+            step = pass_over(self.program, self.loss, data, **p.options)
+            found, factors = (
+                Evaluation(step.loss, step.gradients, step.factors.reduction),
+                step.factors,
+            )
+        else:
+            wanted, factors = self.program.asked.selected, None
+            found = loss_and_gradients(self.program, p.likelihood, data, p.generator, wanted)
         if p.ekfac:
-            require_squares(slope.gradients, p.covered, slope.reduction)
-        p.advance(None)
-        p.reduction = slope.reduction
-        return slope.loss, slope.gradients
+            require_squares(found.gradients, p.covered, found.reduction)
+        p.advance(factors)
+        p.reduction = found.reduction
+        return found.loss, found.gradients
 
     def _follow_with_buffers(self, data: Batches) -> None:
         model = self.program.model

@@ -36,7 +36,7 @@ INTO_A_COPY = {
 
 def mend(node: Node) -> None:
     """Put what inductor gets right in the place of one node of a recorded graph."""
-    if node.target in INTO_A_COPY and _repeats(node.args[0].meta["val"]):  # type: ignore[union-attr]
+    if node.target in INTO_A_COPY and _repeats(node.all_input_nodes[0].meta["val"]):
         _write_out(node)
     elif node.target is aten.add.Tensor and "alpha" in node.kwargs:
         _scale_first(node)

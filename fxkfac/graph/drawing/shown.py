@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fxkfac.graph.dependence import LIKE, SHAPE_ONLY, STOPS, depend_on
+from fxkfac.graph.uses.derived import entering
 
 if TYPE_CHECKING:
     from fxkfac.graph.program import Program
@@ -25,9 +25,5 @@ def shown_at(program: Program, name: str) -> tuple[str, ...]:
         return (program.model.resolve(name),)
     graph = tapped.captured.module.graph
     (weight,) = (node for node in graph.nodes if node.name == tapped.derived[name][0])
-    blind = SHAPE_ONLY | LIKE | STOPS
-    return tuple(
-        parameter
-        for node, parameter in tapped.captured.placeholders().items()
-        if parameter in program.asked.derived and weight in depend_on(graph, [node], blind=blind)
-    )
+    placeholders = tapped.captured.placeholders().items()
+    return entering(graph, weight, {n: p for n, p in placeholders if p in program.asked.derived})

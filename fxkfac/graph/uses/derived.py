@@ -82,14 +82,21 @@ def require_no_other(
         derived: What `derived_weights` returned.
         parameters: Placeholders of parameters that are to have blocks of their own.
     """
-    for node, name in parameters.items() if derived else ():
-        reached = depend_on(graph, [node], blind=SHAPE_ONLY | LIKE | STOPS)
-        for root in derived.keys() & reached:
+    for root, weight in derived.items():
+        for name in entering(graph, root, parameters):
             raise OptionError(
-                f"{name!r} enters the weight {derived[root]!r}, which has a block of its own; "
-                f"expected 'derived' for all parameters that it is computed from. Say structure="
+                f"{name!r} enters the weight {weight!r}, which has a block of its own; expected "
+                "'derived' for all parameters that it is computed from. Say structure="
                 f"{{{name!r}: 'derived'}}, or 'identity' or 'skip', too."
             )
+
+
+def entering(graph: Graph, root: Node, parameters: Mapping[Node, str]) -> tuple[str, ...]:
+    """Which of these parameters, by placeholders, a node is computed from, not by sizes alone."""
+    blind = SHAPE_ONLY | LIKE | STOPS
+    return tuple(
+        name for node, name in parameters.items() if root in depend_on(graph, [node], blind=blind)
+    )
 
 
 def _is_other_length(node: Node, inputs: Mapping[Node, int | None]) -> bool:

@@ -81,8 +81,7 @@ def scaled(operator: Operator, factor: float) -> Operator:
     require_not_negative("factor", number_in(factor))
     match operator:
         case Kronecker():
-            least = None if operator.B_least is None else factor * operator.B_least
-            return replace(operator, B=factor * operator.B, B_least=least)
+            return replace(operator, B=factor * operator.B, B_least=factor * operator.least[1])
         case Eigenbasis():
             return replace(operator, eigenvalues=factor * operator.eigenvalues)
         case Congruence():

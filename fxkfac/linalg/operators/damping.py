@@ -105,8 +105,8 @@ def _factors_damped(operator: Operator, damping: Damping) -> Operator:
             root = damping.value**0.5
             π = _pi(operator) if damping.damp == "pi" else operator.like.new_ones(1)
             A, B = _plus(operator.A, π * root), _plus(operator.B, root / π)
-            A_least, B_least = _more(operator.A_least, π * root), _more(operator.B_least, root / π)
-            return Kronecker(A, B, A_least.expand(len(A)), B_least.expand(len(B)))
+            A_least, B_least = operator.least
+            return Kronecker(A, B, A_least + π * root, B_least + root / π)
         case BlockDiagonal():
             return each_block(lambda block: _factors_damped(block, damping), operator)
         case Placed() if not operator.repeats or _has_factors(operator):
@@ -143,11 +143,6 @@ def _plus(factor: Tensor, shift: Float[Tensor, " group"]) -> Tensor:
         return factor + shift.view(-1, 1)
     eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
     return factor + shift.view(-1, 1, 1) * eye
-
-
-def _more(least: Tensor | None, shift: Float[Tensor, " group"]) -> Float[Tensor, " group"]:
-    """What all eigenvalues are no smaller than once they are shifted."""
-    return shift if least is None else least + shift
 
 
 def _pi(operator: Kronecker) -> Float[Tensor, " group"]:

@@ -182,54 +182,44 @@ def inner(one: Operator, other: Operator) -> Tensor:
             f"one operator acts on arrays {tuple(one.shape)}, the other on {tuple(other.shape)}; "
             "expected one shape."
         )
+    return _inner(one, other).to(one.dtype)
+
+
+def _inner(one: Operator, other: Operator) -> Tensor:
+    """The same, in a dtype that has room for squares of entries."""
     match one, other:
         case (Sum() | KroneckerSum(), _):
-            return torch.stack([inner(term, other) for term in terms_of(one)]).sum()
+            return torch.stack([_inner(term, other) for term in terms_of(one)]).sum()
         case (_, Sum() | KroneckerSum()):
-            return inner(other, one)
+            return _inner(other, one)
         case (Diagonal(), _):
-            return (one.values * diagonal_of(other)).sum()
+            return _product(one.values, diagonal_of(other)).sum()
         case (_, Diagonal()):
-            return inner(other, one)
+            return _inner(other, one)
         case (Kronecker(), Kronecker()):
             return (_of_factors(one.A, other.A) * _of_factors(one.B, other.B)).sum()
         case (Eigenbasis(), Eigenbasis()) if one.Q_A is other.Q_A and one.Q_B is other.Q_B:
-            return (one.eigenvalues * other.eigenvalues).sum()
+            return _product(one.eigenvalues, other.eigenvalues).sum()
         case (Dense(), Dense()):
-            return (one.matrix * other.matrix).sum()
+            return _product(one.matrix, other.matrix).sum()
         case (BlockDiagonal(), BlockDiagonal()) if _shapes(one) == _shapes(other):
             pairs = zip(one.blocks, other.blocks, strict=True)
-            return torch.stack([inner(a, b) for a, b in pairs]).sum()
+            return torch.stack([_inner(a, b) for a, b in pairs]).sum()
         case (Placed(), Placed()) if not one.repeats and one.entries.equal(other.entries):
-            return inner(one.operator, other.operator)
+            return _inner(one.operator, other.operator)
         case _:
-            parts = [(apply(one, e) * apply(other, e)).sum() for e in units(one)]
-            return torch.stack([one.like.new_zeros(()), *parts]).sum()
+            parts = [_product(apply(one, e), apply(other, e)).sum() for e in units(one)]
+            return torch.stack([widest(one.like).new_zeros(()), *parts]).sum()
 
 
 @public
 def norm(operator: Operator) -> Tensor:
-    """The Frobenius norm √Σ C_ij², a tensor of no axes; of sums by `inner`."""
-    match operator:
-        case Kronecker():
-            A, B = widest(operator.A), widest(operator.B)
-            found = (_of_factors(A, A) * _of_factors(B, B)).sum().sqrt()
-            return found.to(operator.dtype)
-        case Eigenbasis():
-            return _length(operator.eigenvalues)
-        case Diagonal() | Dense():
-            return _length(operator.like)
-        case BlockDiagonal():
-            return _length(torch.stack([norm(block) for block in operator.blocks]))
-        case Placed() if not operator.repeats:
-            return norm(operator.operator)
-        case _:
-            return inner(operator, operator).sqrt()
+    """The Frobenius norm √Σ C_ij², a tensor of no axes, by `inner`."""
+    return _inner(operator, operator).sqrt().to(operator.dtype)
 
 
-def _length(entries: Tensor) -> Tensor:
-    """√Σ x², also where squares are too small or too large for the dtype."""
-    return widest(entries).square().sum().sqrt().to(entries.dtype)
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    return widest(a) * widest(b)
 
 
 def terms_of(operator: Operator) -> tuple[Operator, ...]:
@@ -247,7 +237,7 @@ def _of_factors(a: Tensor, b: Tensor) -> Float[Tensor, " group"]:
     """tr(a b) for every group, of matrices or diagonals."""
     if a.ndim != b.ndim:
         a, b = (t if t.ndim == 2 else t.diagonal(dim1=-2, dim2=-1) for t in (a, b))
-    return (a * b).flatten(1).sum(1)
+    return _product(a, b).flatten(1).sum(1)
 
 
 def _shapes(operator: BlockDiagonal) -> list[torch.Size]:

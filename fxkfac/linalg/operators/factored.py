@@ -56,6 +56,15 @@ class Kronecker(Operator):
         """B."""
         return self.B
 
+    @property
+    def least(self) -> tuple[Float[Tensor, " group"], Float[Tensor, " group"]]:
+        """What all eigenvalues of A and of B are no smaller than; zero where nothing is known."""
+        A, B = self.A_least, self.B_least
+        return (
+            self.A.new_zeros(len(self.A)) if A is None else A,
+            self.B.new_zeros(len(self.B)) if B is None else B,
+        )
+
 
 @final
 @dataclass(frozen=True)

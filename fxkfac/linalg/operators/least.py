@@ -21,8 +21,9 @@ def least(operator: Operator) -> Tensor:
             return _smallest(operator.values)
         case Eigenbasis():
             return _smallest(operator.eigenvalues)
-        case Kronecker() if operator.A_least is not None and operator.B_least is not None:
-            return _smallest(operator.A_least * operator.B_least)
+        case Kronecker():
+            A, B = operator.least
+            return _smallest(A * B)
         case KroneckerSum():
             return least(operator.first) + least(operator.second)
         case Sum():

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fxkfac.linalg.operators.factored import Congruence, Factor, Kronecker, KroneckerSum
+from fxkfac.linalg.operators.factored import Congruence, Factor, KroneckerSum
 from fxkfac.linalg.operators.symmetric import require_finite, rounded, rounding, singular
 from fxkfac.precision import widest
 
@@ -60,11 +60,13 @@ def pencil(operator: KroneckerSum) -> Pencil | None:
     first, second = operator.first, operator.second
     if not operator.numel:
         return _of_nothing(operator)
-    A = _pair(first.A, second.A, first.A_least, second.A_least)
-    B = _pair(first.B, second.B, first.B_least, second.B_least)
+    (A_least, B_least), (other_A, other_B) = first.least, second.least
+    A = _pair(first.A, second.A, A_least, other_A)
+    B = _pair(first.B, second.B, B_least, other_B)
     if A is None or B is None:
         return None
-    values = _values(A, B, _least(first) + _least(second)).expand(first.shape)
+    least = widest(A_least) * widest(B_least) + widest(other_A) * widest(other_B)
+    values = _values(A, B, least).expand(first.shape)
     if not bool((values > 0).all()):
         return None
     groups, d_in, d_out = first.shape
@@ -129,14 +131,7 @@ def _values(A: _Pair, B: _Pair, least: Tensor) -> Tensor:
     return torch.where(values > lost, values, 0.0).maximum(added)
 
 
-def _least(term: Kronecker) -> Float[Tensor, " group"]:
-    """What is known to be below all eigenvalues of a term."""
-    if term.A_least is None or term.B_least is None:
-        return widest(term.like).new_zeros(1)
-    return widest(term.A_least) * widest(term.B_least)
-
-
-def _pair(a: Tensor, b: Tensor, least_a: Tensor | None, least_b: Tensor | None) -> _Pair | None:
+def _pair(a: Tensor, b: Tensor, least_a: Tensor, least_b: Tensor) -> _Pair | None:
     """For symmetric a and b, or diagonals; `None` where their sum is singular."""
     require_finite(a, b)
     if a.ndim != b.ndim:  # no larger than the other
@@ -149,18 +144,13 @@ def _pair(a: Tensor, b: Tensor, least_a: Tensor | None, least_b: Tensor | None) 
             return None
         return _Pair(a / σ, b / σ, None, σ.rsqrt(), (s, t), σ.log().sum(-1), 0.0)
     σ, P = torch.linalg.eigh(a + b)
-    σ = rounded(σ, _known(least_a, s) + _known(least_b, t))
+    σ = rounded(σ, widest(least_a) / _or_one(s) + widest(least_b) / _or_one(t))
     if not bool((σ > 0).all()):
         return None
     W = P * σ.rsqrt().unsqueeze(-2)  # Wᵀ(a + b)W = I
     λ, Q = torch.linalg.eigh(W.mT @ a @ W)
     λ = λ.clamp(0, 1)
     return _Pair(λ, 1 - λ, W @ Q, torch.ones_like(λ), (s, t), σ.log().sum(-1), rounding(λ))
-
-
-def _known(least: Tensor | None, scale: Float[Tensor, " group"]) -> Float[Tensor, " group"]:
-    """The same beside a factor that was divided by its scale."""
-    return torch.zeros_like(scale) if least is None else least.to(scale.dtype) / _or_one(scale)
 
 
 def _scaled(factor: Tensor) -> tuple[Tensor, Float[Tensor, " group"]]:

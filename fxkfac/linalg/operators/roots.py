@@ -34,8 +34,9 @@ def cholesky(operator: Operator) -> Operator:
             scale = operator.like.new_ones(()).expand(operator.shape)
             if operator.A.ndim == 2:
                 scale = scale * _roots(operator.A).unsqueeze(-1)
-            U = None if operator.A.ndim == 2 else _cholesky(operator.A, operator.A_least)
-            return Factor(U, _cholesky(operator.B, operator.B_least), scale)
+            A_least, B_least = operator.least
+            U = None if operator.A.ndim == 2 else _cholesky(operator.A, A_least)
+            return Factor(U, _cholesky(operator.B, B_least), scale)
         case Diagonal():
             return Diagonal(_roots(operator.values))
         case BlockDiagonal():
@@ -45,7 +46,7 @@ def cholesky(operator: Operator) -> Operator:
             return unflattened(Factor(L.unsqueeze(0), None, L.new_ones(1, len(L), 1)), operator)
 
 
-def _cholesky(matrix: Tensor, least: Tensor | None) -> Tensor:
+def _cholesky(matrix: Tensor, least: Tensor) -> Tensor:
     # Pivots may be well above the smallest eigenvalue, so that they do not say what is singular.
     C = accurate(matrix)
     regular = bool((symmetric_eigenvalues(C, least) > 0).all())

@@ -63,7 +63,8 @@ def _(operator: Kronecker) -> Operator:
 
 def factors_eigh(operator: Kronecker) -> tuple[tuple[Tensor, Tensor | None], ...]:
     """Eigenvalues and eigenvectors of A, and those of B."""
-    return factor_eigh(operator.A, operator.A_least), factor_eigh(operator.B, operator.B_least)
+    A_least, B_least = operator.least
+    return factor_eigh(operator.A, A_least), factor_eigh(operator.B, B_least)
 
 
 @diagonalised.register
@@ -106,10 +107,8 @@ def _(operator: Kronecker) -> Tensor:
 
 def factors_eigenvalues(operator: Kronecker) -> tuple[Tensor, Tensor]:
     """Those of A and those of B."""
-    return (
-        factor_eigenvalues(operator.A, operator.A_least),
-        factor_eigenvalues(operator.B, operator.B_least),
-    )
+    A_least, B_least = operator.least
+    return factor_eigenvalues(operator.A, A_least), factor_eigenvalues(operator.B, B_least)
 
 
 @eigenvalues.register

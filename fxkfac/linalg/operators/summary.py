@@ -94,8 +94,9 @@ class Summaries:
         """As `summary`."""
         match operator:
             case Kronecker():
-                A = self._factor(operator.A, operator.A_least)
-                return A.times(self._factor(operator.B, operator.B_least)).joined()
+                A_least, B_least = operator.least
+                A, B = self._factor(operator.A, A_least), self._factor(operator.B, B_least)
+                return A.times(B).joined()
             case BlockDiagonal():
                 return joined(of_blocks(self.of, operator))
             case Placed() if not operator.repeats:
@@ -105,7 +106,7 @@ class Summaries:
                 total = trace(operator).detach().cpu().double()
                 return _Factor.of(λ.view(1, -1), total.view(1)).joined()
 
-    def _factor(self, factor: Tensor, least: Tensor | None) -> _Factor:
+    def _factor(self, factor: Tensor, least: Tensor) -> _Factor:
         key = (factor.data_ptr(), factor.device, tuple(factor.shape), factor.stride())
         if key not in self._known:
             entries = factor if factor.ndim == 2 else factor.diagonal(dim1=-2, dim2=-1)
