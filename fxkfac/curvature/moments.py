@@ -7,6 +7,7 @@ until there are enough of them; on a GPU a copy takes as long as a product.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -190,7 +191,7 @@ class InputSums:
     moments: dict[Scales, Moment] = field(default_factory=dict)
     counts: Tensor | None = None
     rows: int | Tensor = 0
-    moment: type[Moment] = Moment
+    moment: Callable[[Scales], Moment] = Moment
 
     def of(self, scales: Scales) -> Moment:
         """The moment of rows with these scales."""

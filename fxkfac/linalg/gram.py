@@ -54,27 +54,38 @@ class Gram:
         is_empty: Whether nothing was added: then the total holds anything, and is only written.
         whole: Width of the blocks on the diagonal whose upper triangle was kept up, too; d if the
             whole of it was.
+        scale: What the total was multiplied by already.
     """
 
     total: Float[Tensor, "group d d"]
     is_empty: bool = True
     whole: int = 0  # of nothing: all of it
+    scale: float = 1.0
 
     def __post_init__(self) -> None:
         self.whole = self.whole or self.total.shape[-1]
 
     def merge(self, other: Gram) -> None:
         """Add what another one has, which is used up."""
-        if not other.is_empty:
-            add_part(self.total, other.total, self.beta(other.whole))
+        if other.is_empty:
+            return
+        if self.is_empty:
+            self.scale = other.scale
+        elif self.scale != other.scale:
+            other.total.mul_(self.scale / other.scale)
+        add_part(self.total, other.total, self._beta(other.whole))
 
     def matrix(self, scale: float | Tensor = 1.0) -> Float[Tensor, "group d d"]:
-        """The sum, symmetric to rounding; scaled in place by one number, or (group, 1, 1)."""
+        """The sum, symmetric to rounding; scaled in place by one number, or (group, 1, 1).
+
+        By several numbers it is used up.
+        """
         if self.is_empty:
             self.total.zero_()
         else:
-            _mirror(self.total, self.whole, scale)
+            _mirror(self.total, self.whole, scale / self.scale)
         self.is_empty, self.whole = False, self.total.shape[-1]
+        self.scale = 1.0 if isinstance(scale, Tensor) else scale
         return self.total
 
     def diagonal(self) -> Float[Tensor, " group_d"]:
@@ -88,8 +99,14 @@ class Gram:
     def beta(self, whole: int) -> float:
         """What a product multiplies the total by that comes next, which has such whole blocks.
 
-        The total is no longer empty then.
+        The total is no longer empty then, and not scaled.
         """
+        if self.scale != 1.0 and not self.is_empty:
+            self.total.div_(self.scale)
+        self.scale = 1.0
+        return self._beta(whole)
+
+    def _beta(self, whole: int) -> float:
         beta = 0.0 if self.is_empty else 1.0
         d = self.total.shape[-1]
         self.is_empty = False

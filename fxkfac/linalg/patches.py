@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from einops import rearrange
 from torch import Tensor
@@ -44,6 +44,39 @@ def add_patch_gram(
         add_patches(gram, image, axes)
 
 
+class PatchView(NamedTuple):
+    """All patches of an image, where it lies.
+
+    Attributes:
+        rows: A view of the image, or of a copy with zeros around it.
+        columns: How many of its last axes are columns.
+    """
+
+    rows: Float[Tensor, " group *rows_and_columns"]
+    columns: int
+
+
+def patch_view(image: Float[Tensor, "batch channels *space"], windows: Windows) -> PatchView | None:
+    """The patches as a view; `None` if there are none, or sums take less time without them."""
+    group, (batch, channels) = windows.groups, image.shape[:2]
+    image, axes = subsampled(image, windows.along(image))
+    if not image.numel() or any(a.places == 0 for a in axes):
+        return None
+    if all(a.kernel == 1 for a in axes):
+        return PatchView(_positions(image, group), 1)
+    if shifts_pay(axes, batch, group, channels // group):
+        return None
+    places, taps = _names(axes)
+    of_groups = f"n (g c) {places} {taps} -> g n {places} c {taps}"
+    return PatchView(rearrange(patches(image, axes), of_groups, g=group), 1 + len(axes))
+
+
+def _names(axes: tuple[Axis, ...]) -> tuple[str, str]:
+    """What patches have after data and channels, for einops."""
+    places, taps = (" ".join(f"{a}{k}" for k in range(len(axes))) for a in "pk")
+    return places, taps
+
+
 def _positions(image: Tensor, group: int) -> Float[Tensor, "group batch positions channels"]:
     """The channels at each position: of one group as quick as it can be, as nearly all are."""
     if group == 1:
@@ -76,7 +109,7 @@ def add_patches(
     if not image.shape[0] or any(a.places == 0 for a in axes):
         return
     group, d = gram.total.shape[:2]
-    places, taps = (" ".join(f"{a}{k}" for k in range(len(axes))) for a in "pk")
+    places, taps = _names(axes)
     # Positions last, so that lines of the image are copied whole.
     positions_last = f"n (g c) {places} {taps} -> g (c {taps}) (n {places})"
     line = group * d * prod(a.places for a in axes[1:])  # numbers for one place in the first axis

@@ -3,13 +3,15 @@
 A collector is recorded with the graph that it listens to, and the code returns what its sums are
 made of. On a GPU, where calls are what takes time, and for narrow layers, these are matrices, and
 their products are compiled like all else. For wide layers on a CPU each product is one opaque
-operation, which takes one triangle, as it is taken without compilation.
+operation, by a kernel that takes one triangle.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
+from math import prod
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
@@ -49,13 +51,13 @@ class Piece(NamedTuple):
     """What a moment is made of, where compiled code has summed it.
 
     Attributes:
-        total, sums, waiting, scales: As of `Moment`.
+        total, sums, waiting, scales: As of `Moment`; the total is a whole matrix.
+        scale: What that is multiplied by.
         number: Its `count`.
-        whole: The `Gram.whole` of the total; `None` where it is the whole matrix.
     """
 
     total: Named | None
-    whole: Named | None = None
+    scale: float = 1.0
     sums: Named | None = None
     waiting: tuple[Named, ...] = ()
     scales: Scales = ()
@@ -66,8 +68,7 @@ class Piece(NamedTuple):
         total, gram = None, None
         if self.total is not None:
             total = own(values[self.total])
-            whole = 0 if self.whole is None else int(values[self.whole])
-            gram = Gram(in_front(total, len(self.scales)), is_empty=False, whole=whole)
+            gram = Gram(in_front(total, len(self.scales)), is_empty=False, scale=self.scale)
         sums = None if self.sums is None else own(values[self.sums])
         waiting = [own(values[name]) for name in self.waiting]
         return Moment(self.scales, total, gram, sums, _number(values, self.number), waiting)
@@ -88,35 +89,49 @@ class Open(Moment):
 
 @dataclass
 class Opaque(Moment):
-    """In a recorded graph: each of its products is one operation, which compiled code calls."""
+    """In a recorded graph: each of its products is one operation, which compiled code calls.
 
-    whole: Tensor | None = None
+    Attributes:
+        scale: What the sum is multiplied by; `None` for one over the number of its first rows.
+    """
+
+    scale: float | None = None
 
     def add_products(self, x: Tensor) -> None:
         """Add Σ x xᵀ of rows in one axis or in two."""
-        self._take(*opaque_gram(x, len(self.scales)))
+        scale = self._scale(x.shape[1:-1].numel())
+        self._take(opaque_gram(x, len(self.scales), scale), scale)
 
     def add_patch_products(self, of: Image) -> None:
         """Add that of an image's patches."""
-        self._take(*opaque_patch_gram(of.image, of.windows, len(self.scales)))
+        places = [a.places for a in of.windows.along(of.image)]
+        scale = self._scale(len(of.image) * prod(places))
+        self._take(opaque_patch_gram(of.image, of.windows, len(self.scales), scale), scale)
 
-    def _take(self, total: Tensor, whole: Tensor) -> None:
-        if self.total is not None and self.whole is not None:
-            # What is whole in the sum lies in whole blocks of both parts.
-            total, whole = self.total + total, torch.gcd(self.whole, whole)
-        self.total, self.whole = total, whole
+    def _scale(self, rows: int) -> float:
+        if self.scale is None:
+            self.scale = 1 / max(rows, 1)
+        return self.scale
+
+    def _take(self, total: Tensor, scale: float) -> None:
+        self.total = total if self.total is None else self.total + total
+        self.gram = Gram(in_front(self.total, len(self.scales)), is_empty=False, scale=scale)
 
     def piece(self) -> Piece | None:
         """The sum as it is and the rows that wait, if there are any."""
         if self.total is None and not self.waiting:
             return None
-        waiting = tuple(self.waiting)
-        return Piece(self.total, self.whole, self.sums, waiting, self.scales, self.count)
+        waiting, scale = tuple(self.waiting), 1.0 if self.gram is None else self.gram.scale
+        return Piece(self.total, scale, self.sums, waiting, self.scales, self.count)
 
 
-def recording(sink: Collector, device: torch.device) -> Collector:
-    """An empty sink with the same schedule, for one vector, in a graph that is recorded."""
-    return Collector(
+def recording(sink: Collector, device: torch.device, R: float = 1.0) -> Collector:
+    """An empty sink with the same schedule, for one vector, in a graph that is recorded.
+
+    Sums that are opaque are multiplied by what makes factors of them, A by R, if these data are
+    all: the kernel does that on its way, and what is left to do else takes a pass over the sum.
+    """
+    recorded = Collector(
         schedule=sink.schedule,
         settings=sink.settings,
         padding=Padding(),
@@ -124,6 +139,10 @@ def recording(sink: Collector, device: torch.device) -> Collector:
         keep_graph=True,
         moment=Open if is_open(sink.schedule, device) else Opaque,
     )
+    if recorded.moment is Opaque:
+        for sums in recorded.inputs:
+            sums.moment = partial(Opaque, scale=R)
+    return recorded
 
 
 class InputPieces(NamedTuple):

@@ -18,6 +18,7 @@ import torch
 from torch import Generator, Tensor
 
 from fxkfac.curvature.collect import Collector
+from fxkfac.curvature.factors import scale_of
 from fxkfac.curvature.inductor.code import Code, Values, code_of, names_of, read
 from fxkfac.curvature.inductor.inside import GradientPieces, InputPieces, recording
 from fxkfac.curvature.inductor.traced import Kind, prediction_kind, traceable, traced
@@ -26,6 +27,7 @@ from fxkfac.curvature.slope import batch_scale, may_scale, slope_of
 from fxkfac.curvature.together import gradients_of
 from fxkfac.graph.tapped import Tapped
 from fxkfac.likelihoods.backpropagation import backpropagated_vectors, has_several
+from fxkfac.likelihoods.base import count_of
 from fxkfac.likelihoods.closed_form import ClosedForm
 from fxkfac.likelihoods.losses import loss_text
 
@@ -143,13 +145,15 @@ def _whole(
     prediction = prediction_kind(tapped, kinds)
     underflows = tapped.captured.underflows
     scales = bool(wanted) and may_scale(prediction.dtype, underflows)
-    likelihood.validate(prediction.shape_only(), targets)  # before there is code for such targets
+    f = prediction.shape_only()
+    likelihood.validate(f, targets)  # before there is code for such targets
+    R = scale_of(likelihood, count_of(likelihood, f, targets))
 
     def batch(*given: Tensor) -> dict[str, Any]:
         own = likelihood.given(given[0]) if draws else likelihood
         y, *arguments = given[draws + scales :]
         asked = [t.detach().requires_grad_(k in wanted) for k, t in enumerate(arguments)]
-        collector = recording(sink, prediction.device)
+        collector = recording(sink, prediction.device, R)
         f = tapped.module(collector, *asked)
         seen = f.detach()
         collector.send_back(
@@ -165,7 +169,7 @@ def _whole(
             }
         return {"prediction": seen, "criterion": criterion, "wanted": slope, **pieces}
 
-    noise = [Kind.of(likelihood.room(prediction.shape_only()))] if draws else []
+    noise = [Kind.of(likelihood.room(f))] if draws else []
     scale = [Kind(torch.Size(), (), prediction.dtype, prediction.device)] if scales else []
     graph, results = traced(batch, [*noise, *scale, Kind.of(targets), *kinds])
     placeholders = [n.name for n in graph.graph.nodes if n.op == "placeholder"]

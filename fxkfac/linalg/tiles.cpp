@@ -1,0 +1,189 @@
+// total = scale * sum of x x^T over rows, both triangles, of which one is computed: by tiles.
+//
+// The columns of x are copied in panels a few vectors wide. A tile is the product of two panels, a
+// few of its rows at a time in registers; while it is in the first cache, its numbers go to both of
+// their places, whose memory was asked for before the product began. Sizes were found by timing.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int BYTES = 64;
+#elif defined(__AVX__)
+constexpr int BYTES = 32;
+#else
+constexpr int BYTES = 16;
+#endif
+constexpr int ACROSS = 3;                  // vectors: the width of a panel
+constexpr int DOWN = BYTES == 32 ? 4 : 8;  // rows of a tile in registers: all sums and a few more
+constexpr int64_t DEPTH = 128;             // rows of x: so many of two panels fit the first cache
+constexpr int64_t NEAR = 1 << 19;          // bytes: panels that stay in the second cache
+constexpr int LINE = 64;                   // bytes of memory that come together
+constexpr int64_t PAGE = 4096;             // bytes that are mapped together, at least
+constexpr int64_t MAPPED = 32 << 20;       // bytes: memory of this size is mapped anew each time
+
+template <class T>
+using Vector [[gnu::vector_size(BYTES), gnu::aligned(alignof(T)), gnu::may_alias]] = T;
+template <class T>
+constexpr int LANES = BYTES / sizeof(T);
+template <class T>
+constexpr int WIDTH = ACROSS * LANES<T>;
+
+// A matrix in memory: the entry in row k and column j is x[rows[k] + columns[j]].
+template <class T>
+struct Rows {
+  const T* x;
+  const int64_t *rows, *columns;
+  int64_t number, d;
+
+  int64_t panels() const { return (d + WIDTH<T> - 1) / WIDTH<T>; }
+  int width(int64_t panel) const { return std::min<int64_t>(WIDTH<T>, d - panel * WIDTH<T>); }
+
+  void copy(int64_t first, int64_t number, int64_t panel, T* to) const {
+    const int n = width(panel);
+    const int64_t* column = columns + panel * WIDTH<T>;
+    const bool together = n == WIDTH<T> && std::is_sorted(column, column + n) &&
+                          column[n - 1] - column[0] == n - 1;
+    for (int64_t k = first; k < first + number; ++k, to += WIDTH<T>) {
+      const T* from = x + rows[k];
+      if (together) {
+        std::memcpy(to, from + column[0], sizeof(T) * WIDTH<T>);
+      } else {
+        for (int j = 0; j < n; ++j) to[j] = from[column[j]];
+        std::fill(to + n, to + WIDTH<T>, T(0));
+      }
+    }
+  }
+};
+
+// A few rows of a tile: its first N vectors of each.
+template <class T, int N>
+void multiply(const T* left, const T* right, int64_t depth, T* tile) {
+  Vector<T> sums[DOWN][N];
+  for (int i = 0; i < DOWN; ++i)
+    for (int j = 0; j < N; ++j) sums[i][j] = *(Vector<T>*)(tile + i * WIDTH<T> + j * LANES<T>);
+  for (int64_t k = 0; k < depth; ++k, left += WIDTH<T>, right += WIDTH<T>) {
+    Vector<T> y[N];
+    for (int j = 0; j < N; ++j) y[j] = *(const Vector<T>*)(right + j * LANES<T>);
+#pragma GCC unroll 8
+    for (int i = 0; i < DOWN; ++i)
+#pragma GCC unroll 3
+      for (int j = 0; j < N; ++j) sums[i][j] += left[i] * y[j];
+  }
+  for (int i = 0; i < DOWN; ++i)
+    for (int j = 0; j < N; ++j) *(Vector<T>*)(tile + i * WIDTH<T> + j * LANES<T>) = sums[i][j];
+}
+
+// The part of a matrix where one panel's columns meet another's.
+template <class T>
+struct Corner {
+  T* start;
+  int64_t step;
+  int rows, columns;
+
+  // Ask for the memory of some rows, which will be written.
+  void fetch(int from, int to) const {
+    for (int i = from; i < std::min(to, rows); ++i)
+      for (int j = 0; j < columns; j += LINE / sizeof(T))
+        __builtin_prefetch(start + i * step + j, 0, 2);
+  }
+};
+
+template <class T>
+void product(const T* left, const T* right, int64_t number, bool diagonal, Corner<T> below,
+             Corner<T> above, T* tile) {
+  std::fill(tile, tile + WIDTH<T> * WIDTH<T>, T(0));
+  for (int64_t k = 0; k < number; k += DEPTH, left += DEPTH * WIDTH<T>, right += DEPTH * WIDTH<T>)
+    for (int i = 0; i < below.rows; i += DOWN) {
+      const int from = i + DOWN * k / number, to = i + DOWN * std::min(k + DEPTH, number) / number;
+      below.fetch(from, to), above.fetch(from, to);
+      const int columns = diagonal ? std::min(below.columns, i + DOWN) : below.columns;
+      const int vectors = (columns + LANES<T> - 1) / LANES<T>;
+      const auto rows = vectors == 1   ? multiply<T, 1>
+                        : vectors == 2 ? multiply<T, 2>
+                                       : multiply<T, 3>;
+      rows(left + i, right, std::min(DEPTH, number - k), tile + i * WIDTH<T>);
+    }
+}
+
+// Add a tile below the diagonal, or put it there first, and what is there above it, too.
+template <class T>
+void store(T* tile, bool diagonal, T scale, bool first, Corner<T> below, Corner<T> above) {
+  for (int i = 0; i < below.rows; ++i)
+    for (int j = 0; j < (diagonal ? i + 1 : below.columns); ++j) {
+      T &sum = tile[i * WIDTH<T> + j], &entry = below.start[i * below.step + j];
+      entry = sum = first ? scale * sum : entry + scale * sum;
+    }
+  for (int j = 0; j < above.rows; ++j)
+    for (int i = diagonal ? j + 1 : 0; i < above.columns; ++i)
+      above.start[j * above.step + i] = tile[i * WIDTH<T> + j];
+}
+
+// Pairs of panels below the diagonal, ordered so that some left ones meet all right ones in turn.
+std::vector<std::pair<int64_t, int64_t>> pairs(int64_t panels, int64_t together) {
+  std::vector<std::pair<int64_t, int64_t>> found;
+  for (int64_t start = 0; start < panels; start += together) {
+    const int64_t end = std::min(start + together, panels);
+    for (int64_t q = 0; q < end; ++q)
+      for (int64_t p = std::max(start, q); p < end; ++p) found.emplace_back(p, q);
+  }
+  return found;
+}
+
+// Have memory mapped at once: page by page, when it is first written, takes half as long again.
+void populate(char* start, int64_t bytes) {
+#if defined(MADV_POPULATE_WRITE)
+  const int64_t before = -reinterpret_cast<intptr_t>(start) & (PAGE - 1);
+  if (bytes > before) madvise(start + before, (bytes - before) & -PAGE, MADV_POPULATE_WRITE);
+#endif
+}
+
+template <class T>
+void gram(T* total, int64_t step, Rows<T> x, T scale, int64_t chunk, T* panels, int threads) {
+  const int64_t bytes = sizeof(T) * WIDTH<T> * std::min(chunk, x.number);
+  const auto tiles = pairs(x.panels(), std::max<int64_t>(1, NEAR / bytes));
+  const int64_t share = sizeof(T) * step * x.d / threads;
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(static)
+    for (int t = 0; t < threads; ++t)
+      if (share * threads > MAPPED) populate(reinterpret_cast<char*>(total) + t * share, share);
+    for (int64_t first = 0; first < x.number; first += chunk) {
+      const int64_t number = std::min(chunk, x.number - first), size = number * WIDTH<T>;
+#pragma omp for schedule(static)
+      for (int64_t p = 0; p < x.panels(); ++p) x.copy(first, number, p, panels + p * size);
+      alignas(BYTES) T tile[WIDTH<T> * WIDTH<T>];
+#pragma omp for schedule(static)
+      for (size_t n = 0; n < tiles.size(); ++n) {
+        const auto [p, q] = tiles[n];
+        T *row = total + p * WIDTH<T> * step, *column = total + q * WIDTH<T> * step;
+        const Corner<T> below{row + q * WIDTH<T>, step, x.width(p), x.width(q)};
+        const Corner<T> above{column + p * WIDTH<T>, step, x.width(q), x.width(p)};
+        product(panels + p * size, panels + q * size, number, p == q, below, above, tile);
+        store(tile, p == q, scale, first == 0, below, above);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+#define FOR_TYPE(name, T)                                                                        \
+  extern "C" void name(T* total, int64_t step, const T* x, const int64_t* rows, int64_t number, \
+                       const int64_t* columns, int64_t d, double scale, int64_t chunk,          \
+                       T* panels, int threads) {                                                 \
+    gram<T>(total, step, {x, rows, columns, number, d}, scale, chunk, panels, threads);          \
+  }                                                                                              \
+  extern "C" int name##_width() { return WIDTH<T>; }
+
+FOR_TYPE(gram_float, float)
+FOR_TYPE(gram_double, double)
