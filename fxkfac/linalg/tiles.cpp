@@ -51,11 +51,11 @@ struct Rows {
   void copy(int64_t first, int64_t number, int64_t panel, T* to) const {
     const int n = width(panel);
     const int64_t* column = columns + panel * WIDTH<T>;
-    const bool together = n == WIDTH<T> && std::is_sorted(column, column + n) &&
-                          column[n - 1] - column[0] == n - 1;
+    const auto apart = [](int64_t a, int64_t b) { return b != a + 1; };
+    const bool together = std::adjacent_find(column, column + n, apart) == column + n;
     for (int64_t k = first; k < first + number; ++k, to += WIDTH<T>) {
       const T* from = x + rows[k];
-      if (together) {
+      if (together && n == WIDTH<T>) {  // of known length
         std::memcpy(to, from + column[0], sizeof(T) * WIDTH<T>);
       } else {
         for (int j = 0; j < n; ++j) to[j] = from[column[j]];
@@ -98,6 +98,7 @@ struct Corner {
   }
 };
 
+// A tile of the sum, from its two panels.
 template <class T>
 void product(const T* left, const T* right, int64_t number, bool diagonal, Corner<T> below,
              Corner<T> above, T* tile) {
@@ -178,9 +179,9 @@ void gram(T* total, int64_t step, Rows<T> x, T scale, int64_t chunk, T* panels, 
 }  // namespace
 
 #define FOR_TYPE(name, T)                                                                        \
-  extern "C" void name(T* total, int64_t step, const T* x, const int64_t* rows, int64_t number, \
-                       const int64_t* columns, int64_t d, double scale, int64_t chunk,          \
-                       T* panels, int threads) {                                                 \
+  extern "C" void name(T* total, int64_t step, const T* x, const int64_t* rows, int64_t number,  \
+                       const int64_t* columns, int64_t d, double scale, int64_t chunk, T* panels,\
+                       int threads) {                                                            \
     gram<T>(total, step, {x, rows, columns, number, d}, scale, chunk, panels, threads);          \
   }                                                                                              \
   extern "C" int name##_width() { return WIDTH<T>; }

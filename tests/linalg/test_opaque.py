@@ -22,6 +22,7 @@ ROWS = {
     "in parts": (rand(2, 3, 1000, 100), 1),
     "columns first": (rand(1, 97, 40, 3).movedim(1, 3), 0),
     "every other column": (rand(2, 50, 300)[..., ::2], 1),
+    "entries that share memory": (rand(1, 30, 3).repeat_interleave(47, 2)[..., ::2], 0),
     "single precision": (rand(1, 300, 161).float(), 1),
 }
 
@@ -53,6 +54,13 @@ def test_there_is_a_kernel_for_wide_sums_alone():
     wide, narrow, half = rand(1, 3, 96), rand(1, 3, 95), rand(1, 3, 96).half()
     kinds = [tiles.kernel_for(x.mT @ x, x) for x in (wide, wide.float(), narrow, half, wide[:, :0])]
     assert [kind is not None for kind in kinds] == [True, True, False, False, False]
+
+
+def test_columns_may_share_memory_and_lie_apart():
+    x = rand(1, 30, 48)[..., ::47].unsqueeze(-1).expand(1, 30, 2, 48)  # 0, .., 0, 47, .., 47
+    total, rows = x.new_empty(1, 96, 96), x.flatten(2)
+    tiles.kernel_for(total, x).write(total, x, 1.0, columns=2)
+    torch.testing.assert_close(total, rows.mT @ rows)
 
 
 @pytest.mark.usefixtures("kernel")

@@ -141,7 +141,7 @@ def recording(sink: Collector, device: torch.device, R: float = 1.0) -> Collecto
     )
     if recorded.moment is Opaque:
         for sums in recorded.inputs:
-            sums.moment = partial(Opaque, scale=R)
+            sums.moment = partial(Opaque, scale=R or 1.0)
     return recorded
 
 
