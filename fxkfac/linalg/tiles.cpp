@@ -16,20 +16,20 @@
 
 namespace {
 
+// Of a vector, and how many rows of a tile are in registers at once: there are 32, or 16 for AVX.
 #if defined(__AVX512F__)
-constexpr int BYTES = 64;
+constexpr int BYTES = 64, DOWN = 8;
 #elif defined(__AVX__)
-constexpr int BYTES = 32;
+constexpr int BYTES = 32, DOWN = 4;
 #else
-constexpr int BYTES = 16;
+constexpr int BYTES = 16, DOWN = 6;
 #endif
-constexpr int ACROSS = 3;                  // vectors: the width of a panel
-constexpr int DOWN = BYTES == 32 ? 4 : 8;  // rows of a tile in registers: all sums and a few more
-constexpr int64_t DEPTH = 128;             // rows of x: so many of two panels fit the first cache
-constexpr int64_t NEAR = 1 << 19;          // bytes: panels that stay in the second cache
-constexpr int LINE = 64;                   // bytes of memory that come together
-constexpr int64_t PAGE = 4096;             // bytes that are mapped together, at least
-constexpr int64_t MAPPED = 32 << 20;       // bytes: memory of this size is mapped anew each time
+constexpr int ACROSS = 3;             // vectors: the width of a panel
+constexpr int64_t DEPTH = 128;        // rows of x: so many of two panels fit the first cache
+constexpr int64_t NEAR = 1 << 19;     // bytes: panels that stay in the second cache
+constexpr int LINE = 64;              // bytes of memory that come together
+constexpr int64_t PAGE = 4096;        // bytes that are mapped together, at least
+constexpr int64_t MAPPED = 32 << 20;  // bytes: memory of this size is mapped anew each time
 
 template <class T>
 using Vector [[gnu::vector_size(BYTES), gnu::aligned(alignof(T)), gnu::may_alias]] = T;
@@ -102,6 +102,7 @@ struct Corner {
 template <class T>
 void product(const T* left, const T* right, int64_t number, bool diagonal, Corner<T> below,
              Corner<T> above, T* tile) {
+  static_assert(WIDTH<T> % DOWN == 0);
   std::fill(tile, tile + WIDTH<T> * WIDTH<T>, T(0));
   for (int64_t k = 0; k < number; k += DEPTH, left += DEPTH * WIDTH<T>, right += DEPTH * WIDTH<T>)
     for (int i = 0; i < below.rows; i += DOWN) {
