@@ -672,6 +672,38 @@ def test_the_prediction_of_the_quadratic_model_is_exact_for_least_squares(
     assert actual == pytest.approx(predicted, rel=1e-10)
 
 
+def lengths_and_options() -> tuple[Any, Any]:
+    def model(p: Any, x: Tensor, scale: float) -> Tensor:
+        return scale * (x @ p["W"]).mean(0)
+
+    sizes = [(7, 6, 1.0), (5, 4, 2.0)]
+    data = [((torch.randn(T, n, 4).double(), s), torch.randn(n, 3).double()) for T, n, s in sizes]
+    params = {"W": torch.randn(4, 3).double()}
+    return fxkfac.trace(model, data[0][0], params, batch_axis=(1, None)), data
+
+
+def statistics_of_a_batch() -> tuple[Any, Any]:
+    model = nn.Sequential(nn.BatchNorm1d(4, affine=False), nn.Linear(4, 3)).double()
+    data = [(k + torch.randn(5, 4).double(), torch.randn(5, 3).double()) for k in range(2)]
+    return fxkfac.trace(model, data[0][0]), data
+
+
+@pytest.mark.parametrize("case", [lengths_and_options, statistics_of_a_batch])
+def test_the_quadratic_model_is_of_batches_as_they_come(
+    monkeypatch: pytest.MonkeyPatch, case: Callable[[], tuple[Any, Any]]
+) -> None:
+    torch.manual_seed(0)
+    program, data = case()
+    seen = []
+    monkeypatch.setattr(
+        "fxkfac.optim.optimizer.next_damping",
+        lambda damping, actual, predicted, interval: seen.append((actual, predicted)) or damping,
+    )
+    KFAC(program, MSE, lr=0.7, lm_interval=1, max_norm=0.1).step(data)
+    ((actual, predicted),) = seen
+    assert actual == pytest.approx(predicted, rel=1e-10)
+
+
 def test_losses_and_quadratic_model_are_under_one_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 3)).double()

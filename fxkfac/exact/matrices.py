@@ -10,13 +10,16 @@ All take a model, a loss, data, and `names`, which choose the block:
 
 `params` is the dict of tensors of a functional model, or replaces tensors of a module. `vec` is
 "rvec" (row-major, PyTorch's order) or "cvec". Data are one (inputs, targets), or an iterable of
-such pairs, which counts as one data set: R is that of all data. A datum owns an equal part of the
-prediction along axis 0. Nothing of the user's changes: no gradient, buffer, mode or RNG state.
+such pairs, which run one after the other and count as one data set: R is that of all data. A datum
+owns an equal part of its batch's prediction along axis 0. Nothing of the user's changes: no
+gradient, buffer, mode or RNG state.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from einops import einsum
@@ -25,7 +28,17 @@ from torch import Tensor
 from fxkfac.errors import OptionError
 from fxkfac.exact.data import Data
 from fxkfac.exact.functions import jacobian_rows, order, require_vec, vjp
-from fxkfac.exact.problem import Loss, Middle, Model, Problem, bind_for, canonical, pose
+from fxkfac.exact.problem import (
+    Loss,
+    Middle,
+    Model,
+    Problem,
+    bind_for,
+    canonical,
+    loss_of,
+    middle_of_fisher,
+    pose,
+)
 from fxkfac.functional import Params
 from fxkfac.isolation import full_precision
 from fxkfac.linalg import rvec
@@ -48,7 +61,7 @@ def hessian(
         model: A module, or a function `f(params, *inputs)`.
         loss: As of `fxkfac.kfac`; its reduction decides R.
         data: One (inputs, targets), or an iterable of such pairs, which counts as one data set;
-            N is the length of axis 0 of the first input.
+            N of a batch is the length of axis 0 of its first input.
         names: Which block: a name; a list, for the matrix of these parameters joined; a tuple of
             two, for the mixed block, rows of the first and columns of the second; or `None`, for
             all parameters that require gradients.
@@ -61,8 +74,7 @@ def hessian(
     Raises:
         UnknownParameter, ParameterError: No parameter has this name, or one is named twice, or has
             no derivative.
-        DataError: There are no data, batches that do not fit each other, or targets that do not fit
-            the prediction, or N data in a prediction that is not N equal parts along axis 0.
+        DataError: There are no data, or targets that do not fit the prediction.
         LossError: The loss has no likelihood here.
         NonFiniteError: The prediction holds NaN or Inf.
         OptionError: There is no such `vec`, or a tuple of `names` is not of two.
@@ -70,9 +82,9 @@ def hessian(
         UnsupportedUse: PyTorch cannot differentiate the backward pass of an op of model or loss.
     """
     block = _block(model, loss, data, names, params, vec)
-    leaves = block.problem.prediction.of
+    leaves = block.problems[0].prediction.of  # those of all batches
     with torch.enable_grad():
-        L = block.problem.value()
+        L = loss_of(block.problems)
         slopes = vjp(L, leaves(block.rows), torch.ones_like(L), create_graph=True)
         slope = torch.cat([rvec(g) for g in slopes])
     return block.arrange(jacobian_rows(slope, leaves(block.columns)))
@@ -96,10 +108,11 @@ def ggn(
         model, loss, data, names, params, vec: As of `fxkfac.exact.hessian`.
 
     Raises:
+        DataError: N data in a prediction that is not N equal parts along axis 0.
         FxkfacError: As `fxkfac.exact.hessian`.
     """
     block = _block(model, loss, data, names, params, vec)
-    return block.sandwich(block.problem.loss_hessian())
+    return block.sandwich(Problem.loss_hessian)
 
 
 @full_precision()
@@ -121,10 +134,10 @@ def type1_fisher(
 
     Raises:
         LossError: The labels of the likelihood cannot be enumerated.
-        FxkfacError: As `fxkfac.exact.hessian`.
+        FxkfacError: As `fxkfac.exact.ggn`.
     """
     block = _block(model, loss, data, names, params, vec)
-    return block.sandwich(block.problem.fisher("type-1", 1, None))
+    return block.sandwich(middle_of_fisher("type-1", 1, None))
 
 
 @full_precision()
@@ -148,10 +161,10 @@ def mc_fisher(
     Raises:
         LossError: The likelihood has no distribution.
         OptionError: `mc_samples` is less than one.
-        FxkfacError: As `fxkfac.exact.hessian`.
+        FxkfacError: As `fxkfac.exact.ggn`.
     """
     block = _block(model, loss, data, names, params, vec)
-    return block.sandwich(block.problem.fisher("mc", mc_samples, generator))
+    return block.sandwich(middle_of_fisher("mc", mc_samples, generator))
 
 
 @full_precision()
@@ -169,45 +182,50 @@ def empirical_fisher(
         model, loss, data, names, params, vec: As of `fxkfac.exact.hessian`.
 
     Raises:
-        FxkfacError: As `fxkfac.exact.hessian`.
+        FxkfacError: As `fxkfac.exact.ggn`.
     """
     block = _block(model, loss, data, names, params, vec)
-    return block.sandwich(block.problem.fisher("empirical", 1, None))
+    return block.sandwich(middle_of_fisher("empirical", 1, None))
 
 
 @dataclass(frozen=True)
 class _Block:
     """Which block of a matrix is asked for, and in which order its entries go."""
 
-    problem: Problem
+    problems: list[Problem]
     rows: list[str]
     columns: list[str]
     vec: str
 
     def arrange(self, matrix: Tensor) -> Tensor:
         """From rvec order, rows and columns, to the order asked for."""
+        leaves = self.problems[0].prediction.of
         rows, columns = (
-            order([t.shape for t in self.problem.prediction.of(names)], self.vec)
-            for names in (self.rows, self.columns)
+            order([t.shape for t in leaves(names)], self.vec) for names in (self.rows, self.columns)
         )
         return matrix[rows.to(matrix.device)][:, columns.to(matrix.device)].detach()
 
-    def sandwich(self, middle: Middle) -> Tensor:
-        """C = Σ_n J_nᵀ [•]_n J_n, where `middle` multiplies with every [•]_n."""
-        prediction, N = self.problem.prediction, self.problem.size
-        dim_f = prediction.f.numel() // N
-        e = torch.eye(dim_f, dtype=prediction.f.dtype, device=prediction.f.device)
-        blocks = middle(e.unsqueeze(1).expand(dim_f, N, dim_f))  # [•]_n e for each n and e
-        J_rows = self._jacobians(self.rows)
-        J_columns = J_rows if self.rows == self.columns else self._jacobians(self.columns)
-        CJ = einsum(blocks, J_columns, "e batch f, batch f d -> batch e d")
-        return self.arrange(einsum(J_rows, CJ, "batch e d1, batch e d2 -> d1 d2"))
+    def sandwich(self, middle: Callable[[Problem], Middle]) -> Tensor:
+        """C = Σ_n J_nᵀ [•]_n J_n over all batches, where `middle` multiplies with every [•]_n."""
+        parts = (self._of_batch(problem, middle(problem)) for problem in self.problems)
+        return self.arrange(reduce(torch.add, parts))
 
-    def _jacobians(self, names: list[str]) -> Tensor:
-        """J_n of every datum, [N, dim F, dim θ], in rvec order."""
-        prediction = self.problem.prediction
-        J = jacobian_rows(prediction.f, prediction.of(names)).to(prediction.f.dtype)
-        return J.unflatten(0, (self.problem.size, -1))  # there may be no columns
+    def _of_batch(self, problem: Problem, middle: Middle) -> Tensor:
+        f, N = problem.prediction.f, problem.size
+        dim_f = f.numel() // N
+        e = torch.eye(dim_f, dtype=f.dtype, device=f.device)
+        blocks = middle(e.unsqueeze(1).expand(dim_f, N, dim_f))  # [•]_n e for each n and e
+        J_rows = _jacobians(problem, self.rows)
+        J_columns = J_rows if self.rows == self.columns else _jacobians(problem, self.columns)
+        CJ = einsum(blocks, J_columns, "e batch f, batch f d -> batch e d")
+        return einsum(J_rows, CJ, "batch e d1, batch e d2 -> d1 d2")
+
+
+def _jacobians(problem: Problem, names: list[str]) -> Tensor:
+    """J_n of every datum, [N, dim F, dim θ], in rvec order."""
+    prediction = problem.prediction
+    J = jacobian_rows(prediction.f, prediction.of(names)).to(prediction.f.dtype)
+    return J.unflatten(0, (problem.size, -1))  # there may be no columns
 
 
 def _block(
@@ -225,5 +243,5 @@ def _block(
         rows, columns = (canonical(bound, [name]) for name in listed)
     else:
         rows = columns = canonical(bound, bound.selected if listed is None else listed)
-    problem = pose(bound, dict.fromkeys([*rows, *columns]), loss, data)
-    return _Block(problem, rows, columns, vec)
+    problems = pose(bound, dict.fromkeys([*rows, *columns]), loss, data)
+    return _Block(problems, rows, columns, vec)

@@ -1,13 +1,17 @@
-"""Model, loss and data as one differentiable problem: what matrices and products share.
+"""Model, loss and data as differentiable problems: what matrices and products share.
 
-Every curvature here but the Hessian is C = Jᵀ [•] J: J is the Jacobian of *all* predictions, and
-[•] a linear map on tensors of the prediction's shape that acts on each datum alone.
+Every curvature here but the Hessian is C = Σ Jᵀ [•] J over the batches: J is the Jacobian of *all*
+predictions of one, and [•] a linear map on tensors of the prediction's shape that acts on each
+datum alone. Batches run one after the other: they may differ in lengths, or share an input, and
+each has statistics of its own, as anywhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from fxkfac.errors import DataError, NonFiniteError, OptionError, ParameterError
-from fxkfac.exact.data import Data, merge, size_of
+from fxkfac.exact.data import Data, batches, size_of
 from fxkfac.exact.functions import jvp, vjp
 from fxkfac.functional import FunctionalModel, Inputs, Params, bind, prediction_of
 from fxkfac.isolation import held_by, own_randomness
@@ -29,7 +33,7 @@ from fxkfac.ranges import require_generator
 Model = nn.Module | Callable[..., Any]
 Loss = nn.Module | Likelihood
 Middle = Callable[[Tensor], Tensor]
-"""U -> [•] U for several tensors at once, each datum flat: [k, N, dim F] -> [k, N, dim F]."""
+"""U -> [•] U for k tensors at once, each of as many numbers as f: [k, ..] -> [k, ..]."""
 
 
 @dataclass(frozen=True)
@@ -55,27 +59,35 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Problem:
-    """A prediction for all data together with its loss.
+    """A prediction for one batch together with its part of the loss.
 
     Attributes:
-        prediction: f, for all data.
-        target: y, for all data.
-        size: N. Datum n owns the n-th of N equal parts of the prediction along axis 0.
-        loss: (f, y) -> the loss itself, a scalar, with its R.
+        prediction: f, for all data of the batch.
+        target: y, for all of them.
+        rows: How many data the inputs hold.
+        loss: (f, y) -> its part of the loss of all batches, a scalar, with R.
         likelihood: What the loss is the negative logarithm of.
-        factor: R.
+        factor: R, of all batches.
     """
 
     prediction: Prediction
     target: Any
-    size: int
+    rows: int
     loss: Callable[[Tensor, Any], Tensor]
     likelihood: Likelihood
     factor: float
 
-    def value(self) -> Tensor:
-        """The loss, attached to the graph."""
-        return self.loss(self.prediction.f, self.target)
+    @cached_property
+    def size(self) -> int:
+        """N. Datum n owns the n-th of N equal parts of the prediction along axis 0.
+
+        Raises:
+            DataError: The prediction is not N equal parts.
+        """
+        f = self.prediction.f
+        if 0 in self.likelihood.event_axes(f.detach()):  # [C]: one datum alone
+            return 1
+        return _parts(f, self.rows)
 
     def loss_hessian(self) -> Middle:
         """U -> (H_f L) U: the loss itself differentiated twice, R included. Section 2.5.2."""
@@ -85,31 +97,21 @@ class Problem:
             (slope,) = vjp(L, [f], torch.ones_like(L), create_graph=True)
         return lambda U: torch.stack([vjp(slope, [f], u.reshape(f.shape))[0] for u in U]).view_as(U)
 
-    def fisher(self, fisher: str, mc_samples: int, generator: torch.Generator | None) -> Middle:
+    def fisher(self, fisher: str, mc_samples: int, generator: torch.Generator) -> Middle:
         """U -> R Σ_c ▲_c (▲_cᵀ U), datum by datum. Equation 2, Definitions 20 and 21."""
-        if fisher == "forward-only":
-            raise OptionError(
-                "fisher='forward-only' sends nothing back, so it has no matrix in the parameters; "
-                "choose 'type-1', 'mc', 'empirical', 'type-2' or 'curvature-propagation'."
-            )
         if fisher == "type-1" and isinstance(self.likelihood, Gaussian):
             return lambda U: self.factor * U  # E[(f - ỹ)(f - ỹ)ᵀ] = I for ỹ ~ N(f, I)
-        source = torch.Generator() if generator is None else generator
-        require_generator(source)
-        vectors = self._vectors(fisher, mc_samples, source)
+        vectors = self._vectors(fisher, mc_samples, generator)
 
         def outer(U: Tensor) -> Tensor:
-            total = torch.zeros_like(U)
+            data = U.reshape(len(U), self.size, -1)
+            total = torch.zeros_like(data)
             for v in vectors:  # one pass: the labels of a Monte-Carlo flavour are drawn once
-                V = self.per_datum(v)
-                total += V * (V * U).sum(-1, keepdim=True)
-            return self.factor * total
+                V = v.reshape(self.size, -1)
+                total += V * (V * data).sum(-1, keepdim=True)
+            return (self.factor * total).view_as(U)
 
         return outer
-
-    def per_datum(self, t: Tensor) -> Tensor:
-        """Shape of the prediction -> [N, dim F]."""
-        return t.reshape(self.size, -1)
 
     def _vectors(
         self, fisher: str, mc_samples: int, generator: torch.Generator
@@ -132,60 +134,91 @@ def copied(data: Any) -> Any:
     return pytree.tree_map_only(Tensor, Tensor.clone, data)
 
 
-def predict(bound: FunctionalModel, names: Iterable[str], inputs: Inputs) -> Prediction:
-    """Run the model with the parameters of these (canonical) names as leaves of a graph."""
+def loss_of(problems: Sequence[Problem]) -> Tensor:
+    """The loss of all batches, attached to the graph."""
+    return torch.stack([p.loss(p.prediction.f, p.target) for p in problems]).sum()
+
+
+def middle_of_fisher(
+    fisher: str, mc_samples: int, generator: torch.Generator | None
+) -> Callable[[Problem], Middle]:
+    """The Fisher's [•] of every batch, whose labels are drawn one after the other.
+
+    Raises:
+        OptionError: The flavour has no matrix, or the generator is none.
+    """
+    if fisher == "forward-only":
+        raise OptionError(
+            "fisher='forward-only' sends nothing back, so it has no matrix in the parameters; "
+            "choose 'type-1', 'mc', 'empirical', 'type-2' or 'curvature-propagation'."
+        )
+    source = torch.Generator() if generator is None else generator
+    require_generator(source)
+    return lambda problem: problem.fisher(fisher, mc_samples, source)
+
+
+def predict(
+    bound: FunctionalModel, names: Iterable[str], batches: Sequence[Inputs]
+) -> list[Prediction]:
+    """Run the model on each batch, with the parameters of these (canonical) names as leaves."""
     values = bound.current()
     leaves = {name: values[name].requires_grad_() for name in names}
     for value in values.values():
         # What a checkpoint saves must not depend on which parameters are asked for.
         if value.is_floating_point():
             value.requires_grad_()
-    # Fused attention kernels have no second derivative; dropout draws from the caller's RNG.
-    with (
-        torch.enable_grad(),
-        own_randomness(),
-        held_by(bound.modules()),
-        sdpa_kernel(SDPBackend.MATH),
-    ):
-        f = prediction_of(bound({**values, **leaves}, copied(inputs)))
+    with own_randomness():  # dropout draws from the caller's RNG
+        return [Prediction(_run(bound, {**values, **leaves}, inputs), leaves) for inputs in batches]
+
+
+def _run(bound: FunctionalModel, values: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
+    # Fused attention kernels have no second derivative.
+    with torch.enable_grad(), held_by(bound.modules()), sdpa_kernel(SDPBackend.MATH):
+        f = prediction_of(bound(values, copied(inputs)))
     require_prediction(f)
     if not f.isfinite().all():
         raise NonFiniteError(
             "the prediction holds NaN or Inf, so that every curvature would. Check the parameters "
             "and the inputs."
         )
-    return Prediction(f, leaves)
+    return f
 
 
-def pose(bound: FunctionalModel, names: Iterable[str], loss: Loss, data: Data) -> Problem:
-    """Put model, loss and data together; several batches count as one data set.
+def pose(bound: FunctionalModel, names: Iterable[str], loss: Loss, data: Data) -> list[Problem]:
+    """Put model, loss and data together: a problem for each batch of one data set.
 
     Raises:
-        DataError: Targets that do not fit, or a prediction that is not N equal parts.
+        DataError: There are no data, or targets that do not fit.
         LossError: A loss without a likelihood.
     """
     likelihood = likelihood_of(loss)
-    inputs, target = merge(data)
-    target = copied(target)
-    size = size_of(inputs)
-    prediction = predict(bound, names, inputs)
-    f = prediction.f.detach()
-    likelihood.validate(f, target)
-    R = likelihood.reduction_factor(count_of(likelihood, f, target))
-    return Problem(
-        prediction=prediction,
-        target=target,
-        size=1 if 0 in likelihood.event_axes(f) else _parts(f, size),  # [C]: one datum alone
-        loss=_value(loss, R),
-        likelihood=likelihood,
-        factor=R,
-    )
+    inputs, given = zip(*batches(data), strict=True)
+    targets, sizes = [copied(y) for y in given], [size_of(x) for x in inputs]
+    predictions = predict(bound, names, inputs)
+    count = 0.0
+    for prediction, target in zip(predictions, targets, strict=True):
+        f = prediction.f.detach()
+        likelihood.validate(f, target)
+        count += count_of(likelihood, f, target)
+    R = likelihood.reduction_factor(count)
+    part = _part(loss, likelihood, R, alone=len(sizes) == 1)
+    return [
+        Problem(prediction, target, size, part, likelihood, R)
+        for prediction, target, size in zip(predictions, targets, sizes, strict=True)
+    ]
 
 
-def _value(loss: Loss, R: float) -> Callable[[Tensor, Any], Tensor]:
+def _part(
+    loss: Loss, likelihood: Likelihood, R: float, alone: bool
+) -> Callable[[Tensor, Any], Tensor]:
+    """(f, y) -> what a batch adds to the loss; by torch's own, so that no formula is trusted."""
     if isinstance(loss, Likelihood):
         return lambda f, y: R * loss.criterion(f, y)
-    return loss  # torch's own, so that no formula of ours is trusted
+    if alone:
+        return loss
+    summed: Any = copy(loss)
+    summed.reduction = "sum"  # which, unlike means over batches, adds up
+    return lambda f, y: R / likelihood.scale * summed(f, y)
 
 
 def _parts(f: Tensor, size: int) -> int:

@@ -8,7 +8,7 @@ model, or replaces tensors of a module. Nothing of the user's changes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ from fxkfac.exact.problem import (
     Problem,
     bind_for,
     canonical,
+    loss_of,
+    middle_of_fisher,
     pose,
     predict,
 )
@@ -48,7 +50,8 @@ def jacobian_vector_product(
         NonFiniteError: The prediction holds NaN or Inf.
     """
     bound, tangents = _tangents(model, vector, params)
-    return predict(bound, tangents, inputs).jvp(tangents)
+    (prediction,) = predict(bound, tangents, [inputs])
+    return prediction.jvp(tangents)
 
 
 @full_precision()
@@ -75,7 +78,7 @@ def vector_jacobian_product(
     listed = [names] if isinstance(names, str) else names
     bound = bind_for(model, params, listed)
     chosen = canonical(bound, bound.selected if listed is None else listed)
-    prediction = predict(bound, chosen, inputs)
+    (prediction,) = predict(bound, chosen, [inputs])
     if not isinstance(cotangent, Tensor) or cotangent.shape != prediction.f.shape:
         of = isinstance(cotangent, Tensor)
         found = f"has shape {tuple(cotangent.shape)}" if of else f"is {type(cotangent).__name__}"
@@ -104,10 +107,10 @@ def hessian_vector_product(
         FxkfacError: As `fxkfac.exact.hessian`; `ParameterError` for a tensor of another shape.
     """
     bound, tangents = _tangents(model, vector, params)
-    problem = pose(bound, tangents, loss, data)
-    leaves = problem.prediction.of(tangents)
+    problems = pose(bound, tangents, loss, data)
+    leaves = problems[0].prediction.of(tangents)  # those of all batches
     with torch.enable_grad():
-        L = problem.value()
+        L = loss_of(problems)
         slopes = vjp(L, leaves, torch.ones_like(L), create_graph=True)
         # ⟨∇L, v⟩ differentiated once more is H v
         directional = [(g * v).sum() for g, v in zip(slopes, tangents.values(), strict=True)]
@@ -133,8 +136,8 @@ def ggn_vector_product(
         FxkfacError: As `fxkfac.exact.hessian`; `ParameterError` for a tensor of another shape.
     """
     bound, tangents = _tangents(model, vector, params)
-    problem = pose(bound, tangents, loss, data)
-    return _sandwich(bound, problem, problem.loss_hessian(), tangents, vector)
+    problems = pose(bound, tangents, loss, data)
+    return _sandwich(bound, problems, Problem.loss_hessian, tangents, vector)
 
 
 @full_precision()
@@ -160,26 +163,30 @@ def fisher_vector_product(
     Raises:
         OptionError: There is no such flavour, or it has no matrix; `mc_samples` is less than one.
         LossError: The likelihood lacks what the flavour needs.
+        DataError: N data in a prediction that is not N equal parts along axis 0.
         FxkfacError: As `fxkfac.exact.ggn_vector_product`.
     """
     bound, tangents = _tangents(model, vector, params)
-    problem = pose(bound, tangents, loss, data)
-    return _sandwich(
-        bound, problem, problem.fisher(fisher, mc_samples, generator), tangents, vector
-    )
+    problems = pose(bound, tangents, loss, data)
+    middle = middle_of_fisher(fisher, mc_samples, generator)
+    return _sandwich(bound, problems, middle, tangents, vector)
 
 
 def _sandwich(
     bound: FunctionalModel,
-    problem: Problem,
-    middle: Middle,
+    problems: list[Problem],
+    middle: Callable[[Problem], Middle],
     tangents: dict[str, Tensor],
     vector: Params,
 ) -> dict[str, Any]:
-    """Jᵀ [•] J v, from right to left."""
-    Jv = problem.prediction.jvp(tangents)
-    CJv = middle(problem.per_datum(Jv).unsqueeze(0)).reshape(Jv.shape)
-    return _named(bound, problem.prediction.vjp(CJv), vector)
+    """Jᵀ [•] J v, from right to left, summed over all batches."""
+    total: dict[str, Tensor] = {}
+    for problem in problems:
+        Jv = problem.prediction.jvp(tangents)
+        CJv = middle(problem)(Jv.unsqueeze(0)).squeeze(0)
+        for name, part in problem.prediction.vjp(CJv).items():
+            total[name] = total[name] + part if name in total else part
+    return _named(bound, total, vector)
 
 
 def _tangents(
