@@ -22,6 +22,7 @@ from fxkfac.errors import (
     OptionError,
     ParameterError,
     UnknownParameter,
+    UnsupportedUse,
 )
 from fxkfac.optim import KFAC, Preconditioner
 from fxkfac.optim.basis import Basis
@@ -702,6 +703,17 @@ def test_the_quadratic_model_is_of_batches_as_they_come(
     KFAC(program, MSE, lr=0.7, lm_interval=1, max_norm=0.1).step(data)
     ((actual, predicted),) = seen
     assert actual == pytest.approx(predicted, rel=1e-10)
+
+
+def test_a_model_without_a_quadratic_one_is_refused_before_anything_moves() -> None:
+    model = nn.Sequential(nn.EmbeddingBag(7, 4), nn.Linear(4, 3)).double()
+    x, y = torch.randint(7, (8, 5)), torch.randint(3, (8,))
+    optimizer = KFAC(fxkfac.trace(model, x), CE, lr=0.1, lm_interval=5)
+    before = values(model)
+    with pytest.raises(UnsupportedUse, match=r"_embedding_bag_backward.* in the place of"):
+        optimizer.step(x, y)
+    assert_equal(values(model), before)
+    assert optimizer.preconditioner.steps == 0
 
 
 def test_losses_and_quadratic_model_are_under_one_dropout(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,6 +107,7 @@ class KFAC(Optimizer):
         self.max_norm, self.kl_clip, self.lm_interval = max_norm, kl_clip, lm_interval
         self.preconditioner = Preconditioner(program, loss, **preconditioner)
         self._buffers_stay: set[tuple[bool, ...]] = set()  # modes in which a run writes into none
+        self._foretells = lm_interval is None  # or whether the quadratic model was tried
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -148,6 +149,8 @@ class KFAC(Optimizer):
                 numbers were drawn.
             ParameterError: The model holds other parameters than when this was made, or one of them
                 was frozen since.
+            UnsupportedUse: With `lm_interval`, PyTorch cannot differentiate the backward pass of
+                an op of the model; no parameter has changed then.
         """
         require_held(self._trained(), held(self.program), self._frozen)
         data = list(batches(inputs if targets is None else (inputs, targets)))
@@ -182,9 +185,16 @@ class KFAC(Optimizer):
             found = loss_and_gradients(self.program, p.likelihood, data, p.generator, wanted)
         if p.ekfac:
             require_squares(found.gradients, p.covered, found.reduction)
+        self._try_to_foretell(data, found.gradients)
         p.advance(factors)
         p.reduction = found.reduction
         return found.loss, found.gradients
+
+    def _try_to_foretell(self, data: Batches, g: Mapping[str, Tensor]) -> None:
+        """Where the model has no quadratic one, say so before anything has moved: once."""
+        if not self._foretells:
+            predicted_change(self.program.model, self.loss, data[:1], held(self.program), g, g)
+            self._foretells = True
 
     def _follow_with_buffers(self, data: Batches) -> None:
         model = self.program.model
