@@ -741,6 +741,25 @@ def test_damping_by_the_reduction_ratio(actual: float, predicted: float, factor:
     assert next_damping(2.0, actual, predicted, 2) == pytest.approx(2.0 * factor)
 
 
+@pytest.mark.parametrize("interval", [1, 3])
+def test_a_loss_with_other_options_is_refused_until_an_optimizer_is_made_with_it(
+    interval: int,
+) -> None:
+    model, (x, y), loss = mlp(), batch(), nn.CrossEntropyLoss(label_smoothing=0.1)
+    program = fxkfac.trace(model, x)
+    optimizer = KFAC(program, loss, lr=0.1, factor_interval=interval)
+    optimizer.step(x, y)
+    loss.label_smoothing = 0.0
+    before = values(model)
+    with pytest.raises(MergeError, match=r"smoothing=0\.0.* now, and was .*=0\.1.*; expected the"):
+        optimizer.step(x, y)
+    assert_equal(values(model), before)
+    anew = KFAC(program, loss, lr=0.1, factor_interval=interval)
+    anew.load_state_dict(optimizer.state_dict())
+    expected = loss(model(x), y)
+    torch.testing.assert_close(anew.step(x, y), expected.detach())
+
+
 # --- state ---
 
 

@@ -1,4 +1,7 @@
-"""Options by names and patterns -> the groups of a `torch.optim.Optimizer`."""
+"""Options by names and patterns -> the groups of a `torch.optim.Optimizer`.
+
+And whether what it was made with is still so.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
-from fxkfac.errors import OptionError, ParameterError
+from fxkfac.curvature.settings import Settings
+from fxkfac.errors import MergeError, OptionError, ParameterError
 from fxkfac.functional import FunctionalModel, select
+from fxkfac.likelihoods.losses import loss_text
 from fxkfac.ranges import (
     require,
     require_flag,
@@ -128,6 +133,16 @@ def require_held(
                 "expected a parameter that is trained. Trace the model and make an optimizer anew: "
                 "they are of those parameters that require a gradient then."
             )
+
+
+def require_same_loss(loss: Any, settings: Settings) -> None:
+    """Raise `MergeError` unless the loss is, with all of its options, that of the settings."""
+    if (now := loss_text(loss)) != settings.loss:
+        raise MergeError(
+            f"the loss is {now} now, and was {settings.loss} when this optimizer was made; "
+            "expected the same, since averages are of one loss. Make an optimizer anew, and load "
+            "the state of this one where its averages and momenta should go on."
+        )
 
 
 def require_same_groups(

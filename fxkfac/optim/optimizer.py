@@ -32,7 +32,7 @@ from fxkfac.optim.gradients import (
     move_buffers,
     unused,
 )
-from fxkfac.optim.groups import grouped, require_held, require_same_groups
+from fxkfac.optim.groups import grouped, require_held, require_same_groups, require_same_loss
 from fxkfac.optim.layout import held
 from fxkfac.optim.policies import clipped, kl_factor, next_damping, predicted_change
 from fxkfac.optim.preconditioner import Preconditioner
@@ -149,10 +149,12 @@ class KFAC(Optimizer):
                 numbers were drawn.
             ParameterError: The model holds other parameters than when this was made, or one of them
                 was frozen since.
+            MergeError: The loss is another one, or has other options, than when this was made.
             UnsupportedUse: With `lm_interval`, PyTorch cannot differentiate the backward pass of
                 an op of the model; no parameter has changed then.
         """
         require_held(self._trained(), held(self.program), self._frozen)
+        require_same_loss(self.loss, self.preconditioner.settings)
         data = list(batches(inputs if targets is None else (inputs, targets)))
         p = self.preconditioner
         drawn = p.generator.get_state()
