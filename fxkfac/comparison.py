@@ -16,14 +16,16 @@ import fxkfac.exact as exact
 from fxkfac.curvature.corrections.ekfac import ekfac
 from fxkfac.curvature.corrections.kfoc import kfoc
 from fxkfac.curvature.curvature import AnyBlock, Curvature
-from fxkfac.curvature.data import Data
+from fxkfac.curvature.data import Data, batches
 from fxkfac.curvature.factors import Factors, require_factors
 from fxkfac.curvature.options import require_program
 from fxkfac.curvature.report import block_name
 from fxkfac.errors import BatchAxisError, OptionError
-from fxkfac.functional import FunctionalModel, Params
+from fxkfac.exact.data import size_of
+from fxkfac.functional import FunctionalModel, Params, copied
 from fxkfac.graph.program import Program
 from fxkfac.graph.table import columns
+from fxkfac.isolation import held_by, no_draws
 from fxkfac.parameters import nest_names
 
 LARGEST = 2**12  # entries of a block that is written out: five matrices of 128 MiB
@@ -117,8 +119,9 @@ def layer_errors(
         so what is drawn too few times is part of the distance.
 
     Raises:
-        OptionError: A block is too large to be written out, or is one of a derived weight; or the
-            factors were computed with a mask.
+        OptionError: A block is too large to be written out, or is one of a derived weight; the
+            factors were computed with a mask; or the model draws random numbers, as dropout does
+            in training.
         UnknownParameter: There is no block of that name.
         DataError, MergeError, UnsupportedUse, BatchAxisError, NonFiniteError: As of `fxkfac.kfoc`.
     """
@@ -136,6 +139,9 @@ def layer_errors(
         "EKFAC": ekfac(program, loss, data, factors, params),
         "KFOC": kfoc(program, loss, data, factors, params=params),
     }
+    for inputs, _ in batches(data):  # which fit the program, as the passes have found
+        _require_counted(program, inputs)
+        _require_no_draws(program.model, inputs, params)
     model, values = _as_bound(program.model, params)
     compute, rows = EXPECTED[factors.settings.fisher], []
     for name, block in chosen.items():
@@ -185,6 +191,22 @@ def _require_batch_first(program: Program) -> None:
             "data in front, on axis 0, where exact matrices look for them. Wrap the model in one "
             "that moves them there, and the targets with them."
         )
+
+
+def _require_counted(program: Program, inputs: Any) -> None:
+    n = program.signature.batch_size(program.signature.tensors(inputs))
+    if (counted := size_of(inputs)) != n:
+        raise BatchAxisError(
+            f"the first input has length {counted} along axis 0, and there are {n} data; expected "
+            "an input of the data in front, by which exact matrices count them. Wrap the model in "
+            "one that takes what all data share last."
+        )
+
+
+def _require_no_draws(model: FunctionalModel, inputs: Any, params: Params | None) -> None:
+    alike = "one model for all passes over the data"
+    with torch.no_grad(), held_by(model.modules()), no_draws(alike):
+        model(model.override(params), copied(inputs))
 
 
 def _require_small(name: str, block: AnyBlock) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.linalg import vector_norm
 
-from fxkfac.errors import CaptureError
+from fxkfac.errors import CaptureError, OptionError
 
 SMALL = 2**14  # numbers that are put together with others in less time than they are summed
 
@@ -45,6 +45,20 @@ def own_randomness(seed: int | None = None) -> Iterator[None]:
 def random_state() -> Tensor:
     """The global random state, of all devices: equal as long as nobody draws."""
     return torch.cat([g.get_state() for g in _global_generators()])
+
+
+@contextmanager
+def no_draws(expected: str) -> Iterator[None]:
+    """Raise `OptionError`, with what was expected of it, where a model inside draws numbers."""
+    with own_randomness():
+        before = random_state()
+        yield
+        has_drawn = not torch.equal(before, random_state())
+    if has_drawn:
+        raise OptionError(
+            "the model draws random numbers while it runs, as dropout does in training; expected "
+            f"{expected}. Call model.eval() first."
+        )
 
 
 def _global_generators() -> list[Generator]:

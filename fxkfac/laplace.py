@@ -29,7 +29,7 @@ from fxkfac.curvature.point import require_here
 from fxkfac.errors import OptionError, ParameterError, UnknownParameter
 from fxkfac.exact.functions import jvp
 from fxkfac.functional import FunctionalModel, Inputs, Params, copied, prediction_of
-from fxkfac.isolation import full_precision, own_randomness, random_state
+from fxkfac.isolation import full_precision, no_draws
 from fxkfac.linalg import operators
 from fxkfac.linalg.operators import Damping, Named
 from fxkfac.ranges import number_in, require_number, require_positive
@@ -204,19 +204,13 @@ def predictions(posterior: Posterior, draws: Draws, inputs: Inputs) -> Tensor:
 def _of_each(posterior: Posterior, draws: Draws, together: Run, alone: Run) -> Tensor:
     """Of all draws together, or of one after the other, by what does the same."""
     held = _require_draws(posterior, draws)
-    with own_randomness():
-        before = random_state()
+    with no_draws("one prediction for each draw of the parameters"):
         try:
             found = torch.func.vmap(together)(held)
         except RuntimeError:  # what torch says of an op that has no rule for it
             each = zip(*(t.unbind() for t in held.values()), strict=True)
             found = torch.stack([alone(dict(zip(held, draw, strict=True))) for draw in each])
-        if torch.equal(before, random_state()):
-            return found.detach()
-    raise OptionError(
-        "the model draws random numbers while it runs, as dropout does in training; expected one "
-        "prediction for each draw of the parameters. Call model.eval() first."
-    )
+    return found.detach()
 
 
 def _require_draws(posterior: Posterior, draws: Draws) -> dict[str, Tensor]:

@@ -69,7 +69,15 @@ ALLOWED = {
         "linalg",
         "curvature",
     },
-    "comparison": {"errors", "parameters", "functional", "graph", "curvature", "exact"},
+    "comparison": {
+        "errors",
+        "isolation",
+        "parameters",
+        "functional",
+        "graph",
+        "curvature",
+        "exact",
+    },
     "plots": {"errors", "linalg", "curvature", "comparison"},
     "laplace": {"errors", "ranges", "isolation", "functional", "linalg", "curvature", "exact"},
 }

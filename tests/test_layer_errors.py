@@ -181,6 +181,31 @@ class TestRefusals:
         with pytest.raises(BatchAxisError, match=f"{said}; expected the data in front"):
             fxkfac.layer_errors(program, MSE, data, factors)
 
+    @pytest.mark.parametrize("fisher", ["type-2", "empirical"])
+    def test_data_that_come_after_what_they_share(self, fisher):
+        """Exact matrices count data by the first input, and would take two of them for one."""
+        x, y, keys = rand(8, 3), rand(8, 2), rand(4, 3)
+        params = {"W": rand(3, 3), "v": rand(4, 2)}
+        program = fxkfac.trace(
+            lambda p, keys, x: (x @ p["W"] @ keys.T).tanh() @ p["v"],
+            (keys, x),
+            params,
+            batch_axis=(None, 0),
+        )
+        factors = fxkfac.kfac(program, MSE, ((keys, x), y), fisher=fisher)
+        with pytest.raises(BatchAxisError, match=r"length 4 .* 8 data; .*all data share last"):
+            fxkfac.layer_errors(program, MSE, ((keys, x), y), factors)
+
+    def test_a_model_that_draws(self):
+        """Each pass would be of another model."""
+        model, (x, y) = nn.Sequential(nn.Dropout(0.5), seeded(mlp)), (rand(8, 4), classes(8))
+        program, state = fxkfac.trace(model, x), torch.get_rng_state()
+        factors = fxkfac.kfac(program, CE, (x, y))
+        with pytest.raises(OptionError, match=r"draws random numbers.* one model for all passes"):
+            fxkfac.layer_errors(program, CE, (x, y), factors)
+        assert torch.equal(torch.get_rng_state(), state)
+        fxkfac.layer_errors(fxkfac.trace(model.eval(), x), CE, (x, y), factors)
+
     def test_a_derived_weight(self):
         x, y = rand(8, 4), rand(8, 2)
         program = fxkfac.trace(
