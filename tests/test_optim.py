@@ -613,6 +613,20 @@ def test_parameters_of_a_derived_weight_have_adam() -> None:
     assert not torch.equal(before, params["U"])
 
 
+@pytest.mark.parametrize("separate", [False, True])
+def test_a_bias_that_has_joined_a_derived_weight_goes_with_it(separate: bool) -> None:
+    params = {"W": torch.ones(3, 4).double(), "b": torch.ones(3).double()}
+    program = fxkfac.trace(
+        lambda p, x: nn.functional.linear(x, p["W"].exp(), p["b"]),
+        batch()[0],
+        params,
+        structure={"W": "derived"},
+    )
+    optimizer = KFAC(program, CE, lr=0.1, separate_weight_and_bias=separate)
+    methods = {name: g["method"] for g in optimizer.param_groups for name in g["param_names"]}
+    assert methods == {"W": "adam", "b": "kfac" if separate else "adam"}
+
+
 # --- damping that adapts ---
 
 

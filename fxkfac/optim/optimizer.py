@@ -63,8 +63,8 @@ class KFAC(Optimizer):
         weight_decay: Of all parameters.
         decoupled: Weight decay shrinks parameters by lr · weight_decay (Loshchilov & Hutter 2019),
             rather than being added to gradients.
-        adam_lr, betas, eps: Of parameters without curvature: those without block, such as skipped
-            ones or those from which another weight is computed, and those whose structure is
+        adam_lr, betas, eps: Of parameters without curvature: skipped ones, those from which another
+            weight is computed, biases that have joined such a weight, and those whose structure is
             "identity".
         groups: Options for some of the parameters: dicts with names or patterns as "params", and
             any of the options above.
