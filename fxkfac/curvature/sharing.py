@@ -88,7 +88,7 @@ def expanded_input(
     batch = None if kept is None else use.batch
     like = normal_y(use, y, batch)
     rows = accurate(_dense(normal_x(use, x, batch), like.shape[1:-1], y.dtype))
-    return _masked(rows, kept), _number_of_rows(like, kept)
+    return _by_datum(use, rows, kept), _number_of_rows(like, kept)
 
 
 def _in_one_axis(x: Tensor, use: Use, y_shape: torch.Size, dtype: torch.dtype) -> Tensor:
@@ -106,7 +106,7 @@ def reduced_input(
     like = normal_y(use, y, known(use))
     if x_sum is None:
         rows = accurate(_dense(normal_x(use, x, known(use)), like.shape[1:-1], y.dtype))
-        x_sum = _masked(_by_datum(rows), kept).sum(2)
+        x_sum = _masked(rows, kept).sum(2)
     places = _places(like, kept)
     ones = places.expand(len(x_sum), -1).unsqueeze(-1)
     return torch.cat([x_sum, *(scale * ones for scale in scales)], dim=-1), places
@@ -131,12 +131,12 @@ def expanded_output(use: Use, g: Tensor, kept: Kept) -> Float[Tensor, "group *ro
     """Every row of a gradient at the output of a use."""
     if kept is None:
         return accurate(every_row(use, g))
-    return accurate(_masked(normal_y(use, g, use.batch), kept))
+    return accurate(_by_datum(use, normal_y(use, g, use.batch), kept))
 
 
 def reduced_output(use: Use, g: Tensor, kept: Kept) -> Float[Tensor, "group batch d_out"]:
     """Σ_s g of every datum."""
-    return _masked(accurate(_by_datum(normal_y(use, g, known(use)))), kept).sum(2)
+    return _masked(accurate(normal_y(use, g, known(use))), kept).sum(2)
 
 
 def bias_output(term: TermPlan, use: Use, g: Tensor) -> Float[Tensor, "1 batch numel"]:
@@ -155,14 +155,19 @@ def summed_gradient(use: Use, g: Tensor) -> Float[Tensor, "batch group_d_out"]:
     return use.form.scale * rows.movedim(0, 1).flatten(1)
 
 
-def _by_datum(x: Tensor) -> Float[Tensor, "group batch shared d"]:
-    """Rows in whatever axes as rows of one datum."""
-    return x if x.ndim == 4 else x.flatten(1, -2).unsqueeze(1)
+def _by_datum(use: Use, x: Tensor, kept: Kept) -> Float[Tensor, "group *rows d"]:
+    """Rows of a use, of which those that do not count become zero.
+
+    Without a batch axis there may be any number of row axes, two as well: all are one datum's.
+    """
+    if kept is not None and use.batch is None:
+        x = x.flatten(1, -2).unsqueeze(1)
+    return _masked(x, kept)
 
 
-def _masked(x: Tensor, kept: Kept) -> Tensor:
+def _masked(x: Float[Tensor, "group batch shared d"], kept: Kept) -> Tensor:
     """Rows that do not count become zero."""
-    return x if kept is None else _by_datum(x) * kept.unsqueeze(-1).to(x.dtype)
+    return x if kept is None else x * kept.unsqueeze(-1).to(x.dtype)
 
 
 def _number_of_rows(y: Tensor, kept: Kept) -> int | Tensor:

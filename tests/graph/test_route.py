@@ -81,6 +81,24 @@ def test_reduce_averages_the_rows_of_each_expert(model, params, data):
         torch.testing.assert_close(block.B[e], total * torch.eye(D_OUT).double())
 
 
+@pytest.mark.parametrize("model", SPELLINGS)
+def test_experts_have_the_same_factors_where_their_rows_are_sorted(model, params, data):
+    """There no axis holds the data, though rows may have two."""
+
+    def by_expert(p, x, chosen):
+        order = chosen.flatten().argsort(stable=True)
+        rows = model(p, x.flatten(0, 1)[order, None], chosen.flatten()[order, None]).squeeze(1)
+        return torch.zeros_like(rows).index_copy(0, order, rows).unflatten(0, chosen.shape)
+
+    y = torch.zeros(N, T, D_OUT, dtype=torch.float64)
+    found, expected = (
+        fxkfac.kfac(fxkfac.trace(f, data, params), nn.MSELoss(), (data, y))["W"]
+        for f in (by_expert, model)
+    )
+    torch.testing.assert_close(found.A, expected.A)
+    torch.testing.assert_close(found.B, expected.B)
+
+
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
 def test_all_rows_of_a_sequence_choose_together(params, data, sharing):
     def model(p, x, chosen):
