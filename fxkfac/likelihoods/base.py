@@ -196,8 +196,7 @@ class Likelihood:
             if has_rows and not _is_given(self, "gradient"):  # it is derived
                 require_dependence(type(self).__name__, rows)
             if isinstance(y, Tensor) and len(f) > 1 and has_rows:
-                alone = self.nll(f[:1].detach(), y[:1])
-                require_rows(type(self).__name__, rows.detach(), alone, f, y)
+                require_rows(type(self).__name__, self.nll, rows.detach(), f, y)
         except FxkfacError:
             raise
         except ValueError as error:  # torch.distributions: outside of the support

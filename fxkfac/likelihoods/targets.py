@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -76,18 +77,23 @@ def require_dependence(name: str, rows: Tensor) -> None:
         )
 
 
-def require_rows(name: str, rows: Tensor, alone: Tensor, f: Tensor, y: Tensor) -> None:
-    """Raise `LossError` unless the first row by itself is worth what it is among the others.
+def require_rows(
+    name: str, nll: Callable[[Tensor, Tensor], Tensor], rows: Tensor, f: Tensor, y: Tensor
+) -> None:
+    """Raise `LossError` unless the first row and the last are worth the same by themselves.
 
-    What has another shape for it alone, as where each datum has a weight, tells nothing.
+    What adds up along the data, as a Cox likelihood does, leaves one of the two as it is. What has
+    another shape for one row alone, as where each datum has a weight, tells nothing.
     """
     tolerance = torch.finfo(f.dtype).eps ** 0.5
-    if alone.shape == (1,) and not torch.allclose(
-        alone, rows[:1], rtol=tolerance, atol=tolerance, equal_nan=True
-    ):
-        raise LossError(
-            f"{name}.nll gives {rows[0].item():.4g} for the first of {len(f)} data, and "
-            f"{alone.item():.4g} for it alone; expected the same, since data are independent. Look "
-            f"for targets that broadcast: they have shape {tuple(y.shape)}, and the prediction "
-            f"{tuple(f.shape)}."
-        )
+    for place, row in (("first", slice(0, 1)), ("last", slice(-1, None))):
+        alone = nll(f[row].detach(), y[row])
+        if alone.shape == (1,) and not torch.allclose(
+            alone, rows[row], rtol=tolerance, atol=tolerance, equal_nan=True
+        ):
+            raise LossError(
+                f"{name}.nll gives {rows[row].item():.4g} for the {place} of {len(f)} data, and "
+                f"{alone.item():.4g} for it alone; expected the same, since data are independent. "
+                f"Look for targets that broadcast: they have shape {tuple(y.shape)}, and the "
+                f"prediction {tuple(f.shape)}."
+            )

@@ -662,6 +662,17 @@ class TestNothingIsBroadcast:
             Cosh().validate(rand(8, 1), rand(8, seed=1))
         Cosh().validate(rand(8, 1), rand(8, 1, seed=1))
 
+    @pytest.mark.parametrize(("backwards", "place"), [(False, "last"), (True, "first")])
+    def test_an_nll_that_adds_up_along_the_data(self, backwards, place):
+        class Cox(Likelihood):
+            def nll(self, prediction, target):
+                at_risk = prediction[:, 0].flip(0) if backwards else prediction[:, 0]
+                total = at_risk.logcumsumexp(0)
+                return (total.flip(0) if backwards else total) - prediction[:, 0]
+
+        with pytest.raises(LossError, match=f"for the {place} of 8 data"):
+            Cox().validate(rand(8, 1), rand(8, 1, seed=1))
+
     def test_weights_of_data(self):
         class Weighted(Cosh):
             weights = torch.rand(8, dtype=F64, generator=torch.Generator().manual_seed(0))
