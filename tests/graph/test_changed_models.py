@@ -279,6 +279,17 @@ class TestWhatTheModelReads:
             follows(program, model)
         assert len(program.graphs) == 2
 
+    def test_a_sparse_tensor(self):
+        def neighbours(m, x):
+            return torch.sparse.mm(m.graph, m.a(x))
+
+        graph = rand(5, 5, seed=7).relu().to_sparse()
+        model = seeded(lambda: Made(neighbours, a=layer(), graph=graph))
+        program = fxkfac.trace(model, X)
+        model.graph = 2 * graph
+        follows(program, model)
+        assert len(program.graphs) == 2
+
     def test_inside_a_list_a_dict_and_an_object(self):
         def nested(m, x):
             return m.a(x) * m.listed[0] * m.named["by"] * m.config.scale

@@ -29,6 +29,8 @@ Names = frozenset[str] | None  # of the attributes of one module; `None` for all
 
 def attribute_key(value: Any) -> Any:
     """As `constant_key`; but long lists and large arrays, which take long, by identity."""
+    if isinstance(value, Tensor):  # by identity as well; and a sparse one has no `nbytes`
+        return Same(value)
     is_long = isinstance(value, list | tuple | dict | set) and len(value) > LONG
     return Same(value) if is_long or getattr(value, "nbytes", 0) > LARGE else constant_key(value)
 
