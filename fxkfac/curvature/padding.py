@@ -1,9 +1,10 @@
 """Rows that are padding: left out of A, of B and of the counts.
 
 A mask (N, T) says which of the T positions of each datum are real. It is laid over every use whose
-one shared axis has T places; uses with other rows, such as a class token's, a pooled one's or a
-routed expert's, keep all of theirs. Without a mask, padding is what no term of the loss can see:
-positions whose target is ignored, in the rows of uses at which no gradient arrives.
+one shared axis has T places, or whose first one has: then a position has several rows, as one for
+each head. Uses with other rows, such as a class token's, a pooled one's, a routed expert's or one
+step's of a recurrence, keep all of theirs. Without a mask, padding is what no term of the loss can
+see: positions whose target is ignored, in the rows of uses at which no gradient arrives.
 """
 
 from __future__ import annotations
@@ -57,19 +58,21 @@ class Padding:
             y: Its output, as tapped.
         """
         if self.mask is not None:
-            fits = self._is_aligned(use, y, self.mask)
-            self.fits |= fits
-            return self.mask.to(y.dtype) if fits else None
+            rows = self._of_rows(use, y, self.mask)
+            self.fits |= rows is not None
+            return None if rows is None else rows.to(y.dtype)
         if self.ignored is None or use not in self.seen:
             return None
-        return (self.seen[use] | ~self.ignored).to(y.dtype)
+        ignored = self._of_rows(use, y, self.ignored)
+        assert ignored is not None, "what was seen has rows like the positions"
+        return (self.seen[use] | ~ignored).to(y.dtype)
 
     def require_fit(self) -> None:
         """Raise `DataError` unless there was a use whose rows are those of the mask."""
         if self.mask is not None and not self.fits:
             raise DataError(
-                f"no use has rows like the mask {tuple(self.mask.shape)}: one shared axis of "
-                f"{self.mask.shape[1]} places. Leave the mask out."
+                f"no use has rows like the mask {tuple(self.mask.shape)}: one shared axis, or a "
+                f"first one, of {self.mask.shape[1]} places. Leave the mask out."
             )
 
     def look(self, use: Use, gradient: Tensor) -> None:
@@ -78,15 +81,25 @@ class Padding:
         An ignored target alone does not make a row padding: the beginning of a sequence may have
         none, and yet all that comes after it depends on it.
         """
-        if self.ignored is not None and self._is_aligned(use, gradient, self.ignored):
+        if self.ignored is not None and self._of_rows(use, gradient, self.ignored) is not None:
             rows = (normal_y(use, gradient, use.batch) != 0).any(-1).any(0)
             self.seen[use] = self.seen[use] | rows if use in self.seen else rows
 
-    def _is_aligned(self, use: Use, y: Tensor, positions: Tensor) -> bool:
-        """Whether the rows of a use are the positions of the data, as far as their number tells."""
+    def _of_rows(self, use: Use, y: Tensor, positions: Tensor) -> Tensor | None:
+        """What is said of positions, of the rows of a use; `None` where these are others.
+
+        As far as their number tells: there are as many, or as many along the first shared axis.
+        """
         if use.batch is None or use.is_bias or use.node in self.chosen:
-            return False
-        return normal_y(use, y, use.batch).shape[1:3] == positions.shape
+            return None
+        n, length = positions.shape
+        data, rows = normal_y(use, y, use.batch).shape[1:3]
+        if data != n:
+            return None
+        if rows == length:
+            return positions
+        first, *_ = use.form.shared_lengths(y.shape, use.batch) or [1]
+        return positions.repeat_interleave(rows // length, 1) if first == length else None
 
 
 def chosen_by_values(tapped: Tapped) -> frozenset[str]:

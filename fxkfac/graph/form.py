@@ -222,6 +222,13 @@ class Form:
         lengths = axis_lengths(self.y, shape, self.sizes)
         return [lengths[a] for a in self.rows] or [1]
 
+    def shared_lengths(self, shape: Sequence[int], batch: BatchAxis) -> list[int]:
+        """Lengths of the shared axes of an output of this shape, in order; none of length one."""
+        every: list[int] = []
+        for axis, length in zip(self.rows, self.row_lengths(shape), strict=False):
+            every += [batch.outer, batch.inner] if axis == batch.axis else [length]
+        return [length for length in every if length > 1]
+
     @property
     def is_elementwise(self) -> bool:
         """Whether every entry of the weight is multiplied by one number: a scale."""

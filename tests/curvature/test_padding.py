@@ -83,6 +83,28 @@ def test_mask_by_keyword_and_pooled_rows(data):
     torch.testing.assert_close(found["table.weight"].A, counts.double())
 
 
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.parametrize("mask", [None, lambda x, y: y != -100])
+def test_a_position_may_have_several_rows(data, mask, sharing):
+    """As one for each head of a weight that heads share."""
+
+    def model(params, x):  # (data, positions, heads, entries)
+        return (torch.tanh(x @ params["W"]).sum(2) @ params["V"]).movedim(-1, 1)
+
+    params = {"W": rand(3, 4), "V": rand(4, 3)}
+    x, labels, loss = rand(N, T, 2, 3), data[1], nn.CrossEntropyLoss(reduction="sum")
+    program = fxkfac.trace(model, x, params)
+    found = fxkfac.kfac(program, loss, (x, labels), mask=mask, sharing=sharing)
+    singles = [
+        fxkfac.kfac(program, loss, (x[n, m][None], labels[n, m][None]), sharing=sharing)
+        for n, m in enumerate(REAL[:3])
+    ]
+    expected = singles[0] + singles[1] + singles[2]
+    for name, block in expected.items():
+        torch.testing.assert_close(found[name].A, block.A)
+        torch.testing.assert_close(found[name].B, block.B)
+
+
 def test_masks_that_do_not_fit(data):
     program = fxkfac.trace(seeded(Tagger), data[0])
     loss = nn.CrossEntropyLoss()
