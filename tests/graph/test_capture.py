@@ -432,6 +432,22 @@ class TestBatchSizes:
             proves(program, rand(size, 4, seed=size), rand(size, 3))
             assert len(program.run(rand(size, 4)).prediction) == size
 
+    def test_a_loop_over_slices_is_bound_to_its_size(self):
+        """Its graph is the model's for fewer data, too: there the last slices are empty."""
+
+        def plain(params, x):
+            return torch.tanh(x @ params["W"] + params["b"])
+
+        def sliced(params, x):
+            return torch.cat([plain(params, x[k : k + 1]) for k in range(len(x))])
+
+        params = {"W": rand(4, 3), "b": rand(3)}
+        program, expected = (fxkfac.trace(f, rand(4, 4), params) for f in (sliced, plain))
+        assert not program.tapped.dynamic
+        for size in (4, 2):
+            data = rand(size, 4), rand(size, 3)
+            same(fxkfac.kfac(program, MSE(), data), fxkfac.kfac(expected, MSE(), data))
+
     def test_a_branch_that_depends_on_the_size(self):
         """The example and the trials are all in one branch, the next batch is not."""
 

@@ -18,6 +18,7 @@ from fxkfac.graph.dependence import SHAPE_ONLY, depend_on
 from fxkfac.graph.experiments.by_values import has_size_of_values
 from fxkfac.graph.experiments.coupling import Coupling, coupling
 from fxkfac.graph.experiments.locate import Located, locate, other_order
+from fxkfac.graph.experiments.record import record
 from fxkfac.graph.experiments.verify import is_model, run_graph
 from fxkfac.graph.flat import FlatModel, State
 from fxkfac.graph.front_ends.capture import Captured, Refusal
@@ -74,6 +75,7 @@ def attempt(
     state = _without_zeros(model, state, generator)
     data = model.signature.vary(tensors, TRIAL_SIZE + (n == TRIAL_SIZE), generator)
     dynamic = dynamic and not _differs_at(model, captured, state, data)
+    dynamic = dynamic and not _runs_out(captured, state, tensors, data)
     if not dynamic:
         data = model.signature.vary(tensors, n, generator)
         if wrong := is_model(model, captured, state, data):
@@ -124,6 +126,21 @@ def _differs_at(
         return is_model(model, captured, state, data)
     except Exception as error:  # the model's own
         return str(error)
+
+
+def _runs_out(captured: Captured, state: State, tensors: list[Tensor], data: list[Tensor]) -> bool:
+    """Whether nothing is left for some ops that have rows in the example, as in a loop over slices.
+
+    Such ops do not tell where the data are, and for more data the loop is too short.
+    """
+    empty = _empty(captured, state, data)
+    return bool(empty) and not empty <= _empty(captured, state, tensors)
+
+
+def _empty(captured: Captured, state: State, data: list[Tensor]) -> set[Node]:
+    """Nodes without entries; an expert to which values of the data send no row is none."""
+    shapes = record(captured.module, [*captured.arguments(state), *data]).shapes
+    return {n for n, shape in shapes.items() if 0 in shape and not has_size_of_values(n)}
 
 
 def match_and_locate(trial: Trial, example: Example) -> tuple[Matched, Located]:
