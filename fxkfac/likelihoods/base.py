@@ -153,11 +153,21 @@ class Likelihood:
             return self.distribution(f.detach()).sample()
 
     def sampled_gradient(self, f: Tensor, y: Target, sampled: Target) -> Tensor:
-        """The would-be gradient ∇_f c(f, ỹ), times √ of the weight of `y`. Section 2.5.3."""
+        """The would-be gradient ∇_f c(f, ỹ), times √ of the weight of `y`. Section 2.5.3.
+
+        Raises `LossError` where labels are not shaped like the targets: `nll` reads both alike.
+        """
         if isinstance(sampled, Tensor) and sampled.shape[:1] != f.shape[:1]:
             raise LossError(
                 f"{type(self).__name__}.sample returned shape {tuple(sampled.shape)}; expected "
                 f"labels for each of {len(f)} data along axis 0, which nothing is broadcast to."
+            )
+        if isinstance(sampled, Tensor) and isinstance(y, Tensor) and sampled.shape != y.shape:
+            raise LossError(
+                f"a label of {type(self).__name__} has shape {tuple(sampled.shape)}, the targets "
+                f"have {tuple(y.shape)}; expected the same, since `nll` reads both alike. Where "
+                "targets hold more than labels, such as weights, override `sampled_gradient`; or "
+                "use the fisher 'type-2' or 'empirical', for which nothing is drawn."
             )
         return without_ignored(self, f, y, self.gradient(f, sampled))
 

@@ -682,6 +682,26 @@ class TestNothingIsBroadcast:
 
         Weighted().validate(rand(8, 2), rand(8, 2, seed=1))
 
+    def test_drawn_labels_that_have_no_weight(self):
+        class Weighted(Likelihood):
+            def distribution(self, prediction):
+                return D.Normal(prediction, 1.0)
+
+            def nll(self, prediction, target):
+                return target[:, -1] * (prediction[:, 0] - target[:, 0]).square() / 2
+
+        class Told(Weighted):
+            def sampled_gradient(self, f, y, sampled):
+                return y[:, 1:].sqrt() * (f - sampled)
+
+        x, y = rand(6, 4), rand(6, 2, seed=1).abs()
+        program = fxkfac.trace(nn.Linear(4, 1).double(), x)
+        options = {"fisher": "mc", "mc_samples": 4000, "separate_weight_and_bias": True}
+        with pytest.raises(LossError, match=r"shape \(6, 1\), the targets have \(6, 2\)"):
+            fxkfac.kfac(program, Weighted(), (x, y), **options)
+        found = fxkfac.kfac(program, Told(), (x, y), **options).dense("bias")
+        torch.testing.assert_close(found.squeeze(), y[:, 1].mean(), rtol=0.05, atol=0)
+
     def test_distributions_with_events(self):
         make = Likelihood.from_distribution(lambda f: D.Independent(D.Normal(f, 1.0), 1))
         make.validate(rand(5, 3), rand(5, 3, seed=1))
