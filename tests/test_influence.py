@@ -280,6 +280,29 @@ def test_a_datum_that_helps_itself(mlp):
     assert (scores.diagonal() < 0).all()
 
 
+def test_leaving_out_is_the_score_over_what_the_mean_divides_by():
+    """MSE's divides by the outputs, too; with weight decay the minimum has a formula."""
+    N, d_out = 200, 4
+    x, y = rand(N, 3), rand(N, d_out, seed=1)
+
+    def minimum(weights):
+        each = 2 / (N * d_out) * (x * weights.unsqueeze(1)).mT
+        return torch.linalg.solve(each @ x + DAMPING * torch.eye(3, dtype=F64), each @ y)
+
+    weights = torch.ones(N, dtype=F64)
+    whole = minimum(weights)
+    weights[7] = 0.0
+    change = (x[:5] @ minimum(weights) - y[:5]).square() - (x[:5] @ whole - y[:5]).square()
+
+    def model(params, x):
+        return x @ params["W"]
+
+    program = fxkfac.trace(model, x, {"W": whole})
+    factors = fxkfac.kfac(program, MSE, (x, y))
+    scores = fxkfac.influence(program, MSE, factors, (x, y), (x[:5], y[:5]), DAMPING)
+    torch.testing.assert_close(-scores[7] / (N * d_out), change.sum(1), rtol=0.05, atol=1e-4)
+
+
 def test_what_is_skipped_has_no_part(mlp):
     program = fxkfac.trace(mlp.model, mlp.train[0], structure={"0.*": "skip"})
     factors = fxkfac.kfac(program, CE, mlp.train)

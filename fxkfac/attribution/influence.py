@@ -57,8 +57,9 @@ def influence(
     Kronecker factors Grosse et al. 2023).
 
     It is how fast the loss of test datum j changes as the weight of training datum i grows: below
-    zero where i helps j. To leave i out of a mean over N data changes the loss of j by about
-    −score / N. A datum is what the batch axis counts: a sequence with all of its tokens.
+    zero where i helps j. To leave i out changes the loss of j by about −score over what the loss's
+    mean divides by: N for one label per datum, N dim Y for MSE and BCE, the number of tokens for
+    sequences. A datum is what the batch axis counts: a sequence with all of its tokens.
 
     Args:
         program: What `fxkfac.trace` returned.
