@@ -199,6 +199,20 @@ def test_sums_of_two_products_are_inverted_exactly(damp: str, of_factors: str) -
     assert_close(p.solve(found.gradients), expected)
 
 
+def test_a_tied_head_with_a_bias_is_inverted_where_the_bias_is_apart() -> None:
+    """Joined, its product has entries that the embedding's has not; the error says what to do."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(200, 100), nn.Tanh(), nn.Linear(100, 200))
+    model[2].weight = model[0].weight
+    x = torch.randint(200, (9,))
+    program = fxkfac.trace(model, x)
+    with pytest.raises(OptionError, match="by separate_weight_and_bias=True"):
+        fxkfac.optim.KFAC(program, CE, lr=0.1).step(x, x)
+    optimizer = fxkfac.optim.KFAC(program, CE, lr=0.1, separate_weight_and_bias=True)
+    optimizer.step(x, x)
+    assert optimizer.preconditioner.bases["0.weight"].left.shape == (1, 200, 200)
+
+
 def test_the_diagonal_factor_of_an_embedding_is_never_written_out() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(7, 4), nn.Tanh(), nn.Linear(4, 3)).double()

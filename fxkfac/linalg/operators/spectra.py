@@ -189,7 +189,8 @@ def written_out(operator: Operator) -> Float[Tensor, "numel numel"]:
         raise OptionError(
             f"{type(operator).__name__} has no eigenvalues but those of its matrix of "
             f"{operator.numel**2:,} numbers; expected at most {LARGEST_DENSE:,}. Use what needs "
-            "products alone, or damp the factors, where it is a sum of two that lie alike."
+            "products alone, or damp the factors, where it is a sum of two that lie alike; where "
+            "one of them alone has a bias, they do so by separate_weight_and_bias=True."
         )
     return to_dense(operator)
 
