@@ -58,8 +58,8 @@ def kfac(
         mask: Which positions of each datum are real, as (N, T): the keyword of an input, such as
             `"attention_mask"`, or a function of (inputs, targets), such as
             `lambda x, y: x["segments"] == 0`. Other rows are left out of A, B and the counts
-            wherever an op's rows are the positions, or several at each. Exact
-            blocks, such as that of a bias by itself, have no rows and hold all that arrives.
+            wherever an op's rows are the positions, or several at each. Exact blocks, such as that
+            of a bias by itself, have no rows and hold all that arrives.
             Without a mask, rows are left out that no term of the loss can see: those at positions
             whose target is the loss's `ignore_index`, and at which no gradient arrives.
         generator: Source of random labels and signs: the same state gives the same factors, bit
