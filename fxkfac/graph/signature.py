@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -144,12 +144,15 @@ class Signature:
         chosen = list(dict.fromkeys([*largest, 0, unlike, *range(n)]))[:size]
         return torch.tensor(sorted(chosen), device="cpu")
 
-    def replaced(self, tensors: list[Tensor]) -> list[Tensor]:
-        """The same data, with the one that is farthest from the first in its place."""
+    def replaced(self, tensors: list[Tensor], chosen: Tensor) -> list[Tensor]:
+        """The same data with another one in the place of each that is chosen.
+
+        That is the one farthest from the first; in the place of those as far as it, the first.
+        """
         n = self.batch_size(tensors)
         distances = torch.stack([_from_first(t).cpu() for t in self._rows(tensors, n)]).sum(0)
-        far = n - 1 - int(distances.flip(0).argmax())  # the last one of several
-        return self.permute(tensors, torch.tensor([far, *range(1, n)], device="cpu"))
+        others = torch.where(distances < distances.max(), distances.argmax(), 0)
+        return self.permute(tensors, torch.where(chosen, others, torch.arange(n, device="cpu")))
 
     def _rows(self, tensors: list[Tensor], n: int) -> list[Tensor]:
         """A row for each datum, of every tensor that has data."""
@@ -187,13 +190,13 @@ def _is_number(t: Tensor) -> bool:
     return t.ndim == 1 and not t.is_floating_point() and t.dtype != torch.bool
 
 
-def near(t: Tensor, generator: Generator) -> Tensor:
-    """Floating point numbers near those given.
+def near(t: Tensor, generator: Generator, drawn: Sequence[int] | None = None) -> Tensor:
+    """Floating point numbers near those given; `drawn` is the shape of what is drawn for them.
 
     Zero entries move too, and no entry changes its sign: log and sqrt stay defined.
     """
-    g = generator
-    noise = torch.rand(t.shape, generator=g, dtype=torch.float32, device=g.device).to(t)
+    g, shape = generator, t.shape if drawn is None else drawn
+    noise = torch.rand(shape, generator=g, dtype=torch.float32, device=g.device).to(t)
     return torch.where(t == 0, 0.1 * noise, t * (1 + 0.1 * noise))
 
 

@@ -206,7 +206,7 @@ def _compile(
     example = record(captured.module, [*captured.arguments(trial.state), *trial.data])
     matched, located = match_and_locate(trial, example)
     uses, unsupported = _covered(matched, located)
-    found = find_coupling(trial, located, uses)
+    found = find_coupling(trial, located, uses, tensors)
     module, uses = tap_uses(captured.module, uses)
     tapped = Tapped(
         captured,

@@ -10,6 +10,7 @@ from zoo import Made
 
 import fxkfac
 from fxkfac.errors import BatchAxisError
+from fxkfac.graph.experiments.coupling import separating_sets
 
 MSE, CE = nn.MSELoss(), nn.CrossEntropyLoss()
 N = 5
@@ -76,6 +77,34 @@ def test_tokens_that_know_nothing_of_each_other(example):
     expected = fxkfac.exact.ggn(model, CE, data, "1.weight").diagonal()
     torch.testing.assert_close(factors.dense("1.weight").diagonal(), expected)
     fxkfac.ekfac(program, CE, data, factors)
+
+
+MET = {
+    "largest of all": lambda z: z / z.abs().max(),
+    "last": lambda z: z.tanh() * z.tanh()[-1:],
+    "third before": lambda z: z.tanh() * z.tanh().roll(3, 0),
+    "those behind the fourth": lambda z: z.tanh() + z.tanh()[4:].sum(0),
+}
+
+
+@pytest.mark.parametrize("seed", [0, 2, 3])
+@pytest.mark.parametrize("meet", MET.values(), ids=MET)
+def test_whichever_datum_the_others_depend_on(meet, seed):
+    def forward(m, x):
+        return m.out(meet(m.inside(x)))
+
+    model = seeded(lambda: Made(forward, inside=nn.Linear(3, 4), out=nn.Linear(4, 2)))
+    program = fxkfac.trace(model, rand(8, 3, seed=seed), structure={"inside.weight": "dense"})
+    assert program.tapped.coupled
+    with pytest.raises(BatchAxisError, match="by itself"):
+        fxkfac.kfac(program, MSE, (rand(8, 3), rand(8, 2)))
+
+
+def test_of_any_two_data_each_is_once_changed_while_the_other_is_not():
+    for n in (2, 3, 4, 10, 11, 40):
+        held_by = torch.stack(list(separating_sets(n)))
+        apart = (held_by[:, :, None] & ~held_by[:, None, :]).any(0)
+        assert torch.equal(apart, ~torch.eye(n, dtype=torch.bool))
 
 
 def of_ids(m, t):

@@ -1,14 +1,19 @@
 """Tapped graph -> whether one datum's prediction depends on the others', by experiment.
 
-Change one datum: do the others' predictions change? It is changed in two ways. Another datum is put
-in its place; and the outputs of its ops are changed at the taps, which is possible where the data
-are whole numbers, all alike, and no others are known to be valid.
+Change some data: do the predictions of the rest change? They are changed in two ways at once.
+Others are put in their places; and the outputs of their ops are changed at the taps, which is
+possible where the data are whole numbers, all alike, and no others are known to be valid.
+
+Which datum the others depend on may hang on values, as that of the largest, or on its place. So
+the sets of changed data are such that of any two each is once changed while the other is not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations, islice
+from math import comb
 
 import torch
 from torch import Generator, Tensor
@@ -38,28 +43,27 @@ class Coupling:
 
 @dataclass(frozen=True)
 class _Changed:
-    """A sink that changes the rows of the first datum.
+    """A sink that changes the rows of some data.
 
     Attributes:
         layouts: Where the data are in the outputs of taps, by place.
-        n: Number of data.
+        chosen: For every datum, whether it is one of them.
         generator: For what they become.
         places: Where there were such rows.
     """
 
     layouts: Mapping[int, Layout]
-    n: int
+    chosen: Tensor
     generator: Generator
     places: set[int] = field(default_factory=set)
 
     def output(self, place: int, y: Tensor) -> Tensor:
-        """The output, with other rows of the first datum."""
-        at = self.layouts.get(place)
-        if at is None or y.shape[at[0]] != at[1] * self.n * at[2]:  # it is the same for all data
+        """The output, with other rows of these data."""
+        at, n = self.layouts.get(place), len(self.chosen)
+        if at is None or y.shape[at[0]] != at[1] * n * at[2]:  # it is the same for all data
             return y
         self.places.add(place)
-        is_first = data_of(y, at, self.n) == 0
-        return torch.where(is_first, near(y, self.generator), y)
+        return torch.where(_entries_of(self.chosen, y, at), _near(y, at, n, self.generator), y)
 
     def input(self, use: int, x: Input, y: Tensor) -> None:
         """Nothing is kept."""
@@ -69,62 +73,73 @@ def coupling(
     run: Callable[[list[Tensor], Sink], Tensor],
     graph: Graph,
     data: list[Tensor],
-    replaced: list[Tensor],
+    replaced: Callable[[list[Tensor], Tensor], list[Tensor]],
     n: int,
     at: Layout,
     uses: Sequence[Use],
     generator: Generator,
     lowest: torch.dtype,
 ) -> Coupling:
-    """Change the first datum, and compare the predictions.
+    """Change some data, and compare the predictions of the others.
 
     Args:
         run: The tapped graph.
         graph: The same, to be read.
         data: The data.
-        replaced: The same with another one in the place of the first.
+        replaced: Puts others in the places of those that are chosen.
         n: How many they are.
         at: The layout of the prediction.
         uses: The uses, tapped, with their batch axes.
-        generator: For what the first datum's rows become.
+        generator: For what the rows of changed data become.
         lowest: The dtype with the fewest digits of what the graph computes.
     """
     if n < 2:
         return Coupling(coupled=False)
-    as_it_is, changed = (_Changed(layouts, n, generator) for layouts in ({}, _layouts(uses)))
-    f, other_f = run(data, as_it_is), run(replaced, as_it_is)
-    before = _Split.of(f, at, n)
-    # Where values say how many rows a datum has, another one may have more.
-    by_other = _Split.of(other_f, at, n) if other_f.shape == f.shape else None
-    if by_other is not None and before.couples(by_other, lowest):
-        return Coupling(coupled=True)
-    by_taps = _Split.of(run(data, changed), at, n)
-    if before.couples(by_taps, lowest):
-        return Coupling(coupled=True)
-    if by_other is not None and before.differs(by_other):
+    every = torch.ones(n, dtype=torch.bool, device="cpu")
+    as_it_is, layouts = _Changed({}, every, generator), _layouts(uses)
+    f = run(data, as_it_is)
+    for chosen in separating_sets(n):
+        sink = _Changed(layouts, chosen, generator)
+        changed = run(replaced(data, chosen), sink)
+        # Where values say how many rows a datum has, another one may have more.
+        if changed.shape != f.shape:
+            changed = run(data, sink)
+        rest = _entries_of(~chosen, f, at)
+        if not close(torch.where(rest, f, 0), torch.where(rest, changed, 0), lowest):
+            return Coupling(coupled=True)
+    if _differ(f, run(replaced(data, every), as_it_is)):
         return Coupling(coupled=False)
-    seen = before.differs(by_taps) and not _is_around(graph, changed.places, len(data))
+    sink = _Changed(layouts, every, generator)
+    seen = _differ(f, run(data, sink)) and not _is_around(graph, sink.places, len(data))
     return Coupling(coupled=False, known=seen)
 
 
-@dataclass(frozen=True)
-class _Split:
-    """A prediction: the part of the first datum, and that of the others."""
+def separating_sets(n: int) -> Iterator[Tensor]:
+    """As few sets of n data as tell any two of them apart, in both directions.
 
-    first: Tensor
-    others: Tensor
+    A datum is in half of the sets, and no two are in the same ones.
+    """
+    number = next(k for k in range(2, n + 1) if comb(k, k // 2) >= n)
+    held_by = list(islice(combinations(range(number), number // 2), n))
+    for k in range(number):
+        yield torch.tensor([k in sets for sets in held_by], device="cpu")
 
-    @classmethod
-    def of(cls, prediction: Tensor, at: Layout, n: int) -> _Split:
-        axis, outer, inner = at
-        parts = prediction.unflatten(axis, (outer, n, inner))
-        return cls(parts.narrow(axis + 1, 0, 1), parts.narrow(axis + 1, 1, n - 1))
 
-    def couples(self, changed: _Split, lowest: torch.dtype) -> bool:
-        return not close(self.others, changed.others, lowest)
+def _near(y: Tensor, at: Layout, n: int, generator: Generator) -> Tensor:
+    """Rows near those given, of all data by the same factors: to draw each one's takes long."""
+    axis, outer, inner = at
+    parts = y.unflatten(axis, (outer, n, inner))
+    drawn = (*parts.shape[: axis + 1], 1, *parts.shape[axis + 2 :])
+    return near(parts, generator, drawn).flatten(axis, axis + 2)
 
-    def differs(self, changed: _Split) -> bool:
-        return not torch.equal(self.first, changed.first)
+
+def _entries_of(chosen: Tensor, t: Tensor, at: Layout) -> Tensor:
+    """Which entries of a tensor belong to the chosen data; broadcasts to it."""
+    return chosen.to(t.device)[data_of(t, at, len(chosen))]
+
+
+def _differ(f: Tensor, other: Tensor) -> bool:
+    return f.shape == other.shape and not torch.equal(f, other)
 
 
 def _layouts(uses: Sequence[Use]) -> dict[int, Layout]:

@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from fxkfac.errors import NonFiniteError
 from fxkfac.graph.dependence import SHAPE_ONLY, depend_on
-from fxkfac.graph.experiments.by_values import has_size_of_values
+from fxkfac.graph.experiments.by_values import has_size_of_values, is_by_values
 from fxkfac.graph.experiments.coupling import Coupling, coupling
 from fxkfac.graph.experiments.locate import Located, locate, other_order
 from fxkfac.graph.experiments.record import record
@@ -31,6 +31,7 @@ from fxkfac.graph.uses.match import Matched, match
 from fxkfac.isolation import is_finite
 
 TRIAL_SIZE = 3  # data in the experiments: few, and no divisor of most other sizes
+MOST = 10  # data of which it is seen whether they depend on each other: as many as five sets tell
 
 
 @dataclass(frozen=True)
@@ -210,23 +211,32 @@ def _shape_for_more(trial: Trial) -> torch.Size | None:
         return None
 
 
-def find_coupling(trial: Trial, located: Located, uses: Sequence[Use]) -> Coupling:
-    """Whether the prediction for some data changes with another datum.
+def find_coupling(
+    trial: Trial, located: Located, uses: Sequence[Use], tensors: list[Tensor]
+) -> Coupling:
+    """Whether the prediction for some data changes with others.
 
     Where no one axis of the prediction holds the data, as in a matrix that compares every datum
-    with every other one, no part of it is one datum's own.
+    with every other one, no part of it is one datum's own. More data than those of the trial
+    are looked at where the example has more, since fewer may not meet, as where each one is
+    compared with the third before; but where values say where a datum is, that is known
+    for those of the trial alone.
     """
     if located.prediction is None:
         return Coupling(coupled=True)
     quiet, uses = tap_uses(without_dropout(trial.captured.module), uses)
-    signature = trial.model.signature
+    graph, inputs = trial.captured.module.graph, trial.captured.inputs()
+    signature, data = trial.model.signature, trial.data
+    n = min(signature.batch_size(tensors), MOST)
+    if n > signature.batch_size(data) and not is_by_values(graph, inputs):
+        data = signature.vary(tensors, n, trial.generator)
     with torch.no_grad():
         return coupling(
             lambda data, sink: run_graph(trial.captured, quiet, trial.state, data, sink),
             quiet.graph,
-            trial.data,
-            signature.replaced(trial.data),
-            signature.batch_size(trial.data),
+            data,
+            signature.replaced,
+            signature.batch_size(data),
             located.prediction,
             uses,
             trial.generator,
