@@ -5,40 +5,60 @@ G_{n,c} = ∂ ⟨▲_{n,c}, f_n⟩ / ∂θ,   diag C = R Σ_n Σ_c G²,   C = R 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
 
 from fxkfac.curvature.perdatum import zero_moment
 from fxkfac.curvature.together import enlarged, reduced
-from fxkfac.errors import BatchAxisError, FxkfacError, UnsupportedUse
+from fxkfac.errors import BatchAxisError, FxkfacError
 from fxkfac.functional import Inputs
 from fxkfac.graph.deviation import gradient_errors, relative_error
 from fxkfac.graph.digits import tolerance_of_parts
 from fxkfac.graph.front_ends.capture import Captured
 from fxkfac.graph.program import Program
 from fxkfac.graph.tapped import Run
+from fxkfac.isolation import without_graph
 
 
-@contextmanager
-def _all_at_once(names: Iterable[str]) -> Iterator[None]:
-    """Name what cannot be had where an op knows no data beside each other."""
-    try:
-        yield
-    except RuntimeError as error:
-        said = str(error).split("\n")[0]
-        if "vmap" not in said and "atching rule" not in said:
-            raise
-        raise UnsupportedUse(
-            f"the exact blocks of {sorted(names)[:4]} take each datum's own gradient, of all data "
-            f"at once, and an op of the model has no rule for that: {said} Expected ops that have "
-            "one. Leave these parameters out: trace with structure='skip' for them."
-        ) from error
+def _of_each(
+    function: Callable[..., Any], in_dims: Sequence[int | None], is_right: Callable[..., bool]
+) -> Callable[..., Any]:
+    """A function of one datum, for all of them at once.
+
+    One by one where an op has no rule for that, or a wrong one, as PyTorch 2.13's for `cdist` is:
+    `is_right` looks at a result and what it was made of.
+    """
+    ways: list[Callable[..., Any]] = [vmap(function, tuple(in_dims), randomness="same")]
+
+    def call(*given: Any) -> Any:
+        for way in ways:
+            try:
+                found = way(*given)
+            except RuntimeError:  # in torch's words for that op, or for one inside
+                continue
+            if is_right(found, *given):
+                return found
+        ways.clear()
+        return _one_by_one(function, in_dims, *given)
+
+    return call
+
+
+def _one_by_one(function: Callable[..., Any], in_dims: Sequence[int | None], *given: Any) -> Any:
+    """What `vmap` gives, without it."""
+    n = next(t.shape[a] for t, a in zip(given, in_dims, strict=True) if a is not None)
+    each = [
+        function(*(t if a is None else t.select(a, k) for t, a in zip(given, in_dims, strict=True)))
+        for k in range(n)
+    ]
+    return pytree.tree_map(lambda *parts: torch.stack(parts), *each)
 
 
 @sdpa_kernel(SDPBackend.MATH)  # vmap would run the fused attention datum by datum, and say so
@@ -63,10 +83,9 @@ def gradient_moments(
     Raises:
         BatchAxisError: The data are coupled, as by batch norm in train mode, so that no gradient
             is one datum's own.
-        UnsupportedUse: An op has no rule for the gradients of all data at once.
     """
     signature = program.signature.with_constants(inputs)
-    data, axes = [t.detach() for t in signature.tensors(inputs)], signature.axes
+    data, axes = [without_graph(t) for t in signature.tensors(inputs)], signature.axes
     first = signature.inputs(signature.permute(data, torch.tensor([0], device="cpu")))
     captured = _for_one_datum(program, first)
 
@@ -82,26 +101,28 @@ def gradient_moments(
     }
     own, lowest = by_datum(run, run.prediction.detach()), run.tapped.captured.lowest
     own_gradient = grad(lambda p, v, *datum: (of_one(p, *datum) * v).sum())
-    per_datum = vmap(own_gradient, (None, 0, *axes), randomness="same")
 
-    def check(vectors: Tensor, gradients: Mapping[str, Tensor]) -> None:
+    def is_own(found: Tensor, *_: Any) -> bool:
+        alike = found.shape == own.shape
+        return alike and relative_error(found, own) <= tolerance_of_parts(own, lowest)
+
+    def are_own(found: Mapping[str, Tensor], chosen: Any, vectors: Tensor, *data: Tensor) -> bool:
         last = [t if a is None else t.select(a, -1) for t, a in zip(data, axes, strict=True)]
-        expected = own_gradient(chosen, vectors[-1], *last)
-        _require_right_rules({n: g[-1] for n, g in gradients.items()}, expected, lowest)
+        expected = partial(own_gradient, chosen, vectors[-1], *last)
+        key = ("all at once", tuple(structures), own.device, own.dtype)
+        compared = partial(_are_equal, {n: g[-1] for n, g in found.items()}, expected, lowest)
+        return run.tapped.once(key, compared)
 
-    with _all_at_once(structures):
-        alone = vmap(of_one, (None, *axes), randomness="same")(chosen, *data)
-        if relative_error(alone, own) > tolerance_of_parts(own, lowest):
-            raise BatchAxisError(f"a datum by itself gives another prediction {COUPLED}")
-        for vector in vectors:
-            sent, power = enlarged(vector, run.tapped.captured.underflows)
-            sent = by_datum(run, sent)
-            gradients = per_datum(chosen, sent, *data)
-            key = ("all at once", tuple(structures), own.device, own.dtype)
-            run.tapped.once(key, partial(check, sent, gradients))
-            for name, kind in structures.items():
-                G = reduced(gradients[name], power).to(total[name].dtype)
-                total[name] = total[name] + _moment(G.reshape(len(G), -1), kind, total[name])
+    if not is_own(_of_each(of_one, (None, *axes), is_own)(chosen, *data)):
+        raise BatchAxisError(f"a datum by itself gives another prediction {COUPLED}")
+    per_datum = _of_each(own_gradient, (None, 0, *axes), are_own)
+    for vector in vectors:
+        sent, power = enlarged(vector, run.tapped.captured.underflows)
+        sent = by_datum(run, sent)
+        gradients = per_datum(chosen, sent, *data)
+        for name, kind in structures.items():
+            G = reduced(gradients[name], power).to(total[name].dtype)
+            total[name] = total[name] + _moment(G.reshape(len(G), -1), kind, total[name])
     return total
 
 
@@ -110,21 +131,17 @@ def _moment(G: Tensor, kind: str, like: Tensor) -> Tensor:
     return G.mT @ G if kind == "dense" else G.square().sum(0).view_as(like)
 
 
-def _require_right_rules(
-    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], lowest: torch.dtype
-) -> None:
-    """Raise `UnsupportedUse` where gradients of all data at once are not a datum's own.
-
-    A rule of `vmap` may be wrong without a word, as PyTorch 2.13's is for `cdist`.
-    """
-    errors = gradient_errors(found, expected, lowest)
-    limits = {name: tolerance_of_parts(t, lowest) for name, t in expected.items()}
-    if wrong := [f"{name} ({e:.1e})" for name, e in errors.items() if e > limits[name]]:
-        raise UnsupportedUse(
-            f"gradients of all data at once are not those of a datum by itself: relative errors "
-            f"{', '.join(wrong[:4])}; an op of the model has a wrong rule for vmap, as cdist has. "
-            "Write that op by others, or leave these parameters out: trace with structure='skip'."
-        )
+def _are_equal(
+    found: Mapping[str, Tensor],
+    expected: Callable[[], Mapping[str, Tensor]],
+    lowest: torch.dtype,
+) -> bool:
+    """Whether gradients are those of a datum by itself."""
+    alone = expected()
+    if any(found[name].shape != t.shape for name, t in alone.items()):
+        return False
+    errors = gradient_errors(found, alone, lowest)
+    return all(errors[name] <= tolerance_of_parts(t, lowest) for name, t in alone.items())
 
 
 COUPLED = (

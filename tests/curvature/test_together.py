@@ -12,7 +12,7 @@ from torch import nn
 
 import fxkfac
 from fxkfac.curvature import diagonal, receive, together
-from fxkfac.errors import OptionError, UnsupportedUse
+from fxkfac.errors import OptionError
 
 F64 = torch.float64
 CE = nn.CrossEntropyLoss()
@@ -246,7 +246,38 @@ def test_a_rule_that_is_wrong_without_a_word_is_found(fisher, kind):
     torch.testing.assert_close(factors[name].dense(), expected, rtol=1e-10, atol=1e-14)
 
 
-def test_exact_blocks_from_the_graph_are_compared_with_a_datum_by_itself(monkeypatch):
+class Solved(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inside, self.b = nn.Linear(3, 4), nn.Parameter(torch.randn(4, 2))
+
+    def forward(self, x):
+        return torch.linalg.solve(torch.diag_embed(self.inside(x).exp()), self.b).sum(1)
+
+
+class Sparse(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inside, self.b = nn.Linear(3, 4), nn.Parameter(torch.randn(4, 2))
+        self.register_buffer("S", torch.eye(4).to_sparse())
+
+    def forward(self, x):
+        return self.inside(x).tanh() @ torch.sparse.mm(self.S, self.b)
+
+
+@pytest.mark.parametrize("make", [Solved, Sparse])
+@pytest.mark.parametrize("kind", ["dense", "diagonal"])
+def test_exact_blocks_where_an_op_takes_one_datum_at_a_time(make, kind):
+    model, data = seeded(make), (rand(5, 3), rand(5, 2))
+    program = fxkfac.trace(model, data[0], unsupported=kind)
+    expected = fxkfac.exact.ggn(model, nn.MSELoss(), data, "b")
+    found = fxkfac.kfac(program, nn.MSELoss(), data).dense("b")
+    if kind == "diagonal":
+        expected = expected.diagonal().diag()
+    torch.testing.assert_close(found, expected)
+
+
+def test_exact_blocks_by_a_wrong_rule_are_made_one_by_one(monkeypatch):
     class Scaled(nn.Module):
         def __init__(self):
             super().__init__()
@@ -264,13 +295,13 @@ def test_exact_blocks_from_the_graph_are_compared_with_a_datum_by_itself(monkeyp
 
         return call
 
-    model, x = seeded(Scaled), rand(3, 4)
-    program = fxkfac.trace(model, x, unsupported="dense")
+    model, data = seeded(Scaled), (rand(3, 4), rand(3, 4))
+    program = fxkfac.trace(model, data[0], unsupported="dense")
     monkeypatch.setattr(diagonal, "vmap", wrong)
-    with pytest.raises(
-        UnsupportedUse, match=r"not those of a datum by itself.*w \(5.0e-01\).*vmap"
-    ):
-        fxkfac.kfac(program, nn.MSELoss(), (x, rand(3, 4)))
+    expected = fxkfac.exact.ggn(model, nn.MSELoss(), data, "w")
+    for _ in range(2):
+        found = fxkfac.kfac(program, nn.MSELoss(), data).dense("w")
+        torch.testing.assert_close(found, expected)
 
 
 def test_roundings_of_half_precision_are_no_wrong_rule(monkeypatch):

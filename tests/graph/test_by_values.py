@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import fxkfac
-from fxkfac.errors import BatchAxisError, UnsupportedUse
+from fxkfac.errors import BatchAxisError
 from fxkfac.graph.experiments.by_values import is_by_values
 
 F64 = torch.float64
@@ -180,12 +180,15 @@ class TestExperts:
         assert torch.allclose(found, expected, rtol=1e-10)
 
     @pytest.mark.parametrize("structure", ["diagonal", "dense"])
-    def test_exact_blocks_of_uneven_rows_are_refused(self, structure):
-        program = fxkfac.trace(Experts(), routed(EVEN), structure={"*": structure})
-        y = torch.randint(0, 3, (4,))
-        fxkfac.kfac(program, LOSS, (routed(EVEN), y))
-        with pytest.raises(UnsupportedUse, match="no rule for that"):
-            fxkfac.kfac(program, LOSS, (routed(UNEVEN), y))
+    def test_exact_blocks_of_uneven_rows(self, structure):
+        model, data = Experts(), (routed(UNEVEN), torch.randint(0, 3, (4,)))
+        program = fxkfac.trace(model, routed(EVEN), structure={"*": structure})
+        fxkfac.kfac(program, LOSS, (routed(EVEN), data[1]))
+        found = fxkfac.kfac(program, LOSS, data).dense("a.weight")
+        expected = fxkfac.exact.ggn(model, LOSS, data, "a.weight")
+        if structure == "diagonal":
+            expected = expected.diagonal().diag()
+        assert torch.allclose(found, expected, rtol=1e-10)
 
 
 class TestSorted:
