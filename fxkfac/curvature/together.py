@@ -205,7 +205,7 @@ def goes_together(
 def digest(g: Float[Tensor, "vectors ..."]) -> Float[Tensor, "vectors 2"]:
     """Two numbers of every vector's gradient, which hang on all of its entries."""
     g = torch.view_as_real(g.resolve_conj()) if g.is_complex() else g
-    flat = accurate(g).flatten(1)
+    flat = accurate(g).reshape(len(g), -1)  # a number has no other axis than the vectors'
     weights = torch.arange(flat.shape[1], device=flat.device, dtype=flat.dtype).cos()
     return torch.stack([torch.linalg.vector_norm(flat, dim=1), flat @ weights], dim=1)
 

@@ -309,3 +309,18 @@ def test_roundings_of_half_precision_are_no_wrong_rule(monkeypatch):
     program, seen = fxkfac.trace(model, x), sizes_seen(monkeypatch)
     fxkfac.kfac(program, CE, (x, classes(9, C=5)))
     assert seen == [4]  # of five classes, all together
+
+
+def test_a_number_without_axes_has_a_gradient_of_every_vector():
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w, self.head = nn.Parameter(torch.randn(5)), nn.Linear(1, 2)
+
+        def forward(self, x):
+            return self.head(torch.tanh(x.squeeze() @ self.w).reshape(-1, 1))
+
+    model, data = seeded(Inner), (rand(1, 5), rand(1, 2))
+    program = fxkfac.trace(model, rand(4, 5))
+    expected = fxkfac.exact.ggn(model, nn.MSELoss(), data, "w")
+    torch.testing.assert_close(fxkfac.kfac(program, nn.MSELoss(), data).dense("w"), expected)
