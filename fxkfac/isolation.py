@@ -81,8 +81,12 @@ def require_gradients_on() -> None:
 
 
 def without_graph(t: Tensor) -> Tensor:
-    """The same without a graph; a copy of one that inference mode has made, for a graph to keep."""
-    return t.detach().clone() if t.is_inference() else t.detach()
+    """The same without a graph; a copy of one that inference mode has made, for a graph to keep.
+
+    Or of one that is conjugated or negated when it is read: not every op of a graph does so.
+    """
+    plain = t.detach().resolve_conj().resolve_neg()
+    return plain.clone() if plain.is_inference() else plain
 
 
 def seed_from(generator: Generator) -> int:

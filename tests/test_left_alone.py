@@ -51,6 +51,23 @@ def data():
     return rand(6, 4), classes(6, C=3)
 
 
+def test_inputs_that_are_conjugated_when_they_are_read():
+    class Parts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.linear(torch.cat([x.real, x.imag], 1))
+
+    model, x = seeded(Parts), torch.complex(rand(4, 3), rand(4, 3, seed=1))
+    plain = x.conj().resolve_conj()
+    expected = fxkfac.kfac(fxkfac.trace(model, plain), CE, (plain, classes(4, C=2))).dense()
+    for example in (x, x.conj()):
+        found = fxkfac.kfac(fxkfac.trace(model, example), CE, (x.conj(), classes(4, C=2)))
+        assert_close(found.dense(), expected)
+
+
 def test_parameters_that_inference_mode_made(data):
     model, plain = (seeded(Net) for _ in range(2))
     with torch.inference_mode():
