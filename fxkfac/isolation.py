@@ -151,17 +151,21 @@ def in_place_of(tensors: Mapping[int, Tensor], module: nn.Module) -> Iterator[No
 
 
 @contextmanager
-def held_by(modules: Iterable[nn.Module]) -> Iterator[None]:
+def held_by(modules: Iterable[nn.Module], values: Iterable[Any] = ()) -> Iterator[None]:
     """Afterwards they hold the very objects they held, and lists and dicts what was in them.
 
-    Generators among these are in the state in which they were. Neither do models leave that, which
-    count their calls or keep what they computed, nor does export, which puts copies in place.
+    Generators among these, and other values that are one, are in the state in which they were.
+    Neither do models leave that, which count their calls or keep what they computed, nor does
+    export, which puts copies in place.
     """
     attributes = [(vars(m), dict(vars(m))) for m in modules]
     contents: dict[int, tuple[Any, Any]] = {}
     for own, _ in attributes:
         _note_contents(own, contents)
         contents.pop(id(own["_buffers"]), None)  # what a first call registers is a graph's input
+    for value in values:
+        if type(value) is Generator:
+            _note_contents(value, contents)
     try:
         yield
     finally:

@@ -180,6 +180,18 @@ def test_a_generator_of_the_models_own_is_where_it_was(data):
     assert model.generator.get_state().equal(before)
 
 
+def test_a_generator_in_a_closure_is_where_it_was(data):
+    generator = torch.Generator().manual_seed(0)
+    before = generator.get_state()
+    with pytest.raises(CaptureError):
+        fxkfac.trace(
+            lambda p, x: torch.rand(3, generator=generator, dtype=x.dtype) + x @ p["w"],
+            data[0],
+            {"w": rand(4, 3)},
+        )
+    assert generator.get_state().equal(before)
+
+
 def test_recurrent_modules_know_that_their_weights_are_the_same(data):
     model = seeded(lambda: nn.GRU(4, 3))
     bound = bind(model, None)

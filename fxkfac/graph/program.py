@@ -152,7 +152,8 @@ class Program(Unpickled):
         if tapped is not None and n in tapped.verified:
             return tapped, tensors
         model = FlatModel(self.model, self.signature.with_constants(inputs))
-        with held_by(modules_of(reached_from(self.model.model))):
+        reached = reached_from(self.model.model)
+        with held_by(modules_of(reached), reached.values):
             if tapped is None:
                 require_own_gradients(self.model)
                 key = (called, watch_for(model, tensors, self._watches).key())
