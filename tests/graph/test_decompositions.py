@@ -143,6 +143,63 @@ def test_what_stands_where_a_mask_is_true_has_factors(model: Any) -> None:
     torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-15)
 
 
+def set_item(p: dict[str, Tensor], x: Tensor) -> Tensor:
+    t = torch.empty(len(x), 4, 4, dtype=x.dtype)
+    t[:, 0], t[:, 1:] = p["w"], x
+    return t
+
+
+def scattered(p: dict[str, Tensor], x: Tensor) -> Tensor:
+    return x.select_scatter(p["w"].expand(len(x), 4), 1, 0)
+
+
+def scattered_to_places(p: dict[str, Tensor], x: Tensor) -> Tensor:
+    return x.slice_scatter(p["w"].expand(len(x), 2, 4), 1, 1, 3)
+
+
+@pytest.mark.parametrize("write", [set_item, scattered, scattered_to_places])
+def test_what_is_written_among_data_has_factors(write: Any) -> None:
+    def model(p: dict[str, Tensor], x: Tensor) -> Tensor:
+        t: Tensor = write(p, x)
+        return t.softmax(1).sum(1) * t.tanh().sum(1)
+
+    params, data = {"w": rand(4)}, (rand(3, 3, 4, seed=1), rand(3, 4, seed=2))
+    program = fxkfac.trace(model, data[0], params)
+    assert max(fxkfac.check(program, nn.MSELoss(), data).values()) < 1e-12
+
+
+def test_what_is_written_into_another_dtype_is_refused_by_name_and_line() -> None:
+    def model(p: dict[str, Tensor], x: Tensor) -> Tensor:
+        t = torch.zeros(len(x), 4, 4, dtype=torch.float32)
+        t[:, 0] = p["w"]
+        return t.sum(1) + x.sum(1).to(torch.float32)
+
+    with pytest.raises(
+        UnsupportedUse, match=r"enters copy_ at .*test_decompositions.py.* copy_, or"
+    ):
+        fxkfac.trace(model, rand(3, 3, 4), {"w": rand(4)})
+
+
+SPELLINGS: dict[str, tuple[Any, Tensor]] = {
+    "lerp by a number": (lambda x, w: torch.lerp(x, w[0], 0.4), rand(5, 4)),
+    "rsub": (lambda x, w: torch.rsub(x, w[0], alpha=2), rand(5, 4)),
+    "last bag's end": (
+        lambda x, w: F.embedding_bag(
+            x.flatten(), w, torch.arange(0, 16, 3), mode="sum", include_last_offset=True
+        ),
+        torch.arange(15).view(5, 3) % 6,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SPELLINGS)
+def test_other_spellings(case: str) -> None:
+    spelt, x = SPELLINGS[case]
+    params, data = {"w": rand(6, 4)}, (x, rand(5, 4, seed=2))
+    program = fxkfac.trace(lambda p, x: spelt(x, p["w"]).tanh(), x, params)
+    assert max(fxkfac.check(program, nn.MSELoss(), data).values()) < 1e-12
+
+
 def test_rows_that_differ_where_a_mask_is_true_are_not_taken_apart() -> None:
     def model(p: dict[str, Tensor], x: Tensor) -> Tensor:
         h = p["t"].repeat(len(x), 1)

@@ -22,12 +22,18 @@ def prelu(at: Rewriter) -> Node | None:
     return at.call(aten.where.self, at.call(aten.gt.Scalar, x, 0), x, scaled)
 
 
-@decomposition(aten.lerp.Tensor)
+@decomposition(aten.lerp.Tensor, aten.lerp.Scalar)
 def lerp(at: Rewriter) -> Node:
     """lerp(a, b; w) = a + w · (b − a)."""
     start, end, weight = at["self"], at["end"], at["weight"]
     way = at.call(aten.sub.Tensor, end, start)
     return at.call(aten.add.Tensor, start, at.call(aten.mul.Tensor, way, weight))
+
+
+@decomposition(aten.rsub.Tensor)
+def rsub(at: Rewriter) -> Node:
+    """rsub(a, b) = b − α a."""
+    return at.call(aten.sub.Tensor, at["other"], at["self"], alpha=at["alpha"])
 
 
 @decomposition(aten.addcdiv.default)

@@ -32,6 +32,30 @@ def join(at: Rewriter) -> Node | None:
     return at.call(at.node.target, tensors, *at.node.args[1:], **at.node.kwargs)
 
 
+@decomposition(aten.copy.default)
+def copied(at: Rewriter) -> Node | None:
+    """`h[:, 0] = token`: what is written is added to zeros in the shape of what was there."""
+    old, new = at["self"], at["src"]
+    if not at.is_parameter(new) or at.is_parameter(old) or not _is_one_dtype(old, new):
+        return None
+    return at.call(aten.add.Tensor, at.call(aten.zeros_like.default, old), new)
+
+
+@decomposition(aten.select_scatter.default, aten.slice_scatter.default)
+def scattered(at: Rewriter) -> Node | None:
+    """The same where it is written by a function that leaves what was there."""
+    new = at["src"]
+    if not at.is_parameter(new) or at.is_parameter(at["self"]):
+        return None
+    zeros = at.call(aten.zeros_like.default, new)
+    return at.replaced("src", at.call(aten.add.Tensor, zeros, new))
+
+
+def _is_one_dtype(*nodes: Node) -> bool:
+    dtypes = {getattr(node.meta.get("val"), "dtype", None) for node in nodes}
+    return len(dtypes) == 1 and None not in dtypes
+
+
 def _is_added(at: Rewriter) -> bool:
     """Whether parameters and constants, without data, are joined and then added to something."""
     constant = at.is_parameter(at.node) and at.node.target is aten.cat.default

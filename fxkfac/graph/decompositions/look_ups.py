@@ -20,8 +20,10 @@ def embedding_bag(at: Rewriter) -> Node | None:
     """The sum or mean over a bag of looked-up rows is an embedding, then an addition by index."""
     indices, offsets, mode = at["indices"], at["offsets"], at["mode"]
     ignored = at["padding_idx"]
-    if mode == 2 or at["include_last_offset"] or (ignored is not None and ignored >= 0):
+    if mode == 2 or (ignored is not None and ignored >= 0):
         return None
+    if at["include_last_offset"]:  # where the last bag ends
+        offsets = at.call(aten.slice.Tensor, offsets, 0, 0, -1)
     rows = at.call(aten.embedding.default, at["weight"], indices)
     if at["per_sample_weights"] is not None:
         weights = at.call(aten.unsqueeze.default, at["per_sample_weights"], -1)

@@ -91,6 +91,8 @@ def rebuild(
     if below_autograd:
         drop_zeros(graph)
     decompose(graph, [named[name] for name in selected], tensors)
+    for node in graph.find_nodes(op="call_function", target=aten.copy.default):
+        node.target, node.args = copy_, node.args[:2]
     merge_common(graph)
     graph.eliminate_dead_code()
     return GraphModule(root, graph)
@@ -131,8 +133,6 @@ def copy_(old: Tensor, new: Tensor) -> Tensor:
 
 
 def _copy(graph: Graph, node: Node, copies: Mapping[Node, Node], stop: bool) -> Node:
-    if node.target is aten.copy.default:
-        return graph.call_function(copy_, (copies[node.args[0]], copies[node.args[1]]))  # type: ignore[index]
     copy = graph.node_copy(node, copies.__getitem__)
     copy.target = RENAMED.get(node.target, node.target)
     if node.target is aten.slice_scatter.default:

@@ -162,7 +162,9 @@ def _use(
 ) -> Use:
     rule = RULES.get(node.target) if isinstance(node.target, OpOverload) else None
     if rule is None:
-        raise NotLinear(f"there is no rule for {node.target}, or it is not linear in the parameter")
+        raise NotLinear(
+            f"there is no rule for {op_name(node)}, or it is not linear in the parameter"
+        )
     example.require_real(*chain, node)
     form = rule(call_of(node, example.shapes, example.numbers), operand)
     view, form = _narrow(_view(chain, parameters, example), form, example.shapes[chain[-1]])
