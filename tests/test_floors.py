@@ -23,7 +23,8 @@ ALLOWED = {
     "likelihoods": {"errors", "ranges", "isolation", "precision"},
     "taylor": {"errors"},
     "measure": set(),
-    "graph": {"errors", "ranges", "isolation", "parameters", "functional"},
+    "reached": set(),
+    "graph": {"errors", "ranges", "isolation", "parameters", "functional", "reached"},
     "curvature": {
         "errors",
         "ranges",
@@ -35,7 +36,16 @@ ALLOWED = {
         "graph",
         "linalg",
     },
-    "exact": {"errors", "ranges", "parameters", "isolation", "functional", "linalg", "likelihoods"},
+    "exact": {
+        "errors",
+        "ranges",
+        "parameters",
+        "isolation",
+        "functional",
+        "reached",
+        "linalg",
+        "likelihoods",
+    },
     "optim": {
         "errors",
         "ranges",

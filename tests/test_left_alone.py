@@ -182,13 +182,15 @@ def test_a_generator_of_the_models_own_is_where_it_was(data):
 
 def test_a_generator_in_a_closure_is_where_it_was(data):
     generator = torch.Generator().manual_seed(0)
-    before = generator.get_state()
+    before, w = generator.get_state(), {"w": rand(4, 3)}
+
+    def model(p, x):
+        return torch.rand(3, generator=generator, dtype=x.dtype) + x @ p["w"]
+
     with pytest.raises(CaptureError):
-        fxkfac.trace(
-            lambda p, x: torch.rand(3, generator=generator, dtype=x.dtype) + x @ p["w"],
-            data[0],
-            {"w": rand(4, 3)},
-        )
+        fxkfac.trace(model, data[0], w)
+    assert generator.get_state().equal(before)
+    fxkfac.exact.ggn(model, CE, [data], params=w)
     assert generator.get_state().equal(before)
 
 

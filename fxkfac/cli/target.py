@@ -24,8 +24,8 @@ from torch import nn
 from fxkfac.curvature.data import batches
 from fxkfac.errors import FxkfacError, TargetError
 from fxkfac.graph.program import Program
-from fxkfac.graph.source import is_foreign
 from fxkfac.isolation import own_randomness
+from fxkfac.reached import is_foreign
 
 DEFAULT = "target"  # the function of a TARGET that names none
 EXPECTED = "(model, inputs) or (model, loss, data)"

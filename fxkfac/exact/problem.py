@@ -29,6 +29,7 @@ from fxkfac.likelihoods.base import Likelihood, count_of
 from fxkfac.likelihoods.losses import Gaussian, likelihood_of
 from fxkfac.likelihoods.targets import require_prediction
 from fxkfac.ranges import require_generator
+from fxkfac.reached import reached_from
 
 Model = nn.Module | Callable[..., Any]
 Loss = nn.Module | Likelihood
@@ -172,8 +173,10 @@ def predict(
 
 
 def _run(bound: FunctionalModel, values: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
+    reached = reached_from(bound.model)
+    held = held_by(reached.all_modules(), reached.values)
     # Fused attention kernels have no second derivative.
-    with torch.enable_grad(), held_by(bound.modules()), sdpa_kernel(SDPBackend.MATH):
+    with torch.enable_grad(), held, sdpa_kernel(SDPBackend.MATH):
         f = prediction_of(bound(values, copied(inputs)))
     require_prediction(f)
     if not f.isfinite().all():

@@ -17,8 +17,7 @@ from fxkfac.graph.experiments.by_values import located_again
 from fxkfac.graph.experiments.verify import agrees
 from fxkfac.graph.flat import FlatModel
 from fxkfac.graph.front_ends.constructs import require_own_gradients
-from fxkfac.graph.front_ends.reached import reached_from
-from fxkfac.graph.front_ends.watch import Watch, modules_of, watch_for
+from fxkfac.graph.front_ends.watch import Watch, watch_for
 from fxkfac.graph.quiet import quietly
 from fxkfac.graph.signature import Signature, require_finite
 from fxkfac.graph.structure import Choice, Structures
@@ -27,6 +26,7 @@ from fxkfac.graph.tap import Sink, Taps
 from fxkfac.graph.tapped import Run, Tapped
 from fxkfac.graph.uses.ir import Unpickled, Use
 from fxkfac.isolation import full_precision, held_by, require_gradients_on, without_graph
+from fxkfac.reached import reached_from
 
 if TYPE_CHECKING:
     import networkx
@@ -153,7 +153,7 @@ class Program(Unpickled):
             return tapped, tensors
         model = FlatModel(self.model, self.signature.with_constants(inputs))
         reached = reached_from(self.model.model)
-        with held_by(modules_of(reached), reached.values):
+        with held_by(reached.all_modules(), reached.values):
             if tapped is None:
                 require_own_gradients(self.model)
                 key = (called, watch_for(model, tensors, self._watches).key())

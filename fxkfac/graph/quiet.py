@@ -14,8 +14,8 @@ import torch
 from torch._C import _functorch as functorch
 from torch.distributions import Distribution
 
-from fxkfac.graph.source import is_foreign
 from fxkfac.isolation import own_randomness
+from fxkfac.reached import is_foreign
 
 
 class _UsersOwn:

@@ -6,27 +6,15 @@ import linecache
 import re
 import sysconfig
 from functools import cache
-from pathlib import Path
 from types import FrameType
 
-import einops
-import torch
 from torch.fx import Node
 
 from fxkfac.graph.uses.ir import Source
+from fxkfac.reached import is_foreign
 
-FOREIGN = (
-    str(Path(torch.__file__).parent),
-    str(Path(einops.__file__).parent),
-    str(Path(__file__).parent.parent),
-)
 STANDARD, PACKAGES = sysconfig.get_path("stdlib"), ("site-packages", "dist-packages")
 FRAME = re.compile(r'File "(?P<file>.+)", line (?P<line>\d+), in (?P<function>\S+)\n?(?P<code>.*)')
-
-
-def is_foreign(file: str) -> bool:
-    """Whether a file is torch's or fxkfac's."""
-    return file.startswith(FOREIGN) or file.startswith(("torch/", "<"))
 
 
 def is_users(file: str) -> bool:

@@ -22,10 +22,10 @@ from fxkfac.functional import FunctionalModel
 from fxkfac.graph.flat import FlatModel
 from fxkfac.graph.front_ends.constants import Same
 from fxkfac.graph.front_ends.memos import OWN
-from fxkfac.graph.front_ends.reached import Reached, named_by, reached_from
 from fxkfac.graph.front_ends.reads import Reads, attribute_key, reads_of
 from fxkfac.graph.quiet import quietly
 from fxkfac.parameters import canonical
+from fxkfac.reached import Reached, named_by, reached_from
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 IMMUTABLE = (type(None), bool, int, float, str, torch.Size, torch.dtype, torch.device)
@@ -77,7 +77,7 @@ class Watch:
         self._objects = []
         require_bound(self.model)
         self._reached = reached_from(self.model.model)
-        self._modules = modules_of(self._reached)
+        self._modules = self._reached.all_modules()
         places = {m: k for k, m in enumerate(self._modules)}
         self._mutable = {}
         is_function = not isinstance(self.model.model, nn.Module)
@@ -131,25 +131,12 @@ def watch_for(model: FlatModel, tensors: list[Tensor], watches: list[Watch]) -> 
     """
     reached = reached_from(model.bound.model)
     with quietly():
-        reads = reads_of(model, tensors, modules_of(reached), reached.values)
+        reads = reads_of(model, tensors, reached.all_modules(), reached.values)
     watch = next((w for w in watches if w.reads == reads), None)
     if watch is None:
         watch = Watch(model.bound, reads)
         watches.append(watch)
     return watch
-
-
-def modules_of(reached: Reached) -> list[nn.Module]:
-    """All modules, each once."""
-    found: dict[nn.Module, None] = {}
-    stack = [*reached.modules]
-    while stack:
-        module = stack.pop()
-        # It may hold one that holds it; a scripted one has no Python, and is refused later.
-        if module not in found and not isinstance(module, torch.jit.ScriptModule):
-            found[module] = None
-            stack += [m for m in module._modules.values() if m is not None]
-    return list(found)
 
 
 def _objects(modules: Iterable[nn.Module], reached: Reached) -> list[Any]:

@@ -6,12 +6,20 @@ import dis
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, partial
+from pathlib import Path
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 
+import einops
+import torch
 from torch import nn
 
-from fxkfac.graph.source import is_foreign
+FOREIGN = tuple(str(Path(file).parent) for file in (torch.__file__, einops.__file__, __file__))
+
+
+def is_foreign(file: str) -> bool:
+    """Whether a file is torch's or fxkfac's."""
+    return file.startswith(FOREIGN) or file.startswith(("torch/", "<"))
 
 
 @dataclass(frozen=True)
@@ -27,6 +35,18 @@ class Reached:
     modules: list[nn.Module] = field(default_factory=list)
     functions: list[FunctionType] = field(default_factory=list)
     values: list[Any] = field(default_factory=list)
+
+    def all_modules(self) -> list[nn.Module]:
+        """The modules and those within them, each once."""
+        found: dict[nn.Module, None] = {}
+        stack = [*self.modules]
+        while stack:
+            module = stack.pop()
+            # It may hold one that holds it; a scripted one has no Python, and is refused later.
+            if module not in found and not isinstance(module, torch.jit.ScriptModule):
+                found[module] = None
+                stack += [m for m in module._modules.values() if m is not None]
+        return list(found)
 
 
 def reached_from(model: Callable[..., Any]) -> Reached:
