@@ -205,7 +205,8 @@ def _require_counted(program: Program, inputs: Any) -> None:
 
 def _require_no_draws(model: FunctionalModel, inputs: Any, params: Params | None) -> None:
     alike = "one model for all passes over the data"
-    with torch.no_grad(), held_by(model.modules()), no_draws(alike):
+    # A model may take derivatives itself.
+    with torch.enable_grad(), held_by(model.modules()), no_draws(alike):
         model(model.override(params), copied(inputs))
 
 

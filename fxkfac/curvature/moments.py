@@ -117,7 +117,7 @@ class Moment:
         if self.gram.is_empty:
             self.total.zero_()
         else:
-            self.gram.matrix()
+            self.gram.matrix(self.gram.scale)
         return self.total
 
     def numbers(self) -> list[Tensor]:

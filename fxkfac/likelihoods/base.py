@@ -155,21 +155,29 @@ class Likelihood:
     def sampled_gradient(self, f: Tensor, y: Target, sampled: Target) -> Tensor:
         """The would-be gradient ∇_f c(f, ỹ), times √ of the weight of `y`. Section 2.5.3.
 
-        Raises `LossError` where labels are not shaped like the targets: `nll` reads both alike.
+        Raises `LossError` where targets hold more than labels: `nll` reads both alike.
         """
         if isinstance(sampled, Tensor) and sampled.shape[:1] != f.shape[:1]:
             raise LossError(
                 f"{type(self).__name__}.sample returned shape {tuple(sampled.shape)}; expected "
                 f"labels for each of {len(f)} data along axis 0, which nothing is broadcast to."
             )
-        if isinstance(sampled, Tensor) and isinstance(y, Tensor) and sampled.shape != y.shape:
+        own = type(self).gradient is not Likelihood.gradient
+        if not own and isinstance(y, Tensor) and isinstance(sampled, Tensor):
+            self._require_alike(f, y, sampled)
+        return without_ignored(self, f, y, self.gradient(f, sampled))
+
+    def _require_alike(self, f: Tensor, y: Tensor, sampled: Tensor) -> None:
+        """Raise `LossError` where targets hold more than labels do, but for probabilities."""
+        are_probabilities = y.shape == f.shape and sampled.shape == (*f.shape[:1], *f.shape[2:])
+        are_probabilities &= y.is_floating_point() and not sampled.is_floating_point()
+        if sampled.numel() != y.numel() and not are_probabilities:
             raise LossError(
                 f"a label of {type(self).__name__} has shape {tuple(sampled.shape)}, the targets "
-                f"have {tuple(y.shape)}; expected the same, since `nll` reads both alike. Where "
+                f"have {tuple(y.shape)}; expected as many entries, as `nll` reads both alike. Where "
                 "targets hold more than labels, such as weights, override `sampled_gradient`; or "
                 "use the fisher 'type-2' or 'empirical', for which nothing is drawn."
             )
-        return without_ignored(self, f, y, self.gradient(f, sampled))
 
     def labels(self, f: Tensor) -> Iterator[tuple[Tensor, Target]]:
         """Each label value, as (its probability at every site, a target that is it everywhere).

@@ -95,5 +95,5 @@ def require_rows(
                 f"{name}.nll gives {rows[row].item():.4g} for the {place} of {len(f)} data, and "
                 f"{alone.item():.4g} for it alone; expected the same, since data are independent. "
                 f"Look for targets that broadcast: they have shape {tuple(y.shape)}, and the "
-                f"prediction {tuple(f.shape)}."
+                f"prediction {tuple(f.shape)}; and for what goes by a datum's place."
             )

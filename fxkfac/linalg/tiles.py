@@ -28,8 +28,8 @@ ARGUMENTS = [
 ]
 FEWEST = 96  # columns: for fewer the square takes no longer
 KNOWN = 1024  # axes whose offsets are kept, of rows or columns that are the same at every batch
-CHUNK = 2**18  # numbers of the rows that are copied at once; more where the sum has more
-SUMS = 4
+CHUNK = 2**18  # numbers of the rows that are copied at once, or
+SUMS = 2  # times as many as the sum has, if that is more
 
 
 @dataclass(frozen=True)

@@ -195,7 +195,7 @@ class KFAC(Optimizer):
     def _try_to_foretell(self, data: Batches, g: Mapping[str, Tensor]) -> None:
         """Where the model has no quadratic one, say so before anything has moved: once."""
         if not self._foretells:
-            predicted_change(self.program.model, self.loss, data[:1], held(self.program), g, g)
+            predicted_change(self.program.model, self.loss, data, held(self.program), g, g)
             self._foretells = True
 
     def _follow_with_buffers(self, data: Batches) -> None:

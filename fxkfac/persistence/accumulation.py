@@ -101,7 +101,7 @@ def _packed_moment(moment: Moment, name: str, tensors: Tensors) -> Header:
         "sums": moment.sums is not None,
         # Rows are multiplied as they lie, and another order in memory may round otherwise.
         "waiting": [list(rows.stride()) for rows in moment.waiting],
-        "gram": gram and {"is_empty": gram.is_empty},
+        "gram": gram and {"is_empty": gram.is_empty, "scale": gram.scale},
     }
 
 
@@ -206,7 +206,7 @@ def _unpacked_moment(packed: Header, tensors: Tensors) -> Moment:
     if packed["gram"] is not None:
         held = tensors[f"{name}/total"]
         gram = moment.room(len(held), held.shape[-1] - len(scales), held)
-        gram.is_empty = packed["gram"]["is_empty"]
+        gram.is_empty, gram.scale = packed["gram"]["is_empty"], packed["gram"]["scale"]
         assert moment.total is not None
         moment.total.copy_(held)
     if packed["sums"]:

@@ -131,6 +131,17 @@ def whole(
     return tapped.once(key, lambda: _whole(tapped, kinds, wanted, sink, objective))
 
 
+def _likely_scale(likelihood: ClosedForm, f: Tensor) -> float:
+    """R of data of this shape if all targets have weight one, as probabilities have.
+
+    What the code is made for must not depend on whose targets it has seen first.
+    """
+    try:
+        return scale_of(likelihood, count_of(likelihood, f, f))
+    except Exception:  # a likelihood of one's own, of whatever kind, takes no such targets
+        return 1.0
+
+
 @traceable()
 def _whole(
     tapped: Tapped,
@@ -147,7 +158,7 @@ def _whole(
     scales = bool(wanted) and may_scale(prediction.dtype, underflows)
     f = prediction.shape_only()
     likelihood.validate(f, targets)  # before there is code for such targets
-    R = scale_of(likelihood, count_of(likelihood, f, targets))
+    R = _likely_scale(likelihood, f)
 
     def batch(*given: Tensor) -> dict[str, Any]:
         own = likelihood.given(given[0]) if draws else likelihood

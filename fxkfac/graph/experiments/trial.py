@@ -130,18 +130,22 @@ def _differs_at(
 
 
 def _runs_out(captured: Captured, state: State, tensors: list[Tensor], data: list[Tensor]) -> bool:
-    """Whether nothing is left for some ops that have rows in the example, as in a loop over slices.
+    """Whether parameters meet no rows that meet some in the example, as in a loop over slices.
 
     Such ops do not tell where the data are, and for more data the loop is too short.
     """
-    empty = _empty(captured, state, data)
-    return bool(empty) and not empty <= _empty(captured, state, tensors)
+    empty = _meet_nothing(captured, state, data)
+    return bool(empty) and not empty <= _meet_nothing(captured, state, tensors)
 
 
-def _empty(captured: Captured, state: State, data: list[Tensor]) -> set[Node]:
-    """Nodes without entries; an expert to which values of the data send no row is none."""
+def _meet_nothing(captured: Captured, state: State, data: list[Tensor]) -> set[Node]:
+    """Ops of a parameter without entries; an expert to which values send no row is none."""
+    graph = captured.module.graph
     shapes = record(captured.module, [*captured.arguments(state), *data]).shapes
-    return {n for n, shape in shapes.items() if 0 in shape and not has_size_of_values(n)}
+    empty = [n for n, shape in shapes.items() if 0 in shape and not has_size_of_values(n)]
+    of_data = set(depend_on(graph, captured.inputs())) if empty else set()
+    of_parameters = set(depend_on(graph, list(captured.placeholders()))) if empty else set()
+    return {n for n in empty if any(i in of_parameters - of_data for i in n.all_input_nodes)}
 
 
 def match_and_locate(trial: Trial, example: Example) -> tuple[Matched, Located]:

@@ -154,7 +154,8 @@ def _end_at_the_end(node: Node) -> None:
 def _constant(graph: Graph, root: nn.Module, value: Any) -> Node:
     name = f"constant_{len(list(root.named_buffers())) + len(list(root.children()))}"
     if isinstance(value, Tensor):
-        root.register_buffer(name, value.detach())
+        # The tensor itself: what is written into it, or put in its place by `data`, shows.
+        root.register_buffer(name, value.detach() if value.requires_grad else value)
     else:
         root.add_module(name, value)
     return graph.get_attr(name)
