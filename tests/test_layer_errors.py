@@ -196,6 +196,17 @@ class TestRefusals:
         with pytest.raises(BatchAxisError, match=r"length 4 .* 8 data; .*all data share last"):
             fxkfac.layer_errors(program, MSE, ((keys, x), y), factors)
 
+    def test_a_model_that_takes_derivatives_is_none_that_draws(self):
+        def slope(params, x):
+            x = x.clone().requires_grad_()
+            u = (x @ params["W"]).tanh() @ params["v"]
+            return torch.autograd.grad(u.sum(), x, create_graph=True)[0]
+
+        x, y, params = rand(4, 2), rand(4, 2), {"W": rand(2, 3), "v": rand(3)}
+        program = fxkfac.trace(slope, x, params)
+        factors = fxkfac.kfac(program, MSE, (x, y))
+        assert fxkfac.layer_errors(program, MSE, (x, y), factors).rows
+
     def test_a_model_that_draws(self):
         """Each pass would be of another model."""
         model, (x, y) = nn.Sequential(nn.Dropout(0.5), seeded(mlp)), (rand(8, 4), classes(8))

@@ -733,6 +733,14 @@ def test_the_quadratic_model_is_of_batches_as_they_come(
     assert actual == pytest.approx(predicted, rel=1e-10)
 
 
+def test_the_quadratic_model_is_of_all_batches_of_which_some_have_no_labels() -> None:
+    model, x = nn.Linear(3, 3).double(), torch.randn(6, 3).double()
+    y = torch.tensor([-100, -100, -100, 0, 1, 2])
+    optimizer = KFAC(fxkfac.trace(model, x), CE, lr=0.1, lm_interval=5)
+    optimizer.step([(x[:3], y[:3]), (x[3:], y[3:])])
+    assert optimizer.preconditioner.steps == 1
+
+
 def test_a_model_without_a_quadratic_one_is_refused_before_anything_moves() -> None:
     model = nn.Sequential(nn.EmbeddingBag(7, 4), nn.Linear(4, 3)).double()
     x, y = torch.randint(7, (8, 5)), torch.randint(3, (8,))

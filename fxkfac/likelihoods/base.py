@@ -174,7 +174,7 @@ class Likelihood:
         if sampled.numel() != y.numel() and not are_probabilities:
             raise LossError(
                 f"a label of {type(self).__name__} has shape {tuple(sampled.shape)}, the targets "
-                f"have {tuple(y.shape)}; expected as many entries, as `nll` reads both alike. Where "
+                f"have {tuple(y.shape)}; expected as many entries: `nll` reads both alike. Where "
                 "targets hold more than labels, such as weights, override `sampled_gradient`; or "
                 "use the fisher 'type-2' or 'empirical', for which nothing is drawn."
             )

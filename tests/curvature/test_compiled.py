@@ -104,6 +104,18 @@ def test_products_may_be_opaque_or_outside(name, enough, monkeypatch):
     compare(program, entry.loss, [entry.data(4), entry.data(3)], 1e-10, flavours)
 
 
+def test_a_result_does_not_depend_on_the_labels_that_were_seen_first(monkeypatch):
+    """With class weights these say by what a sum is multiplied in the end."""
+    monkeypatch.setattr(code, "_compiled", lambda module, given, options: module)
+    loss = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 5.0]).double())
+    x, first, second = rand(600, 200), torch.zeros(600).long(), torch.arange(600) % 3
+    program, fresh = (fxkfac.trace(seeded(lambda: nn.Linear(200, 3)), x) for _ in range(2))
+    how = {"fisher": "empirical", "backend": "inductor"}
+    fxkfac.kfac(program, loss, (x, first), **how)
+    found, expected = (fxkfac.kfac(p, loss, (x, second), **how) for p in (program, fresh))
+    assert torch.equal(found["weight"].A, expected["weight"].A)
+
+
 def test_what_is_kept_has_values_for_others(monkeypatch):
     """Tables for images of one size, which nothing else here has, are made while one records."""
     monkeypatch.setattr(code, "_compiled", lambda module, given, options: module)

@@ -682,6 +682,22 @@ class TestNothingIsBroadcast:
 
         Weighted().validate(rand(8, 2), rand(8, 2, seed=1))
 
+    def test_targets_may_be_probabilities_where_labels_are_classes(self):
+        class Own(Likelihood):
+            def distribution(self, prediction):
+                return D.Categorical(logits=prediction)
+
+            def nll(self, prediction, target):
+                return F.cross_entropy(prediction, target, reduction="none")
+
+        x, y = rand(6, 4), rand(6, 3, seed=1).softmax(-1)
+        program, options = fxkfac.trace(nn.Linear(4, 3).double(), x), {"fisher": "mc"}
+        found = fxkfac.kfac(program, Own(), (x, y), generator=torch.Generator(), **options)
+        expected = fxkfac.kfac(
+            program, Own(), (x, y.argmax(-1)), generator=torch.Generator(), **options
+        )
+        assert torch.equal(found["weight"].B, expected["weight"].B)
+
     def test_drawn_labels_that_have_no_weight(self):
         class Weighted(Likelihood):
             def distribution(self, prediction):

@@ -432,6 +432,13 @@ class TestBatchSizes:
             proves(program, rand(size, 4, seed=size), rand(size, 3))
             assert len(program.run(rand(size, 4)).prediction) == size
 
+    def test_slices_in_which_no_parameter_enters_are_good_for_any_size(self):
+        def net(params, x):
+            y = torch.tanh(x @ params["W"])
+            return torch.cat([y[:5], 2 * y[5:]])
+
+        assert fxkfac.trace(net, rand(8, 4), {"W": rand(4, 3)}).tapped.dynamic
+
     def test_a_loop_over_slices_is_bound_to_its_size(self):
         """Its graph is the model's for fewer data, too: there the last slices are empty."""
 

@@ -279,6 +279,21 @@ class TestWhatTheModelReads:
             follows(program, model)
         assert len(program.graphs) == 2
 
+    @pytest.mark.parametrize("sparse", [False, True])
+    def test_new_values_in_a_tensor(self, sparse):
+        def neighbours(m, x):
+            return torch.sparse.mm(m.graph, m.a(x))
+
+        graph = rand(5, 5, seed=7).relu()
+        graph = graph.to_sparse() if sparse else graph
+        model = seeded(lambda: Made(neighbours, a=layer(), graph=graph))
+        program = fxkfac.trace(model, X)
+        model.graph.mul_(2)
+        follows(program, model)
+        if not sparse:
+            model.graph.data = rand(5, 5, seed=8)
+            follows(program, model)
+
     def test_a_sparse_tensor(self):
         def neighbours(m, x):
             return torch.sparse.mm(m.graph, m.a(x))

@@ -17,6 +17,7 @@ from zoo import ZOO
 
 import fxkfac
 from fxkfac.curvature.accumulated import Accumulated
+from fxkfac.curvature.inductor import code
 from fxkfac.errors import DataError, FileError, FxkfacError, MergeError, NonFiniteError, OptionError
 from fxkfac.linalg import strip
 
@@ -102,10 +103,12 @@ def test_exact_blocks_norms_and_dropout(tmp_path):
     assert {type(b) for b in found.values()} == {fxkfac.Block, fxkfac.Diagonal, fxkfac.Dense}
 
 
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
 @pytest.mark.parametrize("rows", [(300, 100, 600, 700, 20), (600, 600, 600), (5, 5, 5)])
-def test_triangles_and_rows_that_wait(tmp_path, rows):
-    """Of so many inputs one triangle of a sum is kept up; few rows wait for others."""
+def test_triangles_and_rows_that_wait(tmp_path, rows, backend, monkeypatch):
+    """Of so many inputs one triangle of a sum is kept up, or it is scaled; few rows wait."""
     assert strip(270) < 270
+    monkeypatch.setattr(code, "_compiled", lambda module, given, options: module)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(270, 3), nn.Tanh(), nn.Linear(3, 300))
     program = fxkfac.trace(model, torch.randn(4, 270))
@@ -113,7 +116,7 @@ def test_triangles_and_rows_that_wait(tmp_path, rows):
         (torch.randn(n, 270, generator=generator(n)), torch.randn(n, 300, generator=generator(n)))
         for n in rows
     ]
-    how = {"fisher": "mc"}
+    how = {"fisher": "mc", "backend": backend}
     compare(program, MSE(), batches, tmp_path / "x", **how)
     accumulation = fxkfac.resume(tmp_path / "x", program, MSE())
     moments = [m for i in accumulation.over.total.inputs for m in i.moments.values()]
