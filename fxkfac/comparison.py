@@ -25,8 +25,9 @@ from fxkfac.exact.data import size_of
 from fxkfac.functional import FunctionalModel, Params, copied
 from fxkfac.graph.program import Program
 from fxkfac.graph.table import columns
-from fxkfac.isolation import held_by, no_draws
+from fxkfac.isolation import no_draws
 from fxkfac.parameters import nest_names
+from fxkfac.reached import held
 
 LARGEST = 2**12  # entries of a block that is written out: five matrices of 128 MiB
 DIAGONAL = "exact diagonal"
@@ -206,7 +207,7 @@ def _require_counted(program: Program, inputs: Any) -> None:
 def _require_no_draws(model: FunctionalModel, inputs: Any, params: Params | None) -> None:
     alike = "one model for all passes over the data"
     # A model may take derivatives itself.
-    with torch.enable_grad(), held_by(model.modules()), no_draws(alike):
+    with torch.enable_grad(), held(model.model), no_draws(alike):
         model(model.override(params), copied(inputs))
 
 

@@ -47,9 +47,9 @@ def prediction_of(output: Any) -> Tensor:
     return tensors[0]
 
 
-def copied(inputs: Inputs) -> Inputs:
-    """The same with copies of all tensors, for a model that may write into them."""
-    return pytree.tree_map_only(Tensor, Tensor.clone, inputs)
+def copied(data: Any) -> Any:
+    """The same with copies of all tensors: a model may write into them, and autograd keep them."""
+    return pytree.tree_map_only(Tensor, Tensor.clone, data)
 
 
 def split_inputs(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dis
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 import einops
 import torch
 from torch import nn
+
+from fxkfac.isolation import held_by
 
 FOREIGN = tuple(str(Path(file).parent) for file in (torch.__file__, einops.__file__, __file__))
 
@@ -47,6 +50,12 @@ class Reached:
                 found[module] = None
                 stack += [m for m in module._modules.values() if m is not None]
         return list(found)
+
+
+def held(model: Callable[..., Any]) -> AbstractContextManager[None]:
+    """Afterwards all that a model reaches holds what it held, as by `held_by`."""
+    reached = reached_from(model)
+    return held_by(reached.all_modules(), reached.values)
 
 
 def reached_from(model: Callable[..., Any]) -> Reached:

@@ -23,7 +23,7 @@ ALLOWED = {
     "likelihoods": {"errors", "ranges", "isolation", "precision"},
     "taylor": {"errors"},
     "measure": set(),
-    "reached": set(),
+    "reached": {"isolation"},
     "graph": {"errors", "ranges", "isolation", "parameters", "functional", "reached"},
     "curvature": {
         "errors",
@@ -84,6 +84,7 @@ ALLOWED = {
         "isolation",
         "parameters",
         "functional",
+        "reached",
         "graph",
         "curvature",
         "exact",

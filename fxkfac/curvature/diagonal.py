@@ -35,17 +35,18 @@ def _of_each(
     One by one where an op has no rule for that, or a wrong one, as PyTorch 2.13's for `cdist` is:
     `is_right` looks at a result and what it was made of.
     """
-    ways: list[Callable[..., Any]] = [vmap(function, tuple(in_dims), randomness="same")]
+    at_once, works = vmap(function, tuple(in_dims), randomness="same"), True
 
     def call(*given: Any) -> Any:
-        for way in ways:
+        nonlocal works
+        if works:
             try:
-                found = way(*given)
+                found = at_once(*given)
+                if is_right(found, *given):
+                    return found
             except RuntimeError:  # in torch's words for that op, or for one inside
-                continue
-            if is_right(found, *given):
-                return found
-        ways.clear()
+                pass
+            works = False
         return _one_by_one(function, in_dims, *given)
 
     return call

@@ -17,19 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils import _pytree as pytree
 
 from fxkfac.errors import DataError, NonFiniteError, OptionError, ParameterError
 from fxkfac.exact.data import Data, batches, size_of
 from fxkfac.exact.functions import jvp, vjp
-from fxkfac.functional import FunctionalModel, Inputs, Params, bind, prediction_of
-from fxkfac.isolation import held_by, own_randomness
+from fxkfac.functional import FunctionalModel, Inputs, Params, bind, copied, prediction_of
+from fxkfac.isolation import own_randomness
 from fxkfac.likelihoods.backpropagation import backpropagated_vectors
 from fxkfac.likelihoods.base import Likelihood, count_of
 from fxkfac.likelihoods.losses import Gaussian, likelihood_of
 from fxkfac.likelihoods.targets import require_prediction
 from fxkfac.ranges import require_generator
-from fxkfac.reached import reached_from
+from fxkfac.reached import held
 
 Model = nn.Module | Callable[..., Any]
 Loss = nn.Module | Likelihood
@@ -130,11 +129,6 @@ class Problem:
         )
 
 
-def copied(data: Any) -> Any:
-    """The same inputs or targets, which a model may write into, and autograd may keep."""
-    return pytree.tree_map_only(Tensor, Tensor.clone, data)
-
-
 def loss_of(problems: Sequence[Problem]) -> Tensor:
     """The loss of all batches, attached to the graph."""
     return torch.stack([p.loss(p.prediction.f, p.target) for p in problems]).sum()
@@ -173,10 +167,8 @@ def predict(
 
 
 def _run(bound: FunctionalModel, values: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
-    reached = reached_from(bound.model)
-    held = held_by(reached.all_modules(), reached.values)
     # Fused attention kernels have no second derivative.
-    with torch.enable_grad(), held, sdpa_kernel(SDPBackend.MATH):
+    with torch.enable_grad(), held(bound.model), sdpa_kernel(SDPBackend.MATH):
         f = prediction_of(bound(values, copied(inputs)))
     require_prediction(f)
     if not f.isfinite().all():

@@ -25,8 +25,8 @@ from fxkfac.graph.table import headline, program_table
 from fxkfac.graph.tap import Sink, Taps
 from fxkfac.graph.tapped import Run, Tapped
 from fxkfac.graph.uses.ir import Unpickled, Use
-from fxkfac.isolation import full_precision, held_by, require_gradients_on, without_graph
-from fxkfac.reached import reached_from
+from fxkfac.isolation import full_precision, require_gradients_on, without_graph
+from fxkfac.reached import held
 
 if TYPE_CHECKING:
     import networkx
@@ -152,8 +152,7 @@ class Program(Unpickled):
         if tapped is not None and n in tapped.verified:
             return tapped, tensors
         model = FlatModel(self.model, self.signature.with_constants(inputs))
-        reached = reached_from(self.model.model)
-        with held_by(reached.all_modules(), reached.values):
+        with held(self.model.model):
             if tapped is None:
                 require_own_gradients(self.model)
                 key = (called, watch_for(model, tensors, self._watches).key())

@@ -178,10 +178,8 @@ class KFAC(Optimizer):
         p = self.preconditioner
         if p.is_due:
             step = pass_over(self.program, self.loss, data, **p.options)
-            found, factors = (
-                Evaluation(step.loss, step.gradients, step.factors.reduction),
-                step.factors,
-            )
+            factors = step.factors
+            found = Evaluation(step.loss, step.gradients, factors.reduction)
         else:
             wanted, factors = self.program.asked.selected, None
             found = loss_and_gradients(self.program, p.likelihood, data, p.generator, wanted)

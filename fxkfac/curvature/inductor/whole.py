@@ -156,9 +156,9 @@ def _whole(
     prediction = prediction_kind(tapped, kinds)
     underflows = tapped.captured.underflows
     scales = bool(wanted) and may_scale(prediction.dtype, underflows)
-    f = prediction.shape_only()
-    likelihood.validate(f, targets)  # before there is code for such targets
-    R = _likely_scale(likelihood, f)
+    like = prediction.shape_only()
+    likelihood.validate(like, targets)  # before there is code for such targets
+    R = _likely_scale(likelihood, like)
 
     def batch(*given: Tensor) -> dict[str, Any]:
         own = likelihood.given(given[0]) if draws else likelihood
@@ -180,7 +180,7 @@ def _whole(
             }
         return {"prediction": seen, "criterion": criterion, "wanted": slope, **pieces}
 
-    noise = [Kind.of(likelihood.room(f))] if draws else []
+    noise = [Kind.of(likelihood.room(like))] if draws else []
     scale = [Kind(torch.Size(), (), prediction.dtype, prediction.device)] if scales else []
     graph, results = traced(batch, [*noise, *scale, Kind.of(targets), *kinds])
     placeholders = [n.name for n in graph.graph.nodes if n.op == "placeholder"]
