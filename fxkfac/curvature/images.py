@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -23,6 +24,11 @@ class Image:
 
     image: Float[Tensor, "batch channels *space"]
     windows: Windows
+
+    @property
+    def rows(self) -> int:
+        """Number of the windows' places on all images."""
+        return len(self.image) * prod(a.places for a in self.windows.along(self.image))
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,8 @@ class Moment:
         sums: Σ_rows x of the same rows, (group, d), if there is a rest.
         count: Number of all rows; (group,) where groups have rows of their own.
         waiting: Rows, (group, rows, d), that are not in the sum yet.
+        scale: What the sum is multiplied by on its way, where that costs nothing; `None` for one
+            over the number of its first rows.
     """
 
     scales: Scales = ()
@@ -44,6 +46,7 @@ class Moment:
     sums: Tensor | None = None
     count: int | Tensor = 0
     waiting: list[Tensor] = field(default_factory=list)
+    scale: float | None = None
     _waits: int = field(default=0, init=False)  # how many rows do, not counted anew each time
 
     def __post_init__(self) -> None:
@@ -153,20 +156,25 @@ class Moment:
 
     def add_products(self, x: Float[Tensor, "group *rows d"]) -> None:
         """Add Σ x xᵀ of rows in one axis or in two."""
-        add_gram(self.room(x.shape[0], x.shape[-1], x), x)
+        add_gram(self.room(x.shape[0], x.shape[-1], x, self.likely_scale(x.shape[1:-1].numel())), x)
 
     def add_patch_products(self, of: Image) -> None:
         """Add that of an image's patches."""
         groups = of.windows.groups
         d = of.image.shape[1] // groups * math.prod(of.windows.kernel)
-        add_patch_gram(self.room(groups, d, of.image), of.image, of.windows)
+        room = self.room(groups, d, of.image, self.likely_scale(of.rows))
+        add_patch_gram(room, of.image, of.windows)
 
-    def room(self, groups: int, d: int, like: Tensor) -> Gram:
+    def likely_scale(self, rows: int) -> float:
+        """What sums that begin with so many rows are multiplied by."""
+        return 1 / max(rows, 1) if self.scale is None else self.scale
+
+    def room(self, groups: int, d: int, like: Tensor, scale: float = 1.0) -> Gram:
         """The sum, made where there was none: of no rows yet."""
         if self.gram is None:
             size = d + len(self.scales)
             self.total = like.new_empty(groups, size, size, dtype=accurate_dtype(like))
-            self.gram = Gram(in_front(self.total, len(self.scales)))
+            self.gram = Gram(in_front(self.total, len(self.scales)), scale=scale)
         return self.gram
 
 

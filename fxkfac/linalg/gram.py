@@ -1,7 +1,8 @@
-"""Rows x -> Σ_rows x xᵀ for every group, added in place to a total, one triangle at a time.
+"""Rows x -> Σ_rows x xᵀ for every group, added in place to a total.
 
-Only the lower triangle of a total is kept up, and blocks on its diagonal; what lies above these is
-anything until all rows are in.
+By a kernel of our own where there is one (see `tiles`). Elsewhere only the lower triangle of a
+total is kept up, and blocks on its diagonal; what lies above these is anything until all rows are
+in.
 Rows come as the views that they are, with whatever strides, and are copied only where no product
 could read them, a chunk at a time.
 """
@@ -25,6 +26,7 @@ from fxkfac.linalg.correlation import (
     is_faster,
 )
 from fxkfac.linalg.made_once import made_once
+from fxkfac.linalg.tiles import Kernel, kernel_for
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -54,7 +56,7 @@ class Gram:
         is_empty: Whether nothing was added: then the total holds anything, and is only written.
         whole: Width of the blocks on the diagonal whose upper triangle was kept up, too; d if the
             whole of it was.
-        scale: What the total was multiplied by already.
+        scale: What the total was multiplied by already; of an empty one, what it may be.
     """
 
     total: Float[Tensor, "group d d"]
@@ -74,6 +76,13 @@ class Gram:
         elif self.scale != other.scale:
             other.total.mul_(self.scale / other.scale)
         add_part(self.total, other.total, self._beta(other.whole))
+
+    def add(self, kernel: Kernel, x: Tensor, columns: int = 1) -> None:
+        """Add the products of rows by a kernel, which keeps up the whole and its scale."""
+        if not self.is_empty and self.whole < self.total.shape[-1]:
+            self.matrix(self.scale)
+        kernel.add(self.total, x, columns, scale=self.scale, adds=not self.is_empty)
+        self._beta(self.total.shape[-1])
 
     def matrix(self, scale: float | Tensor = 1.0) -> Float[Tensor, "group d d"]:
         """The sum, symmetric to rounding; scaled in place by one number, or (group, 1, 1).
@@ -131,6 +140,9 @@ def add_gram(gram: Gram, x: Float[Tensor, "group *rows d"]) -> None:
         x: Rows in one axis, or in two: (group, batch, shared, d) of any strides.
     """
     if not x.numel():
+        return
+    if kernel := kernel_for(gram.total, x):
+        gram.add(kernel, x)
         return
     rows = x if x.ndim == 3 else _flat(x)
     if rows is not None and _readable(rows, gram.total):

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from fxkfac.linalg.gram import Gram, add_gram, in_front
-from fxkfac.linalg.patches import add_patch_gram, patch_view
-from fxkfac.linalg.tiles import kernel_for
+from fxkfac.linalg.patches import add_patch_gram
 from fxkfac.linalg.windows import Windows
 
 if TYPE_CHECKING:
@@ -53,12 +52,9 @@ def _gram_shape(x: Tensor, border: int, scale: float) -> Tensor:
 @torch.library.impl("fxkfac::gram", "cpu")
 def _gram(x: Tensor, border: int, scale: float) -> Tensor:
     total = _gram_shape(x, border, scale)
-    gram = Gram(in_front(total, border))
-    if kernel := kernel_for(gram.total, x):
-        kernel.write(gram.total, x, scale)
-    else:
-        add_gram(gram, x)
-        gram.matrix(scale)
+    gram = Gram(in_front(total, border), scale=scale)
+    add_gram(gram, x)
+    gram.matrix(scale)
     return total
 
 
@@ -75,13 +71,9 @@ def _patch_gram(
     image: Tensor, windows: list[int], groups: int, border: int, scale: float
 ) -> Tensor:
     total = _patch_gram_shape(image, windows, groups, border, scale)
-    gram, lie = Gram(in_front(total, border)), Windows.of(windows, image.ndim - 2, groups)
-    kernel = kernel_for(gram.total, image)
-    if kernel and (patches := patch_view(image, lie)):
-        kernel.write(gram.total, patches.rows, scale, patches.columns)
-    else:
-        add_patch_gram(gram, image, lie)
-        gram.matrix(scale)
+    gram = Gram(in_front(total, border), scale=scale)
+    add_patch_gram(gram, image, Windows.of(windows, image.ndim - 2, groups))
+    gram.matrix(scale)
     return total
 
 

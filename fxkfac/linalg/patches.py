@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from math import prod
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from einops import rearrange
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from fxkfac.linalg.correlation import add_by_channels, channel_block, is_faster
 from fxkfac.linalg.gram import CALL, COPY, READ, Gram, add_gram, add_rows, chunk_numel, triangle
 from fxkfac.linalg.shifts import add_shifted, shifted_cost
+from fxkfac.linalg.tiles import kernel_for
 from fxkfac.linalg.windows import Axis, Windows, patches, subsampled
 
 if TYPE_CHECKING:
@@ -34,41 +35,31 @@ def add_patch_gram(
     group, (batch, channels) = windows.groups, image.shape[:2]
     image, axes = subsampled(image, windows.along(image))
     if all(a.kernel == 1 for a in axes):
-        if is_faster(image, channels // group) and image.numel():
-            add_by_channels(gram.total, image, gram.beta(channel_block(channels, group)))
-        else:
-            add_gram(gram, _positions(image, group))
-    elif image.device.type == "cpu" and shifts_pay(axes, batch, group, channels // group):
+        _add_positions(gram, image, group)
+        return
+    if not batch or any(a.places == 0 for a in axes):
+        return
+    kernel, d = kernel_for(gram.total, image), gram.total.shape[-1]
+    many = kernel is not None and kernel.takes_thirds(batch * prod(a.places for a in axes), d)
+    moves = image.device.type == "cpu" and shifts_pay(axes, batch, group, channels // group)
+    if moves and not many:
         add_shifted(gram, image, axes)
+    elif kernel:
+        places, taps = _names(axes)
+        of_groups = f"n (g c) {places} {taps} -> g n {places} c {taps}"
+        rows = rearrange(patches(image, axes), of_groups, g=group)
+        gram.add(kernel, rows, columns=1 + len(axes))
     else:
         add_patches(gram, image, axes)
 
 
-class PatchView(NamedTuple):
-    """All patches of an image, where it lies.
-
-    Attributes:
-        rows: A view of the image, or of a copy with zeros around it.
-        columns: How many of its last axes are columns.
-    """
-
-    rows: Float[Tensor, " group *rows_and_columns"]
-    columns: int
-
-
-def patch_view(image: Float[Tensor, "batch channels *space"], windows: Windows) -> PatchView | None:
-    """The patches as a view; `None` if there are none, or sums take less time without them."""
-    group, (batch, channels) = windows.groups, image.shape[:2]
-    image, axes = subsampled(image, windows.along(image))
-    if not image.numel() or any(a.places == 0 for a in axes):
-        return None
-    if all(a.kernel == 1 for a in axes):
-        return PatchView(_positions(image, group), 1)
-    if shifts_pay(axes, batch, group, channels // group):
-        return None
-    places, taps = _names(axes)
-    of_groups = f"n (g c) {places} {taps} -> g n {places} c {taps}"
-    return PatchView(rearrange(patches(image, axes), of_groups, g=group), 1 + len(axes))
+def _add_positions(gram: Gram, image: Tensor, group: int) -> None:
+    """Of a kernel with one tap: a row for each position."""
+    d = image.shape[1] // group
+    if not kernel_for(gram.total, image) and is_faster(image, d) and image.numel():
+        add_by_channels(gram.total, image, gram.beta(channel_block(image.shape[1], group)))
+    else:
+        add_gram(gram, _positions(image, group))
 
 
 def _names(axes: tuple[Axis, ...]) -> tuple[str, str]:
@@ -106,8 +97,6 @@ def add_patches(
     gram: Gram, image: Float[Tensor, "batch channels *space"], axes: tuple[Axis, ...]
 ) -> None:
     """Add Σ patch patchᵀ, from some patches at a time."""
-    if not image.shape[0] or any(a.places == 0 for a in axes):
-        return
     group, d = gram.total.shape[:2]
     places, taps = _names(axes)
     # Positions last, so that lines of the image are copied whole.

@@ -1,18 +1,19 @@
-"""Rows x -> scale · Σ_rows x xᵀ by a kernel in C++, with both triangles of it.
+"""Rows x -> scale · Σ_rows x xᵀ by kernels in C++, both triangles of it.
 
-With one thread it takes 0.6 to 0.8 of the time that BLAS takes for the square; a triangle by matrix
-products with the other one copied takes 0.65 to 1.3. Only compiled code calls it: there a compiler
-is at hand.
+Of the time that BLAS takes for the square, one by vectors takes 0.6 to 0.8 with one thread; one by
+tiles of bfloat16, three to a number, which is as exact as single precision, takes 0.4 to 0.5. A
+triangle by matrix products with the other one copied takes 0.65 to 1.3.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from ctypes import c_double, c_int, c_int64, c_void_p
+from ctypes import c_bool, c_double, c_int, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from inspect import signature
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,63 +21,117 @@ from torch import Tensor
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
+SOURCES = ("rows", "vectors", "thirds")
 NAMES = {torch.float32: "gram_float", torch.float64: "gram_double"}
-# As the code has them: where the sum is, rows, their offsets, those of columns, and how to do it.
-ARGUMENTS = [
-    *(c_void_p, c_int64),
-    *(c_void_p, c_void_p, c_int64, c_void_p, c_int64),
-    *(c_double, c_int64, c_void_p, c_int),
-]
-FEWEST = 96  # columns: for fewer the square takes no longer
+# As the code has them: where the sum is, and how it is put there; rows, and their offsets.
+SUM = (c_void_p, c_int64, c_double, c_bool)
+ROWS = (c_void_p, c_void_p, c_int64, c_void_p, c_int64)
 KNOWN = 1024  # axes whose offsets are kept, of rows or columns that are the same at every batch
+
+# By vectors.
+FEWEST = 96  # columns: for fewer the square takes no longer
 CHUNK = 2**18  # numbers of the rows that are copied at once, or
 SUMS = 2  # times as many as the sum has, if that is more
+
+# By thirds: every thread has rows and a triangle of its own, which is added to the others'.
+ROWS_EACH, COLUMNS_EACH = 128, 4  # at least so many rows, and one for so many columns
+WIDEST = 1536  # columns: more sums than these leave the cache between some rows and the next
+ROOM = 2**26  # bytes that all threads have together
+AS_FAST = 2  # times as fast as vectors
+
+
+class Thirds(NamedTuple):
+    """The kernel that has three numbers in the place of one.
+
+    Attributes:
+        run: It, as C calls it; false where numbers are all tiny or some huge, which have no thirds.
+        room: How many bytes each thread works in, for so many columns.
+    """
+
+    run: Callable[..., bool]
+    room: Callable[[int], int]
+
+    def threads(self, rows: int, d: int) -> int:
+        """How many threads sum so many rows; none if vectors take less time."""
+        if d > WIDEST:
+            return 0
+        there_are = torch.get_num_threads()
+        found = min(there_are, rows // max(ROWS_EACH, d // COLUMNS_EACH), ROOM // self.room(d))
+        return found if AS_FAST * found >= there_are else 0
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """The kernel for one dtype.
+    """What there is for one dtype.
 
     Attributes:
-        run: It, as C calls it.
-        width: Of how many columns a panel is.
+        dtype: Which one.
+        run: The kernel that takes any rows, as C calls it.
+        width: Of how many columns its panels are.
+        thirds: The one that takes some in less time, if there is one.
     """
 
+    dtype: torch.dtype
     run: Callable[..., None]
     width: int
+    thirds: Thirds | None = None
 
-    def write(
+    def takes_thirds(self, rows: int, d: int) -> bool:
+        """Whether so many rows are summed by that one."""
+        return self.thirds is not None and self.thirds.threads(rows, d) > 0
+
+    def add(
         self,
         total: Float[Tensor, "group d d"],
         x: Float[Tensor, " group *rows_and_columns"],
-        scale: float,
         columns: int = 1,
+        *,
+        scale: float,
+        adds: bool,
     ) -> None:
-        """Write scale · Σ_rows x xᵀ of every group.
+        """Add scale · Σ_rows x xᵀ of every group, or write it.
 
         Args:
-            total: Where to, with rows that are contiguous.
+            total: Where to, with rows that are contiguous; symmetric if it is added to.
             x: Of any strides; entries may share memory. There is at least one row.
-            scale: What the sums are multiplied by.
             columns: How many of the last axes make up d; rows are in those between.
+            scale: What the sums are multiplied by.
+            adds: Whether to add.
         """
         axes = tuple(zip(x.shape, x.stride(), strict=True))
         down, across = _offsets(axes[1:-columns]), _offsets(axes[-columns:])
-        d = -(-len(across) // self.width) * self.width
-        chunk = min(len(down), max(CHUNK, SUMS * d**2) // d)
-        panels, threads = x.new_empty(chunk * d), torch.get_num_threads()
         places = (down.data_ptr(), len(down), across.data_ptr(), len(across))
         for sums, rows in zip(total.unbind(), x.unbind(), strict=True):
-            to = (sums.data_ptr(), sums.stride(0))
-            how = (scale, chunk, panels.data_ptr(), threads)
-            self.run(*to, rows.data_ptr(), *places, *how)
+            given = (sums.data_ptr(), sums.stride(0), scale, adds, rows.data_ptr(), *places)
+            if not self._by_thirds(given, len(down), len(across)):
+                self._by_vectors(given, len(down), len(across))
+
+    def _by_thirds(self, given: tuple[float, ...], rows: int, d: int) -> bool:
+        """Whether it could be."""
+        if self.thirds is None or not (threads := self.thirds.threads(rows, d)):
+            return False
+        room = torch.empty(threads * self.thirds.room(d), dtype=torch.uint8, device="cpu")
+        return self.thirds.run(*given, room.data_ptr(), threads)
+
+    def _by_vectors(self, given: tuple[float, ...], rows: int, d: int) -> None:
+        padded = -(-d // self.width) * self.width
+        chunk = min(rows, max(CHUNK, SUMS * padded**2) // padded)
+        panels = torch.empty(chunk * padded, dtype=self.dtype, device="cpu")
+        self.run(*given, panels.data_ptr(), chunk, torch.get_num_threads())
 
 
 def kernel_for(total: Float[Tensor, "group d d"], x: Tensor) -> Kernel | None:
-    """The one that pays for such a sum of rows, all in the memory of a CPU, if there is one."""
+    """The one that pays for such a sum of rows, if there is one."""
     if x.dtype != total.dtype or x.dtype not in NAMES or total.shape[-1] < FEWEST:
         return None
-    return _kernels().get(x.dtype) if x.numel() else None
+    return _kernels().get(x.dtype) if x.numel() and _is_in_memory(x) else None
+
+
+def _is_in_memory(x: Tensor) -> bool:
+    """Whether numbers lie where a CPU finds them: not those of a recorded graph, or of `vmap`."""
+    if x.device.type != "cpu" or type(x) is not Tensor or x._is_zerotensor():
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 @lru_cache(maxsize=KNOWN)
@@ -91,17 +146,37 @@ def _offsets(axes: tuple[tuple[int, int], ...]) -> Int[Tensor, " entries"]:
 
 @cache
 def _kernels() -> Mapping[torch.dtype, Kernel]:
-    """One for each dtype; none where they cannot be compiled, as by a compiler without vectors."""
+    """One for each dtype, compiled once on a machine.
+
+    None where they cannot be: without a compiler, or by one that knows no vectors.
+    """
     from torch._inductor.codecache import CppCodeCache  # takes seconds
 
-    code = files(__package__).joinpath("tiles.cpp").read_text()
+    folder = files(__package__).joinpath("native")
+    code = "".join(folder.joinpath(f"{name}.cpp").read_text() for name in SOURCES)
+    flags: dict[str, Any] = {"extra_flags": ("-ffp-contract=fast",)}
+    if "needs_vec_isa" in signature(CppCodeCache.load_async).parameters:
+        flags["needs_vec_isa"] = False  # which vectors there are takes a second to find out
     try:
-        library: Any = CppCodeCache.load(code, extra_flags=("-ffp-contract=fast",))
+        library: Any = CppCodeCache.load(code, **flags)
     except (OSError, RuntimeError):
         return {}
-    kernels = {}
-    for dtype, name in NAMES.items():
-        run = library[name]
-        run.restype, run.argtypes = None, ARGUMENTS
-        kernels[dtype] = Kernel(run, library[f"{name}_width"]())
-    return kernels
+    return {dtype: _kernel(library, dtype) for dtype in NAMES}
+
+
+def _kernel(library: Any, dtype: torch.dtype) -> Kernel:
+    name = NAMES[dtype]
+    run, width = library[name], library[f"{name}_width"]
+    run.restype, run.argtypes = None, [*SUM, *ROWS, c_void_p, c_int64, c_int]
+    return Kernel(dtype, run, width(), _thirds(library) if dtype == torch.float32 else None)
+
+
+def _thirds(library: Any) -> Thirds | None:
+    """`None` where the processor has no such tiles, or the system lets no one have them."""
+    room = library.gram_thirds_room
+    room.restype, room.argtypes = c_int64, [c_int64]
+    if not room(1):
+        return None
+    run = library.gram_thirds
+    run.restype, run.argtypes = c_bool, [*SUM, *ROWS, c_void_p, c_int]
+    return Thirds(run, room)

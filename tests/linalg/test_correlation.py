@@ -5,7 +5,7 @@ import torch
 from einops import rearrange
 from linalg.grams import gram_of, patch_gram_of
 
-from fxkfac.linalg import Windows
+from fxkfac.linalg import Windows, tiles
 from fxkfac.linalg import correlation as module
 from fxkfac.linalg.correlation import correlation
 
@@ -23,6 +23,7 @@ def close(found, expected):
 
 @pytest.fixture(autouse=True)
 def few_are_enough(monkeypatch):
+    monkeypatch.setattr(tiles, "_kernels", dict)
     monkeypatch.setattr(module, "LEAST", 0)
     monkeypatch.setattr(module, "blas_is_behind", lambda: True)
 

@@ -85,6 +85,7 @@ def test_expanded_and_sliced_rows(g: int, n: int, s: int, d: int, blocks: bool) 
             close(gram_of(x), plain(x))
 
 
+@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("d", [191, 192, 500, 1000, 1601])
 @pytest.mark.parametrize("group", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -94,6 +95,7 @@ def test_wide_rows_at_the_sizes_of_the_machine(d: int, group: int, dtype: torch.
     assert torch.equal(gram_of(x[:, :0]), x.new_zeros(group, d, d))
 
 
+@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("group", [1, 3])
 @pytest.mark.parametrize("d", [4, 400])
 def test_a_total_may_be_part_of_something_larger(group: int, d: int) -> None:

@@ -8,7 +8,7 @@ from drawn import rand
 from linalg.grams import patch_gram_of
 from torch import Tensor
 
-from fxkfac.linalg import Windows, in_front, opaque_gram, opaque_patch_gram, tiles
+from fxkfac.linalg import Windows, in_front, opaque_gram, opaque_patch_gram
 
 ASKED = ("test_schema", "test_faketensor")
 
@@ -41,26 +41,6 @@ IMAGES = {
     "wide groups": (rand(2, 36, 7, 7), Windows((5, 5), (2, 2), NONE, ONES, 3), 1),
     "no images": (rand(0, 3, 6, 6), Windows((3, 3), ONES, NONE, ONES), 0),
 }
-
-
-@pytest.fixture(params=[True, False], ids=["kernel", "no kernel"])
-def kernel(request, monkeypatch):
-    """As with a compiler that has vectors, and with one that has none."""
-    if not request.param:
-        monkeypatch.setattr(tiles, "_kernels", dict)
-
-
-def test_there_is_a_kernel_for_wide_sums_alone():
-    wide, narrow, half = rand(1, 3, 96), rand(1, 3, 95), rand(1, 3, 96).half()
-    kinds = [tiles.kernel_for(x.mT @ x, x) for x in (wide, wide.float(), narrow, half, wide[:, :0])]
-    assert [kind is not None for kind in kinds] == [True, True, False, False, False]
-
-
-def test_columns_may_share_memory_and_lie_apart():
-    x = rand(1, 30, 48)[..., ::47].unsqueeze(-1).expand(1, 30, 2, 48)  # 0, .., 0, 47, .., 47
-    total, rows = x.new_empty(1, 96, 96), x.flatten(2)
-    tiles.kernel_for(total, x).write(total, x, 1.0, columns=2)
-    torch.testing.assert_close(total, rows.mT @ rows)
 
 
 @pytest.mark.usefixtures("kernel")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fxkfac.graph.form import Patches
 from fxkfac.graph.uses.normal import unfold
-from fxkfac.linalg import gram, patches
+from fxkfac.linalg import gram, patches, tiles
 from fxkfac.linalg.windows import Windows, patch_sums
 
 WAYS = st.sampled_from(["chosen", "shifts", "patches"])
@@ -41,9 +41,13 @@ def rows(image: Tensor, windows: Windows) -> Tensor:
 
 
 def force(patch: pytest.MonkeyPatch, way: str) -> None:
-    """Shifts wherever they can be taken at all, or patches everywhere; both a few at a time."""
+    """Shifts wherever they can be taken at all, or patches everywhere; both a few at a time.
+
+    Neither by a kernel of our own.
+    """
     if way == "chosen":
         return
+    patch.setattr(tiles, "_kernels", dict)
     shifts = way == "shifts"
     patch.setattr(
         patches, "shifts_pay", lambda axes, *_: shifts and all(a.stride == 1 for a in axes)

@@ -9,9 +9,7 @@ operation, by a kernel that takes one triangle.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import partial
-from math import prod
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
@@ -87,30 +85,22 @@ class Open(Moment):
         return None if total is None else Piece(total)
 
 
-@dataclass
 class Opaque(Moment):
-    """In a recorded graph: each of its products is one operation, which compiled code calls.
-
-    Attributes:
-        scale: What the sum is multiplied by; `None` for one over the number of its first rows.
-    """
-
-    scale: float | None = None
+    """In a recorded graph: each of its products is one operation, which compiled code calls."""
 
     def add_products(self, x: Tensor) -> None:
         """Add Σ x xᵀ of rows in one axis or in two."""
-        scale = self._scale(x.shape[1:-1].numel())
+        scale = self._keep(x.shape[1:-1].numel())
         self._take(opaque_gram(x, len(self.scales), scale), scale)
 
     def add_patch_products(self, of: Image) -> None:
         """Add that of an image's patches."""
-        places = [a.places for a in of.windows.along(of.image)]
-        scale = self._scale(len(of.image) * prod(places))
+        scale = self._keep(of.rows)
         self._take(opaque_patch_gram(of.image, of.windows, len(self.scales), scale), scale)
 
-    def _scale(self, rows: int) -> float:
-        if self.scale is None:
-            self.scale = 1 / max(rows, 1)
+    def _keep(self, rows: int) -> float:
+        """The scale of all sums, as the first one has it."""
+        self.scale = self.likely_scale(rows)
         return self.scale
 
     def _take(self, total: Tensor, scale: float) -> None:

@@ -1,18 +1,8 @@
-// total = scale * sum of x x^T over rows, both triangles, of which one is computed: by tiles.
+// total = scale * sum of x x^T over rows, or that added: both triangles, of which one is computed.
 //
 // The columns of x are copied in panels a few vectors wide. A tile is the product of two panels, a
 // few of its rows at a time in registers; while it is in the first cache, its numbers go to both of
 // their places, whose memory was asked for before the product began. Sizes were found by timing.
-
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
-#include <utility>
-#include <vector>
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 namespace {
 
@@ -27,9 +17,6 @@ constexpr int BYTES = 16, DOWN = 6;
 constexpr int ACROSS = 3;             // vectors: the width of a panel
 constexpr int64_t DEPTH = 128;        // rows of x: so many of two panels fit the first cache
 constexpr int64_t NEAR = 1 << 19;     // bytes: panels that stay in the second cache
-constexpr int LINE = 64;              // bytes of memory that come together
-constexpr int64_t PAGE = 4096;        // bytes that are mapped together, at least
-constexpr int64_t MAPPED = 32 << 20;  // bytes: memory of this size is mapped anew each time
 
 template <class T>
 using Vector [[gnu::vector_size(BYTES), gnu::aligned(alignof(T)), gnu::may_alias]] = T;
@@ -38,32 +25,32 @@ constexpr int LANES = BYTES / sizeof(T);
 template <class T>
 constexpr int WIDTH = ACROSS * LANES<T>;
 
-// A matrix in memory: the entry in row k and column j is x[rows[k] + columns[j]].
+// Of rows, in panels.
 template <class T>
-struct Rows {
-  const T* x;
-  const int64_t *rows, *columns;
-  int64_t number, d;
+int64_t panels_of(const Rows<T>& x) {
+  return (x.d + WIDTH<T> - 1) / WIDTH<T>;
+}
 
-  int64_t panels() const { return (d + WIDTH<T> - 1) / WIDTH<T>; }
-  int width(int64_t panel) const { return std::min<int64_t>(WIDTH<T>, d - panel * WIDTH<T>); }
+template <class T>
+int width_of(const Rows<T>& x, int64_t panel) {
+  return std::min<int64_t>(WIDTH<T>, x.d - panel * WIDTH<T>);
+}
 
-  void copy(int64_t first, int64_t number, int64_t panel, T* to) const {
-    const int n = width(panel);
-    const int64_t* column = columns + panel * WIDTH<T>;
-    const auto apart = [](int64_t a, int64_t b) { return b != a + 1; };
-    const bool together = std::adjacent_find(column, column + n, apart) == column + n;
-    for (int64_t k = first; k < first + number; ++k, to += WIDTH<T>) {
-      const T* from = x + rows[k];
-      if (together && n == WIDTH<T>) {  // of known length
-        std::memcpy(to, from + column[0], sizeof(T) * WIDTH<T>);
-      } else {
-        for (int j = 0; j < n; ++j) to[j] = from[column[j]];
-        std::fill(to + n, to + WIDTH<T>, T(0));
-      }
+template <class T>
+void copy(const Rows<T>& x, int64_t first, int64_t number, int64_t panel, T* to) {
+  const int n = width_of(x, panel);
+  const int64_t* column = x.columns + panel * WIDTH<T>;
+  const bool together = adjacent(column, n);
+  for (int64_t k = first; k < first + number; ++k, to += WIDTH<T>) {
+    const T* from = x.x + x.rows[k];
+    if (together && n == WIDTH<T>) {  // of known length
+      std::memcpy(to, from + column[0], sizeof(T) * WIDTH<T>);
+    } else {
+      for (int j = 0; j < n; ++j) to[j] = from[column[j]];
+      std::fill(to + n, to + WIDTH<T>, T(0));
     }
   }
-};
+}
 
 // A few rows of a tile: its first N vectors of each.
 template <class T, int N>
@@ -82,21 +69,6 @@ void multiply(const T* left, const T* right, int64_t depth, T* tile) {
   for (int i = 0; i < DOWN; ++i)
     for (int j = 0; j < N; ++j) *(Vector<T>*)(tile + i * WIDTH<T> + j * LANES<T>) = sums[i][j];
 }
-
-// The part of a matrix where one panel's columns meet another's.
-template <class T>
-struct Corner {
-  T* start;
-  int64_t step;
-  int rows, columns;
-
-  // Ask for the memory of some rows, which will be written.
-  void fetch(int from, int to) const {
-    for (int i = from; i < std::min(to, rows); ++i)
-      for (int j = 0; j < columns; j += LINE / sizeof(T))
-        __builtin_prefetch(start + i * step + j, 0, 2);
-  }
-};
 
 // A tile of the sum, from its two panels.
 template <class T>
@@ -141,37 +113,29 @@ std::vector<std::pair<int64_t, int64_t>> pairs(int64_t panels, int64_t together)
   return found;
 }
 
-// Have memory mapped at once: page by page, when it is first written, takes half as long again.
-void populate(char* start, int64_t bytes) {
-#if defined(MADV_POPULATE_WRITE)
-  const int64_t before = -reinterpret_cast<intptr_t>(start) & (PAGE - 1);
-  if (bytes > before) madvise(start + before, (bytes - before) & -PAGE, MADV_POPULATE_WRITE);
-#endif
-}
-
 template <class T>
-void gram(T* total, int64_t step, Rows<T> x, T scale, int64_t chunk, T* panels, int threads) {
+void gram(Total<T> total, Rows<T> x, int64_t chunk, T* panels, int threads) {
   const int64_t bytes = sizeof(T) * WIDTH<T> * std::min(chunk, x.number);
-  const auto tiles = pairs(x.panels(), std::max<int64_t>(1, NEAR / bytes));
-  const int64_t share = sizeof(T) * step * x.d / threads;
+  const auto tiles = pairs(panels_of(x), std::max<int64_t>(1, NEAR / bytes));
+  const int64_t share = sizeof(T) * total.step * x.d / threads;
+  const bool is_new = !total.adds && share * threads > MAPPED;
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(static)
-    for (int t = 0; t < threads; ++t)
-      if (share * threads > MAPPED) populate(reinterpret_cast<char*>(total) + t * share, share);
+    for (int t = 0; t < (is_new ? threads : 0); ++t)
+      populate(reinterpret_cast<char*>(total.start) + t * share, share);
     for (int64_t first = 0; first < x.number; first += chunk) {
       const int64_t number = std::min(chunk, x.number - first), size = number * WIDTH<T>;
 #pragma omp for schedule(static)
-      for (int64_t p = 0; p < x.panels(); ++p) x.copy(first, number, p, panels + p * size);
+      for (int64_t p = 0; p < panels_of(x); ++p) copy(x, first, number, p, panels + p * size);
       alignas(BYTES) T tile[WIDTH<T> * WIDTH<T>];
 #pragma omp for schedule(static)
       for (size_t n = 0; n < tiles.size(); ++n) {
         const auto [p, q] = tiles[n];
-        T *row = total + p * WIDTH<T> * step, *column = total + q * WIDTH<T> * step;
-        const Corner<T> below{row + q * WIDTH<T>, step, x.width(p), x.width(q)};
-        const Corner<T> above{column + p * WIDTH<T>, step, x.width(q), x.width(p)};
+        const auto below = total.corner(p * WIDTH<T>, q * WIDTH<T>, WIDTH<T>);
+        const auto above = total.corner(q * WIDTH<T>, p * WIDTH<T>, WIDTH<T>);
         product(panels + p * size, panels + q * size, number, p == q, below, above, tile);
-        store(tile, p == q, scale, first == 0, below, above);
+        store(tile, p == q, total.scale, first == 0 && !total.adds, below, above);
       }
     }
   }
@@ -180,10 +144,11 @@ void gram(T* total, int64_t step, Rows<T> x, T scale, int64_t chunk, T* panels, 
 }  // namespace
 
 #define FOR_TYPE(name, T)                                                                        \
-  extern "C" void name(T* total, int64_t step, const T* x, const int64_t* rows, int64_t number,  \
-                       const int64_t* columns, int64_t d, double scale, int64_t chunk, T* panels,\
-                       int threads) {                                                            \
-    gram<T>(total, step, {x, rows, columns, number, d}, scale, chunk, panels, threads);          \
+  extern "C" void name(T* total, int64_t step, double scale, bool adds, const T* x,              \
+                       const int64_t* rows, int64_t number, const int64_t* columns, int64_t d,   \
+                       T* panels, int64_t chunk, int threads) {                                  \
+    gram<T>({total, step, d, T(scale), adds}, {x, rows, columns, number, d}, chunk, panels,      \
+            threads);                                                                            \
   }                                                                                              \
   extern "C" int name##_width() { return WIDTH<T>; }
 

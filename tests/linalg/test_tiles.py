@@ -1,0 +1,139 @@
+"""Kernels of our own: by vectors, and by tiles of bfloat16, which are as exact as float32."""
+
+from __future__ import annotations
+
+from math import inf, nan
+
+import pytest
+import torch
+from drawn import rand
+from torch import Tensor
+
+from fxkfac.linalg import Gram, add_gram, gram, tiles
+
+F32, F64 = torch.float32, torch.float64
+
+KERNEL = tiles._kernels().get(F32)
+has_thirds = pytest.mark.skipif(
+    KERNEL is None or KERNEL.thirds is None, reason="this processor has no tiles of bfloat16"
+)
+
+# Rows and columns, or what has them in its first axes and the last ones.
+ROWS = {
+    "panels and pieces": (rand(256, 128), 1),
+    "one column more": (rand(300, 97), 1),
+    "less than half a panel more": (rand(131, 205), 1),
+    "one row more": (rand(129, 112), 1),
+    "columns that lie apart": (rand(400, 2, 130)[:, 1, ::2].repeat(1, 2), 1),
+    "every third row": (rand(900, 150)[::3], 1),
+    "every other column": (rand(260, 330)[:, ::2], 1),
+    "columns first": (rand(140, 1001).T, 1),
+    "columns first, a few rows together": (rand(160, 30, 12)[..., :8].movedim(0, 2), 1),
+    "columns first, three rows together": (rand(160, 90, 5)[..., :3].movedim(0, 2), 1),
+    "the same row": (rand(1, 100).expand(500, 100), 1),
+    "patches": (rand(3, 16, 14, 14).unfold(2, 3, 1).unfold(3, 3, 1).movedim(1, 3), 3),
+    "patches, few together": (rand(9, 16, 8, 8).unfold(2, 3, 1).unfold(3, 3, 1).movedim(1, 3), 3),
+    "patches with strides": (rand(9, 16, 19, 19).unfold(2, 3, 2).unfold(3, 3, 2).movedim(1, 3), 3),
+}
+
+
+def plain(x: Tensor, columns: int = 1) -> Tensor:
+    """The sum in double precision."""
+    rows = x.double().flatten(-columns).flatten(0, -2)
+    return rows.T @ rows
+
+
+def by_thirds(x: Tensor, columns: int, threads: int, total: Tensor | None = None) -> Tensor:
+    """Half of the sum by that kernel, added to a total; none of its memory is read before."""
+    adds, d = total is not None, x.shape[-columns:].numel()
+    total = torch.full((d, d), nan, dtype=F32) if total is None else total
+    rows, across = (
+        tiles._offsets(tuple(zip(x.shape[part], x.stride()[part], strict=True)))
+        for part in (slice(None, -columns), slice(-columns, None))
+    )
+    thirds = KERNEL.thirds
+    room = torch.full((threads * thirds.room(d),), 255, dtype=torch.uint8)
+    how = total.data_ptr(), total.stride(0), 0.5, adds
+    places = x.data_ptr(), rows.data_ptr(), len(rows), across.data_ptr(), len(across)
+    assert thirds.run(*how, *places, room.data_ptr(), threads)
+    return total
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+@has_thirds
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("x", "columns"), ROWS.values(), ids=ROWS)
+def test_thirds_are_as_exact_as_single_precision(x: Tensor, columns: int, threads: int) -> None:
+    x = x.float() if x.is_contiguous() else _single(x)
+    expected, found = 0.5 * plain(x, columns), by_thirds(x, columns, threads)
+    assert torch.equal(found, found.T)
+    rows = x.flatten(-columns).flatten(0, -2)
+    assert error(found, expected) < 2 * error(0.5 * rows.T @ rows, expected)
+    more = by_thirds(x, columns, threads, found.clone())
+    assert torch.equal(more, 2 * found)
+
+
+def _single(x: Tensor) -> Tensor:
+    """The same view of the same memory, in single precision."""
+    memory = x.as_strided((x.untyped_storage().nbytes() // 8,), (1,), 0).float()
+    return memory.as_strided(x.shape, x.stride(), x.storage_offset())
+
+
+@has_thirds
+def test_many_rows_are_no_less_exact() -> None:
+    x = 1 + rand(40_000, 96).float()
+    assert error(by_thirds(x, 1, 1), 0.5 * plain(x)) < 5e-7  # one sum of all rows: 4e-6
+
+
+@has_thirds
+def test_products_of_every_third_count() -> None:
+    number = 1 + 2.0**-9 + 2.0**-18  # its thirds; the smallest product is two times 2^-18
+    found = by_thirds(torch.full((128, 96), number), 1, 1).double()
+    assert float((found / (64 * number**2) - 1).abs().max()) < 2.0**-22
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("number", [1e-30, 1e-13, 0.0, 3e38, inf, nan])
+def test_numbers_without_thirds_are_summed_all_the_same(number: float, dtype: torch.dtype) -> None:
+    x = number * (1 + rand(1, 1024, 128).abs()).to(dtype)
+    sums = Gram(torch.empty(1, 128, 128, dtype=dtype))
+    add_gram(sums, x)
+    torch.testing.assert_close(sums.matrix(), x.mT @ x, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_strips_and_kernels_add_up(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = rand(2, 700, 200).to(dtype)
+    sums = Gram(torch.full((2, 200, 200), nan, dtype=dtype), scale=0.25)
+    monkeypatch.setattr(gram, "FEW", 0)
+    for has_one in (False, True, True, False, True):
+        with monkeypatch.context() as patch:
+            if not has_one:
+                patch.setattr(tiles, "_kernels", dict)
+            add_gram(sums, x)
+    for scale in (0.1, 1.0):
+        found, expected = sums.matrix(scale), 5 * scale * x.double().mT @ x.double()
+        assert error(found, expected) < (1e-6 if dtype == F32 else 1e-14)
+
+
+def test_what_only_stands_for_numbers_has_no_kernel() -> None:
+    total, x = torch.empty(1, 96, 96), rand(1, 200, 96).float()
+    assert tiles.kernel_for(total, x) is KERNEL
+    assert tiles.kernel_for(total, torch._efficientzerotensor(1, 200, 96)) is None
+    seen = []
+    torch.vmap(lambda row: seen.append(tiles.kernel_for(total, row)) or row)(x[0].unsqueeze(1))
+    assert seen == [None]
+
+
+def test_threads_have_rows_enough_and_not_too_much_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    thirds = tiles.Thirds(lambda *_: True, lambda d: 3 * d**2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    found = [thirds.threads(*of) for of in [(1024, 100), (512, 100), (511, 100), (1600, 1600)]]
+    assert found == [8, 4, 0, 0]
+    assert thirds.threads(10**6, 1024) == 8
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    assert thirds.threads(10**6, 512) == 64
+    assert thirds.threads(10**6, 1024) == 0  # 21 have room
