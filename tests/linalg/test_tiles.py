@@ -131,9 +131,8 @@ def test_what_only_stands_for_numbers_has_no_kernel() -> None:
 def test_threads_have_rows_enough_and_not_too_much_room(monkeypatch: pytest.MonkeyPatch) -> None:
     thirds = tiles.Thirds(lambda *_: True, lambda d: 3 * d**2)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
-    found = [thirds.threads(*of) for of in [(1024, 100), (512, 100), (511, 100), (1600, 1600)]]
-    assert found == [8, 4, 0, 0]
-    assert thirds.threads(10**6, 1024) == 8
+    rows_and_columns = [(1024, 100), (768, 100), (767, 100), (1600, 1600), (9000, 2049)]
+    assert [thirds.threads(*of) for of in rows_and_columns] == [8, 6, 0, 8, 0]
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
     assert thirds.threads(10**6, 512) == 64
     assert thirds.threads(10**6, 1024) == 0  # 21 have room
