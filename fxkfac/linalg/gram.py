@@ -56,7 +56,8 @@ class Gram:
         is_empty: Whether nothing was added: then the total holds anything, and is only written.
         whole: Width of the blocks on the diagonal whose upper triangle was kept up, too; d if the
             whole of it was.
-        scale: What the total was multiplied by already; of an empty one, what it may be.
+        scale: What the total was multiplied by already. A kernel writes an empty one multiplied by
+            it; products of PyTorch's are not, and set it to one.
     """
 
     total: Float[Tensor, "group d d"]
@@ -79,8 +80,8 @@ class Gram:
 
     def add(self, kernel: Kernel, x: Tensor, columns: int = 1) -> None:
         """Add the products of rows by a kernel, which keeps up the whole and its scale."""
-        if not self.is_empty and self.whole < self.total.shape[-1]:
-            self.matrix(self.scale)
+        if not self.is_empty:
+            self.matrix(self.scale)  # both triangles
         kernel.add(self.total, x, columns, scale=self.scale, adds=not self.is_empty)
         self._beta(self.total.shape[-1])
 

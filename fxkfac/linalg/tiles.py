@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib.resources import files
 from inspect import signature
+from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -26,25 +27,27 @@ NAMES = {torch.float32: "gram_float", torch.float64: "gram_double"}
 # As the code has them: where the sum is, and how it is put there; rows, and their offsets.
 SUM = (c_void_p, c_int64, c_double, c_bool)
 ROWS = (c_void_p, c_void_p, c_int64, c_void_p, c_int64)
-KNOWN = 1024  # axes whose offsets are kept, of rows or columns that are the same at every batch
+KNOWN = 1024  # axes whose offsets are kept, of rows or columns that are the same at every batch:
+SHORT = 2**14  # of no more entries, as for more the sum takes a hundred times as long
 
 # By vectors.
 FEWEST = 96  # columns: for fewer the square takes no longer
-CHUNK = 2**18  # numbers of the rows that are copied at once, or
-SUMS = 2  # times as many as the sum has, if that is more
+CHUNK = 2**18  # numbers that are copied at once, or, if more,
+SUMS = 2  # times as many as the sum has
 
 # By thirds: every thread has rows and a triangle of its own, which is added to the others'.
 ROWS_EACH, COLUMNS_EACH = 128, 8  # at least so many rows, and one for so many columns
 WIDEST = 2048  # columns: more sums than these leave the cache between some rows and the next
 ROOM = 2**26  # bytes that all threads have together
-AS_FAST = 1.4  # times as fast as vectors, thread by thread
+AS_FAST = 1.4  # times as fast as vectors with as many threads
 
 
 class Thirds(NamedTuple):
     """The kernel that has three numbers in the place of one.
 
     Attributes:
-        run: It, as C calls it; false where numbers are all tiny or some huge, which have no thirds.
+        run: It, as C calls it; false, with nothing written, where a column has no number of a size
+            that has thirds, or one that is too large.
         room: How many bytes each thread works in, for so many columns.
     """
 
@@ -107,7 +110,7 @@ class Kernel:
                 self._by_vectors(given, len(down), len(across))
 
     def _by_thirds(self, given: tuple[float, ...], rows: int, d: int) -> bool:
-        """Whether it could be."""
+        """Whether the sum was taken by these."""
         if self.thirds is None or not (threads := self.thirds.threads(rows, d)):
             return False
         room = torch.empty(threads * self.thirds.room(d), dtype=torch.uint8, device="cpu")
@@ -122,26 +125,38 @@ class Kernel:
 
 def kernel_for(total: Float[Tensor, "group d d"], x: Tensor) -> Kernel | None:
     """The one that pays for such a sum of rows, if there is one."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return None  # what is recorded is PyTorch's operations
     if x.dtype != total.dtype or x.dtype not in NAMES or total.shape[-1] < FEWEST:
         return None
-    return _kernels().get(x.dtype) if x.numel() and _is_in_memory(x) else None
+    if total.stride(-1) != 1 or not (_is_in_memory(total) and _is_in_memory(x)) or not x.numel():
+        return None
+    return _kernels().get(x.dtype)
 
 
-def _is_in_memory(x: Tensor) -> bool:
-    """Whether numbers lie where a CPU finds them: not those of a recorded graph, or of `vmap`."""
-    if x.device.type != "cpu" or type(x) is not Tensor or x._is_zerotensor():
+def _is_in_memory(t: Tensor) -> bool:
+    """Whether a CPU finds numbers, and nothing else has to hear of what is done with them."""
+    if t.device.type != "cpu" or type(t) is not Tensor or t._is_zerotensor():
         return False
-    return not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    is_heard = t.requires_grad and torch.is_grad_enabled()
+    return not is_heard and not torch._C._functorch.is_functorch_wrapped_tensor(t)
 
 
-@lru_cache(maxsize=KNOWN)
 def _offsets(axes: tuple[tuple[int, int], ...]) -> Int[Tensor, " entries"]:
     """Where the entries of axes of such lengths and strides are, in order."""
+    short = prod(size for size, _ in axes) <= SHORT
+    return _known_offsets(axes) if short else _new_offsets(axes)
+
+
+def _new_offsets(axes: tuple[tuple[int, int], ...]) -> Int[Tensor, " entries"]:
     found = torch.zeros(1, dtype=torch.int64, device="cpu")
     for size, step in axes:
         along = torch.arange(size, device="cpu") * step
         found = (found.unsqueeze(1) + along).flatten()
     return found
+
+
+_known_offsets = lru_cache(maxsize=KNOWN)(_new_offsets)
 
 
 @cache
@@ -154,6 +169,8 @@ def _kernels() -> Mapping[torch.dtype, Kernel]:
 
     folder = files(__package__).joinpath("native")
     code = "".join(folder.joinpath(f"{name}.cpp").read_text() for name in SOURCES)
+    processor = getattr(torch.cpu, "get_capabilities", torch.backends.cpu.get_cpu_capability)()
+    code += f"// {processor}"  # so that those that share a disk have code of their own
     flags: dict[str, Any] = {"extra_flags": ("-ffp-contract=fast",)}
     if "needs_vec_isa" in signature(CppCodeCache.load_async).parameters:
         flags["needs_vec_isa"] = False  # which vectors there are takes a second to find out

@@ -8,6 +8,8 @@ import pytest
 import torch
 from drawn import rand
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from fxkfac.linalg import Gram, add_gram, gram, tiles
 
@@ -96,12 +98,21 @@ def test_products_of_every_third_count() -> None:
 
 
 @pytest.mark.parametrize("dtype", [F32, F64])
-@pytest.mark.parametrize("number", [1e-30, 1e-13, 0.0, 3e38, inf, nan])
-def test_numbers_without_thirds_are_summed_all_the_same(number: float, dtype: torch.dtype) -> None:
-    x = number * (1 + rand(1, 1024, 128).abs()).to(dtype)
-    sums = Gram(torch.empty(1, 128, 128, dtype=dtype))
-    add_gram(sums, x)
-    torch.testing.assert_close(sums.matrix(), x.mT @ x, equal_nan=True)
+@pytest.mark.parametrize("columns", [slice(64, None), slice(5, 6), slice(None)])
+@pytest.mark.parametrize("number", [1e-19, 1e-16, 1e-14, 0.0, 1.8446e19, 2e38, inf, nan])
+def test_numbers_without_thirds_are_summed_all_the_same(
+    number: float, columns: slice, dtype: torch.dtype
+) -> None:
+    for x in (rand(1, 1024, 128).to(dtype), rand(1, 128, 1024).to(dtype).mT):
+        x[:, 300 : 301 if number > 1 else None, columns] = number
+        sums = Gram(torch.empty(1, 128, 128, dtype=dtype))
+        add_gram(sums, x)
+        found, rounding = sums.matrix(), torch.finfo(dtype).eps
+        expected, sizes = x.mT @ x, x.abs().mT @ x.abs()
+        overflows = ~expected.isfinite()
+        assert torch.equal(found[overflows].isnan(), expected[overflows].isnan())
+        off = (found - expected)[~overflows].abs()
+        assert bool((off <= 20 * rounding * sizes[~overflows] + 1e-43).all())
 
 
 @pytest.mark.parametrize("dtype", [F32, F64])
@@ -122,10 +133,28 @@ def test_strips_and_kernels_add_up(dtype: torch.dtype, monkeypatch: pytest.Monke
 def test_what_only_stands_for_numbers_has_no_kernel() -> None:
     total, x = torch.empty(1, 96, 96), rand(1, 200, 96).float()
     assert tiles.kernel_for(total, x) is KERNEL
+    assert tiles.kernel_for(total.mT, x) is None
     assert tiles.kernel_for(total, torch._efficientzerotensor(1, 200, 96)) is None
+    assert tiles.kernel_for(total, x.clone().requires_grad_()) is None
     seen = []
     torch.vmap(lambda row: seen.append(tiles.kernel_for(total, row)) or row)(x[0].unsqueeze(1))
     assert seen == [None]
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_a_recorded_graph_has_operations(mode: str) -> None:
+    def matrix(x: Tensor) -> Tensor:
+        sums = Gram(x.new_empty(1, 128, 128))
+        add_gram(sums, x)
+        return sums.matrix()
+
+    x = rand(2, 300, 128)
+    recorded = make_fx(matrix, tracing_mode=mode)(x[:1])
+    torch.testing.assert_close(recorded(x[1:]), matrix(x[1:]))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert matrix(x[:1]).shape == (1, 128, 128)
+    compiled = torch.compile(matrix, backend="eager")
+    torch.testing.assert_close(compiled(x[1:]), matrix(x[1:]))
 
 
 def test_threads_have_rows_enough_and_not_too_much_room(monkeypatch: pytest.MonkeyPatch) -> None:

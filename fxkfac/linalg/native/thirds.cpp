@@ -26,8 +26,9 @@ constexpr int TILE = SIDE * LINE;           // bytes
 constexpr int PIECE = PARTS * 2 * TILE;     // bytes: so many rows of a panel
 constexpr int PIECES = 4;                   // so many of a panel fit the first cache
 constexpr int PANEL = PIECES * PIECE;       // bytes
-constexpr uint32_t LEAST = (127 - 40) << 23;  // bits of 2^-40: parts of smaller products vanish
-constexpr uint32_t MOST = 0x7f7f0000;         // and h is infinite for some larger numbers
+// Bits of sizes that a column's largest number may have. The thirds of smaller products vanish, and
+// sums of larger ones may leave the range before they come back. What is no number is larger, too.
+constexpr uint32_t LEAST = (127 - 50) << 23, MOST = (127 + 50) << 23;
 
 // What a tile has, for all eight of them.
 struct alignas(LINE) Shape {
@@ -102,8 +103,11 @@ void split(__m512 a, __m512 b, char* to) {
   }
 }
 
-// A piece of a panel. Vectors are read along the axis whose entries follow one another.
-__m512i copy(const Rows<float>& x, int64_t row, int64_t column, bool along_rows, char* to) {
+// A piece of a panel. Vectors are read along the axis whose entries follow one another: the first of
+// two in a line is of the same column and earlier rows, or of the row before. The largest numbers
+// are kept for each column, or for each place in the vectors of 16 columns.
+void copy(const Rows<float>& x, int64_t row, int64_t column, bool along_rows, __m512i* largest,
+          char* to) {
   const int64_t *rows = x.rows + row, *columns = x.columns + column;
   const int64_t down = x.number - row, across = x.d - column;
   const int64_t *along = along_rows ? rows : columns, *other = along_rows ? columns : rows;
@@ -112,16 +116,15 @@ __m512i copy(const Rows<float>& x, int64_t row, int64_t column, bool along_rows,
   const auto read = [&](const Line& line, int64_t n) {
     return n < lines ? line.read(x.x + other[n]) : _mm512_setzero_ps();
   };
-  __m512i largest = _mm512_setzero_si512();
   for (int n = 0; n < WIDTH; ++n, to += LINE) {
     const Line& line = n < SIDE ? first : second;
     const __m512 a = along_rows ? read(first, n) : read(line, 2 * n % DEEP);
     const __m512 b = along_rows ? read(second, n) : read(line, 2 * n % DEEP + 1);
-    largest = _mm512_max_epu32(largest, (__m512i)_mm512_abs_ps(a));
-    largest = _mm512_max_epu32(largest, (__m512i)_mm512_abs_ps(b));
+    __m512i& most = largest[along_rows ? n : n / SIDE];
+    most = _mm512_max_epu32(most, (__m512i)_mm512_abs_ps(a));
+    most = _mm512_max_epu32(most, (__m512i)_mm512_abs_ps(b));
     split(a, b, to);
   }
-  return largest;
 }
 
 #define LEFT(part)                              \
@@ -156,35 +159,37 @@ void product(const char* left, const char* right, int pieces, float* square) {
   _tile_stored(3, square + SQUARE / 4 * 3, LINE);
 }
 
-// What a thread works with: a panel transposed, all as they are, and squares of sums.
+// What a thread works with: a panel transposed, all as they are, vectors of their largest numbers,
+// and squares of sums.
 struct Room {
   char *transposed, *panels;
+  __m512i* largest;
   float* squares;
 
-  Room(char* start, int64_t panels)
+  Room(char* start, int64_t number)
       : transposed(start),
         panels(start + PANEL),
-        squares(reinterpret_cast<float*>(start + (panels + 1) * PANEL)) {}
+        largest(reinterpret_cast<__m512i*>(panels + number * PANEL)),
+        squares(reinterpret_cast<float*>(largest + number * WIDTH)) {}
 
-  static int64_t bytes(int64_t panels) {
-    return (panels + 1) * PANEL + panels * (panels + 1) / 2 * SQUARE * sizeof(float);
+  static int64_t bytes(int64_t number) {
+    const int64_t sums = number * (number + 1) / 2 * SQUARE * sizeof(float);
+    return (number + 1) * PANEL + number * WIDTH * LINE + sums;
   }
 };
 
-// Sum some rows into the squares of panels p and q <= p, or of q and p along rows. Returns bits of
-// the largest number.
-uint32_t sum(Rows<float> x, int64_t begin, bool along_rows, Room room) {
-  __m512i largest = _mm512_setzero_si512();
+// Sum some rows into the squares of panels p and q <= p, or of q and p along rows.
+void sum(const Rows<float>& x, int64_t begin, bool along_rows, Room room) {
   alignas(LINE) float now[SQUARE];
+  for (int64_t p = 0; p * WIDTH < x.d; ++p)
+    std::fill_n(room.largest + p * WIDTH, WIDTH, _mm512_setzero_si512());
   for (int64_t row = begin; row < x.number; row += DEPTH) {
     const int pieces = (std::min<int64_t>(DEPTH, x.number - row) + DEEP - 1) / DEEP;
     float* square = room.squares;
     for (int64_t p = 0; p * WIDTH < x.d; ++p) {
       char* panel = room.panels + p * PANEL;
-      for (int k = 0; k < pieces; ++k) {
-        const auto found = copy(x, row + k * DEEP, p * WIDTH, along_rows, panel + k * PIECE);
-        largest = _mm512_max_epu32(largest, found);
-      }
+      for (int k = 0; k < pieces; ++k)
+        copy(x, row + k * DEEP, p * WIDTH, along_rows, room.largest + p * WIDTH, panel + k * PIECE);
       for (int k = 0; k < pieces * PIECE; k += TILE) transpose(panel + k, room.transposed + k);
       for (int64_t q = 0; q <= p; ++q, square += SQUARE) {
         const char* other = room.panels + q * PANEL;
@@ -197,7 +202,24 @@ uint32_t sum(Rows<float> x, int64_t begin, bool along_rows, Room room) {
       }
     }
   }
-  return _mm512_reduce_max_epu32(largest);
+}
+
+// Whether the largest number of every column is of a size that has thirds, or zero.
+bool have_thirds(char* work, int64_t panels, bool along_rows, int threads) {
+  const auto fits = [](uint32_t bits) { return bits == 0 || (LEAST <= bits && bits < MOST); };
+  for (int64_t n = 0; n < panels * WIDTH; ++n) {
+    __m512i largest = _mm512_setzero_si512();
+    for (int t = 0; t < threads; ++t)
+      largest = _mm512_max_epu32(largest, Room(work + t * Room::bytes(panels), panels).largest[n]);
+    if (along_rows) {
+      if (!fits(_mm512_reduce_max_epu32(largest))) return false;
+    } else {
+      alignas(LINE) uint32_t each[SIDE];
+      _mm512_store_si512(each, largest);
+      if (!std::all_of(each, each + SIDE, fits)) return false;
+    }
+  }
+  return true;
 }
 
 // Put a tile in both of its places, or only what is below the diagonal that it lies on.
@@ -241,27 +263,25 @@ void finish(const Total<float>& total, int64_t p, int64_t q, const float* square
   }
 }
 
-// The sum; false if numbers are not of a size that it is right for, and nothing is written.
+// The sum; false if numbers are not of a size that has thirds, and then nothing is written.
 bool gram(const Total<float>& total, const Rows<float>& x, char* work, int threads) {
   const int64_t panels = (x.d + WIDTH - 1) / WIDTH, some = (x.number + DEPTH - 1) / DEPTH;
   const bool along_rows = runs(x.rows, x.number) > runs(x.columns, x.d);
   const int64_t bytes = Room::bytes(panels), apart = bytes / sizeof(float);
-  uint32_t largest = 0;
   bool fits = false;
 #pragma omp parallel num_threads(threads)
   {
     const Shape shape;
     _tile_loadconfig(&shape);
-#pragma omp for schedule(static) reduction(max : largest)
+#pragma omp for schedule(static)
     for (int t = 0; t < threads; ++t) {
       Rows<float> own = x;
       own.number = std::min(x.number, some * (t + 1) / threads * DEPTH);
-      const int64_t begin = some * t / threads * DEPTH;
-      largest = std::max(largest, sum(own, begin, along_rows, Room(work + t * bytes, panels)));
+      sum(own, some * t / threads * DEPTH, along_rows, Room(work + t * bytes, panels));
     }
     _tile_release();
 #pragma omp single
-    fits = largest == 0 || (LEAST <= largest && largest < MOST);
+    fits = have_thirds(work, panels, along_rows, threads);
 #pragma omp for schedule(static, 1)
     for (int64_t p = 0; p < (fits ? panels : 0); ++p)
       for (int64_t q = 0; q <= p; ++q) {
