@@ -5,8 +5,9 @@ For each problem and one drawn label (`mc`), all over the gradient's:
 - limit: multiply-adds of forward, backward to the taps without gradients of weights, and one
   triangle of each factor, of a convolution's input from its patches; of a step the gradient's
   own way back, too.
-- counted: multiply-adds of fxkfac's call. They are fewer than the limit where products of a moved
-  image take the place of patches, and more where a triangle is taken with some of the other.
+- counted: multiply-adds of fxkfac's call without kernels of its own, which take what the limit has.
+  They are fewer than the limit where products of a moved image take the place of patches, and more
+  where a triangle is taken with some of the other.
 - touched: seconds of writing once to as much fresh memory as the factors take. No library that
   returns them can be without it.
 """

@@ -1,8 +1,9 @@
 """`python -m benchmarks.profile PROBLEM FLAVOUR`, in tests/: where the time of fxkfac goes.
 
 Prints the mean of a few calls in the steady state: the time without a profiler; by `torch.profiler`
-the shares of matrix products (attention among them), of convolutions, of all other torch operations
-and of what is outside of them, which is Python; and the operations with the most time of their own.
+the shares of matrix products (attention among them), of convolutions, of sums by kernels of our
+own, of all other torch operations and of what is outside of them, which is Python; and the
+operations with the most time of their own.
 `--backend inductor` takes the compiled call, where there is one.
 """
 
@@ -10,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -19,9 +22,10 @@ from benchmarks.interface import Prepared, Refused
 from benchmarks.own import INDUCTOR
 from benchmarks.peers import PEERS
 from benchmarks.problems import ALL, PROBLEMS
+from fxkfac.linalg.tiles import Kernel
 from fxkfac.measure import Elsewhere, seconds_of, warning
 
-CALL = "one call of fxkfac"
+CALL, SUMS = "one call of fxkfac", "sums by kernels"
 WARM_UPS, TIMED = 2, 3
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "dot", "mv", "addmv", "addbmm", "linear")
 
@@ -36,7 +40,7 @@ class Operation(NamedTuple):
 
 def operations(prepared: Prepared) -> list[Operation]:
     """The longest first; `CALL` itself has what is outside of torch operations."""
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+    with _sums_recorded(), profile(activities=[ProfilerActivity.CPU]) as profiler:
         for _ in range(TIMED):
             with record_function(CALL):
                 prepared.call()
@@ -45,10 +49,26 @@ def operations(prepared: Prepared) -> list[Operation]:
     return sorted(rows, key=lambda row: -row.milliseconds)
 
 
+@contextmanager
+def _sums_recorded() -> Iterator[None]:
+    """Kernels are no operations, and show by a name of their own."""
+    plain = Kernel.add
+
+    def recorded(*args: Any, **options: Any) -> None:
+        with record_function(SUMS):
+            plain(*args, **options)
+
+    Kernel.add = recorded  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Kernel.add = plain  # type: ignore[method-assign]
+
+
 def shares(rows: list[Operation]) -> dict[str, float]:
     """Of the profiled time, by kind."""
     total = sum(row.milliseconds for row in rows)
-    result = dict.fromkeys(("matrix products", "convolutions", "other torch", "outside"), 0.0)
+    result = dict.fromkeys(("matrix products", "convolutions", SUMS, "other torch", "outside"), 0.0)
     for row in rows:
         result[_kind(row.name)] += row.milliseconds / total
     return result
@@ -57,6 +77,8 @@ def shares(rows: list[Operation]) -> dict[str, float]:
 def _kind(name: str) -> str:
     if name == CALL:
         return "outside"
+    if name == SUMS:
+        return SUMS
     short = name.removeprefix("aten::").strip("_")
     if short in PRODUCTS or short.startswith("scaled_dot_product"):
         return "matrix products"
