@@ -22,7 +22,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-SOURCES = ("rows", "vectors", "thirds")
+SOURCES = ("rows", "vectors", "pieces", "thirds")
 NAMES = {torch.float32: "gram_float", torch.float64: "gram_double"}
 # As the code has them: where the sum is, and how it is put there; rows, and their offsets.
 SUM = (c_void_p, c_int64, c_double, c_bool)
@@ -35,7 +35,8 @@ FEWEST = 96  # columns: for fewer the square takes no longer
 CHUNK = 2**18  # numbers that are copied at once, or, if more,
 SUMS = 2  # times as many as the sum has
 
-# By thirds: every thread has rows and a triangle of its own, which is added to the others'.
+# By thirds: every thread has rows and a triangle of its own, all of which are added up. The room
+# for those of two threads is where the sum will be.
 ROWS_EACH, COLUMNS_EACH = 128, 8  # at least so many rows, and one for so many columns
 WIDEST = 2048  # columns: more sums than these leave the cache between some rows and the next
 ROOM = 2**26  # bytes that all threads have together
@@ -46,21 +47,22 @@ class Thirds(NamedTuple):
     """The kernel that has three numbers in the place of one.
 
     Attributes:
-        run: It, as C calls it; false, with nothing written, where a column has no number of a size
-            that has thirds, or one that is too large.
-        room: How many bytes each thread works in, for so many columns.
+        run: It, as C calls it; false, and then there is no sum, where a column has no number of a
+            size that has thirds, or one that is too large.
+        room: How many bytes threads work in, for columns, threads, and whether the sum is added.
     """
 
     run: Callable[..., bool]
-    room: Callable[[int], int]
+    room: Callable[[int, int, bool], int]
 
     def threads(self, rows: int, d: int) -> int:
         """How many threads sum so many rows; none if vectors take less time."""
         if d > WIDEST:
             return 0
         there_are = torch.get_num_threads()
-        found = min(there_are, rows // max(ROWS_EACH, d // COLUMNS_EACH), ROOM // self.room(d))
-        return found if AS_FAST * found >= there_are else 0
+        found = min(there_are, rows // max(ROWS_EACH, d // COLUMNS_EACH))
+        has_room = self.room(d, found, True) <= ROOM
+        return found if has_room and AS_FAST * found >= there_are else 0
 
 
 @dataclass(frozen=True)
@@ -106,14 +108,14 @@ class Kernel:
         places = (down.data_ptr(), len(down), across.data_ptr(), len(across))
         for sums, rows in zip(total.unbind(), x.unbind(), strict=True):
             given = (sums.data_ptr(), sums.stride(0), scale, adds, rows.data_ptr(), *places)
-            if not self._by_thirds(given, len(down), len(across)):
+            if not self._by_thirds(given, len(down), len(across), adds):
                 self._by_vectors(given, len(down), len(across))
 
-    def _by_thirds(self, given: tuple[float, ...], rows: int, d: int) -> bool:
+    def _by_thirds(self, given: tuple[float, ...], rows: int, d: int, adds: bool) -> bool:
         """Whether the sum was taken by these."""
         if self.thirds is None or not (threads := self.thirds.threads(rows, d)):
             return False
-        room = torch.empty(threads * self.thirds.room(d), dtype=torch.uint8, device="cpu")
+        room = torch.empty(self.thirds.room(d, threads, adds), dtype=torch.uint8, device="cpu")
         return self.thirds.run(*given, room.data_ptr(), threads)
 
     def _by_vectors(self, given: tuple[float, ...], rows: int, d: int) -> None:
@@ -191,8 +193,8 @@ def _kernel(library: Any, dtype: torch.dtype) -> Kernel:
 def _thirds(library: Any) -> Thirds | None:
     """`None` where the processor has no such tiles, or the system lets no one have them."""
     room = library.gram_thirds_room
-    room.restype, room.argtypes = c_int64, [c_int64]
-    if not room(1):
+    room.restype, room.argtypes = c_int64, [c_int64, c_int, c_bool]
+    if not room(1, 1, False):
         return None
     run = library.gram_thirds
     run.restype, run.argtypes = c_bool, [*SUM, *ROWS, c_void_p, c_int]

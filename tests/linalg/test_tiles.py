@@ -54,7 +54,7 @@ def by_thirds(x: Tensor, columns: int, threads: int, total: Tensor | None = None
         for part in (slice(None, -columns), slice(-columns, None))
     )
     thirds = KERNEL.thirds
-    room = torch.full((threads * thirds.room(d),), 255, dtype=torch.uint8)
+    room = torch.full((thirds.room(d, threads, adds),), 255, dtype=torch.uint8)
     how = total.data_ptr(), total.stride(0), 0.5, adds
     places = x.data_ptr(), rows.data_ptr(), len(rows), across.data_ptr(), len(across)
     assert thirds.run(*how, *places, room.data_ptr(), threads)
@@ -66,7 +66,7 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 
 @has_thirds
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize(("x", "columns"), ROWS.values(), ids=ROWS)
 def test_thirds_are_as_exact_as_single_precision(x: Tensor, columns: int, threads: int) -> None:
     x = x.float() if x.is_contiguous() else _single(x)
@@ -158,7 +158,7 @@ def test_a_recorded_graph_has_operations(mode: str) -> None:
 
 
 def test_threads_have_rows_enough_and_not_too_much_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    thirds = tiles.Thirds(lambda *_: True, lambda d: 3 * d**2)
+    thirds = tiles.Thirds(lambda *_: True, lambda d, threads, _: 3 * d**2 * threads)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     rows_and_columns = [(1024, 100), (768, 100), (767, 100), (1600, 1600), (9000, 2049)]
     assert [thirds.threads(*of) for of in rows_and_columns] == [8, 6, 0, 8, 0]

@@ -1,6 +1,6 @@
 // Where numbers are, and where sums of their products go.
 //
-// The files of this folder are compiled as one, in the order rows, vectors, thirds.
+// The files of this folder are compiled as one, in the order rows, vectors, pieces, thirds.
 
 #include <algorithm>
 #include <cstdint>
