@@ -1,7 +1,7 @@
 """Rows x -> scale · Σ_rows x xᵀ by kernels in C++, both triangles of it.
 
 Of the time that BLAS takes for the square, one by vectors takes 0.6 to 0.8 with one thread; one by
-tiles of bfloat16, three to a number, which is as exact as single precision, takes 0.4 to 0.5. A
+tiles of bfloat16, three to a number, which is as exact as single precision, takes 0.4 to 0.55. A
 triangle by matrix products with the other one copied takes 0.65 to 1.3.
 """
 

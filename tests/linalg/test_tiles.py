@@ -104,7 +104,7 @@ def test_numbers_without_thirds_are_summed_all_the_same(
     number: float, columns: slice, dtype: torch.dtype
 ) -> None:
     for x in (rand(1, 1024, 128).to(dtype), rand(1, 128, 1024).to(dtype).mT):
-        x[:, 300 : 301 if number > 1 else None, columns] = number
+        x[:, slice(300, 301) if number > 1 else slice(None), columns] *= number
         sums = Gram(torch.empty(1, 128, 128, dtype=dtype))
         add_gram(sums, x)
         found, rounding = sums.matrix(), torch.finfo(dtype).eps
@@ -128,6 +128,19 @@ def test_strips_and_kernels_add_up(dtype: torch.dtype, monkeypatch: pytest.Monke
     for scale in (0.1, 1.0):
         found, expected = sums.matrix(scale), 5 * scale * x.double().mT @ x.double()
         assert error(found, expected) < (1e-6 if dtype == F32 else 1e-14)
+
+
+def test_there_is_a_kernel_for_wide_sums_alone():
+    wide, narrow, half = rand(1, 3, 96), rand(1, 3, 95), rand(1, 3, 96).half()
+    kinds = [tiles.kernel_for(x.mT @ x, x) for x in (wide, wide.float(), narrow, half, wide[:, :0])]
+    assert [kind is not None for kind in kinds] == [True, True, False, False, False]
+
+
+def test_columns_may_share_memory_and_lie_apart():
+    x = rand(1, 30, 48)[..., ::47].unsqueeze(-1).expand(1, 30, 2, 48)  # 0, .., 0, 47, .., 47
+    total, rows = x.new_empty(1, 96, 96), x.flatten(2)
+    tiles.kernel_for(total, x).add(total, x, 2, scale=1.0, adds=False)
+    torch.testing.assert_close(total, rows.mT @ rows)
 
 
 def test_what_only_stands_for_numbers_has_no_kernel() -> None:
