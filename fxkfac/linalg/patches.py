@@ -40,7 +40,7 @@ def add_patch_gram(
     if not batch or any(a.places == 0 for a in axes):
         return
     kernel, d = kernel_for(gram.total, image), gram.total.shape[-1]
-    many = kernel is not None and kernel.takes_thirds(batch * prod(a.places for a in axes), d)
+    many = kernel is not None and kernel.takes_digits(batch * prod(a.places for a in axes), d)
     moves = image.device.type == "cpu" and shifts_pay(axes, batch, group, channels // group)
     if moves and not many:
         add_shifted(gram, image, axes)

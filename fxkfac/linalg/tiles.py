@@ -1,7 +1,7 @@
 """Rows x -> scale · Σ_rows x xᵀ by kernels in C++, both triangles of it.
 
 Of the time that BLAS takes for the square, one by vectors takes 0.6 to 0.8 with one thread; one by
-tiles of bfloat16, three to a number, which is as exact as single precision, takes 0.4 to 0.55. A
+tiles of bytes, three to a number, which is as exact as single precision, takes 0.35 to 0.5. A
 triangle by matrix products with the other one copied takes 0.65 to 1.3.
 """
 
@@ -22,7 +22,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-SOURCES = ("rows", "vectors", "pieces", "thirds")
+SOURCES = ("rows", "vectors", "digits", "products", "sums")
 NAMES = {torch.float32: "gram_float", torch.float64: "gram_double"}
 # As the code has them: where the sum is, and how it is put there; rows, and their offsets.
 SUM = (c_void_p, c_int64, c_double, c_bool)
@@ -30,39 +30,40 @@ ROWS = (c_void_p, c_void_p, c_int64, c_void_p, c_int64)
 KNOWN = 1024  # axes whose offsets are kept, of rows or columns that are the same at every batch:
 SHORT = 2**14  # of no more entries, as for more the sum takes a hundred times as long
 
-# By vectors.
 FEWEST = 96  # columns: for fewer the square takes no longer
-CHUNK = 2**18  # numbers that are copied at once, or, if more,
+NUMBERS = 2**16  # so many are worth their digits; fewer take as long by vectors
+CHUNK = 2**18  # numbers that are copied at once for vectors, or, if more,
 SUMS = 2  # times as many as the sum has
 
-# By thirds: every thread has rows and a triangle of its own, all of which are added up. The room
-# for those of two threads is where the sum will be.
-ROWS_EACH, COLUMNS_EACH = 128, 8  # at least so many rows, and one for so many columns
-WIDEST = 2048  # columns: more sums than these leave the cache between some rows and the next
-ROOM = 2**26  # bytes that all threads have together
-AS_FAST = 1.4  # times as fast as vectors with as many threads
 
-
-class Thirds(NamedTuple):
-    """The kernel that has three numbers in the place of one.
+class Digits(NamedTuple):
+    """The kernel that has three digits in the place of a number.
 
     Attributes:
-        run: It, as C calls it; false, and then there is no sum, where a column has no number of a
-            size that has thirds, or one that is too large.
-        room: How many bytes threads work in, for columns, threads, and whether the sum is added.
+        run: It, as C calls it; returns how many of the first rows were summed. Where a column has
+            no number of a size that has digits, or one that is too large, it goes no further.
+        room: How many bytes it works in, for rows, columns and threads.
     """
 
-    run: Callable[..., bool]
-    room: Callable[[int, int, bool], int]
+    run: Callable[..., int]
+    room: Callable[[int, int, int], int]
 
-    def threads(self, rows: int, d: int) -> int:
-        """How many threads sum so many rows; none if vectors take less time."""
-        if d > WIDEST:
-            return 0
-        there_are = torch.get_num_threads()
-        found = min(there_are, rows // max(ROWS_EACH, d // COLUMNS_EACH))
-        has_room = self.room(d, found, True) <= ROOM
-        return found if has_room and AS_FAST * found >= there_are else 0
+
+class Rows(NamedTuple):
+    """A matrix in memory: where it starts, and what is added to that for its rows and columns."""
+
+    start: int
+    down: Int[Tensor, " rows"]
+    across: Int[Tensor, " d"]
+
+    def after(self, number: int) -> Rows:
+        """All but the first."""
+        return self._replace(down=self.down[number:])
+
+    def given(self) -> tuple[int, int, int, int, int]:
+        """As C takes it."""
+        down, across = self.down, self.across
+        return (self.start, down.data_ptr(), len(down), across.data_ptr(), len(across))
 
 
 @dataclass(frozen=True)
@@ -73,17 +74,17 @@ class Kernel:
         dtype: Which one.
         run: The kernel that takes any rows, as C calls it.
         width: Of how many columns its panels are.
-        thirds: The one that takes some in less time, if there is one.
+        digits: The one that takes many in less time, if there is one.
     """
 
     dtype: torch.dtype
     run: Callable[..., None]
     width: int
-    thirds: Thirds | None = None
+    digits: Digits | None = None
 
-    def takes_thirds(self, rows: int, d: int) -> bool:
+    def takes_digits(self, rows: int, d: int) -> bool:
         """Whether so many rows are summed by that one."""
-        return self.thirds is not None and self.thirds.threads(rows, d) > 0
+        return self.digits is not None and rows * d >= NUMBERS
 
     def add(
         self,
@@ -105,24 +106,27 @@ class Kernel:
         """
         axes = tuple(zip(x.shape, x.stride(), strict=True))
         down, across = _offsets(axes[1:-columns]), _offsets(axes[-columns:])
-        places = (down.data_ptr(), len(down), across.data_ptr(), len(across))
-        for sums, rows in zip(total.unbind(), x.unbind(), strict=True):
-            given = (sums.data_ptr(), sums.stride(0), scale, adds, rows.data_ptr(), *places)
-            if not self._by_thirds(given, len(down), len(across), adds):
-                self._by_vectors(given, len(down), len(across))
+        for sums, part in zip(total.unbind(), x.unbind(), strict=True):
+            rows, to = Rows(part.data_ptr(), down, across), (sums.data_ptr(), sums.stride(0), scale)
+            done = self._by_digits(to, adds, rows)
+            if done < len(down):
+                self._by_vectors(to, adds or done > 0, rows.after(done))
 
-    def _by_thirds(self, given: tuple[float, ...], rows: int, d: int, adds: bool) -> bool:
-        """Whether the sum was taken by these."""
-        if self.thirds is None or not (threads := self.thirds.threads(rows, d)):
-            return False
-        room = torch.empty(self.thirds.room(d, threads, adds), dtype=torch.uint8, device="cpu")
-        return self.thirds.run(*given, room.data_ptr(), threads)
+    def _by_digits(self, to: tuple[int, int, float], adds: bool, rows: Rows) -> int:
+        """How many of the first rows were summed by these."""
+        number, d = len(rows.down), len(rows.across)
+        if self.digits is None or not self.takes_digits(number, d):
+            return 0
+        threads = torch.get_num_threads()
+        room = torch.empty(self.digits.room(number, d, threads), dtype=torch.uint8, device="cpu")
+        return self.digits.run(*to, adds, *rows.given(), room.data_ptr(), threads)
 
-    def _by_vectors(self, given: tuple[float, ...], rows: int, d: int) -> None:
+    def _by_vectors(self, to: tuple[int, int, float], adds: bool, rows: Rows) -> None:
+        number, d = len(rows.down), len(rows.across)
         padded = -(-d // self.width) * self.width
-        chunk = min(rows, max(CHUNK, SUMS * padded**2) // padded)
+        chunk = min(number, max(CHUNK, SUMS * padded**2) // padded)
         panels = torch.empty(chunk * padded, dtype=self.dtype, device="cpu")
-        self.run(*given, panels.data_ptr(), chunk, torch.get_num_threads())
+        self.run(*to, adds, *rows.given(), panels.data_ptr(), chunk, torch.get_num_threads())
 
 
 def kernel_for(total: Float[Tensor, "group d d"], x: Tensor) -> Kernel | None:
@@ -187,15 +191,15 @@ def _kernel(library: Any, dtype: torch.dtype) -> Kernel:
     name = NAMES[dtype]
     run, width = library[name], library[f"{name}_width"]
     run.restype, run.argtypes = None, [*SUM, *ROWS, c_void_p, c_int64, c_int]
-    return Kernel(dtype, run, width(), _thirds(library) if dtype == torch.float32 else None)
+    return Kernel(dtype, run, width(), _digits(library) if dtype == torch.float32 else None)
 
 
-def _thirds(library: Any) -> Thirds | None:
+def _digits(library: Any) -> Digits | None:
     """`None` where the processor has no such tiles, or the system lets no one have them."""
-    room = library.gram_thirds_room
-    room.restype, room.argtypes = c_int64, [c_int64, c_int, c_bool]
-    if not room(1, 1, False):
+    room = library.gram_digits_room
+    room.restype, room.argtypes = c_int64, [c_int64, c_int64, c_int]
+    if not room(1, 1, 1):
         return None
-    run = library.gram_thirds
-    run.restype, run.argtypes = c_bool, [*SUM, *ROWS, c_void_p, c_int]
-    return Thirds(run, room)
+    run = library.gram_digits
+    run.restype, run.argtypes = c_int64, [*SUM, *ROWS, c_void_p, c_int]
+    return Digits(run, room)

@@ -1,4 +1,4 @@
-"""Kernels of our own: by vectors, and by tiles of bfloat16, which are as exact as float32."""
+"""Kernels of our own: by vectors, and by tiles of bytes, which are as exact as float32."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ from fxkfac.linalg import Gram, add_gram, gram, tiles
 F32, F64 = torch.float32, torch.float64
 
 KERNEL = tiles._kernels().get(F32)
-has_thirds = pytest.mark.skipif(
-    KERNEL is None or KERNEL.thirds is None, reason="this processor has no tiles of bfloat16"
+has_digits = pytest.mark.skipif(
+    KERNEL is None or KERNEL.digits is None, reason="this processor has no tiles of bytes"
 )
 
 # Rows and columns, or what has them in its first axes and the last ones.
 ROWS = {
     "panels and pieces": (rand(256, 128), 1),
+    "a part more, many columns": (rand(1030, 700), 1),
+    "many columns in whole lines": (rand(300, 736), 1),
     "one column more": (rand(300, 97), 1),
     "less than half a panel more": (rand(131, 205), 1),
     "one row more": (rand(129, 112), 1),
@@ -45,7 +47,7 @@ def plain(x: Tensor, columns: int = 1) -> Tensor:
     return rows.T @ rows
 
 
-def by_thirds(x: Tensor, columns: int, threads: int, total: Tensor | None = None) -> Tensor:
+def by_digits(x: Tensor, columns: int, threads: int, total: Tensor | None = None) -> Tensor:
     """Half of the sum by that kernel, added to a total; none of its memory is read before."""
     adds, d = total is not None, x.shape[-columns:].numel()
     total = torch.full((d, d), nan, dtype=F32) if total is None else total
@@ -53,11 +55,11 @@ def by_thirds(x: Tensor, columns: int, threads: int, total: Tensor | None = None
         tiles._offsets(tuple(zip(x.shape[part], x.stride()[part], strict=True)))
         for part in (slice(None, -columns), slice(-columns, None))
     )
-    thirds = KERNEL.thirds
-    room = torch.full((thirds.room(d, threads, adds),), 255, dtype=torch.uint8)
+    digits = KERNEL.digits
+    room = torch.full((digits.room(len(rows), d, threads),), 255, dtype=torch.uint8)
     how = total.data_ptr(), total.stride(0), 0.5, adds
     places = x.data_ptr(), rows.data_ptr(), len(rows), across.data_ptr(), len(across)
-    assert thirds.run(*how, *places, room.data_ptr(), threads)
+    assert digits.run(*how, *places, room.data_ptr(), threads) == len(rows)
     return total
 
 
@@ -65,17 +67,18 @@ def error(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected).norm() / expected.norm())
 
 
-@has_thirds
+@has_digits
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize(("x", "columns"), ROWS.values(), ids=ROWS)
-def test_thirds_are_as_exact_as_single_precision(x: Tensor, columns: int, threads: int) -> None:
+def test_digits_are_as_exact_as_single_precision(x: Tensor, columns: int, threads: int) -> None:
     x = x.float() if x.is_contiguous() else _single(x)
-    expected, found = 0.5 * plain(x, columns), by_thirds(x, columns, threads)
+    expected, found = 0.5 * plain(x, columns), by_digits(x, columns, threads)
     assert torch.equal(found, found.T)
     rows = x.flatten(-columns).flatten(0, -2)
     assert error(found, expected) < 2 * error(0.5 * rows.T @ rows, expected)
-    more = by_thirds(x, columns, threads, found.clone())
-    assert torch.equal(more, 2 * found)
+    more = by_digits(x, columns, threads, found.clone())
+    assert error(more, 2 * found.double()) < 1e-7
+    assert torch.equal(more, more.T)
 
 
 def _single(x: Tensor) -> Tensor:
@@ -84,23 +87,34 @@ def _single(x: Tensor) -> Tensor:
     return memory.as_strided(x.shape, x.stride(), x.storage_offset())
 
 
-@has_thirds
+@has_digits
 def test_many_rows_are_no_less_exact() -> None:
     x = 1 + rand(40_000, 96).float()
-    assert error(by_thirds(x, 1, 1), 0.5 * plain(x)) < 5e-7  # one sum of all rows: 4e-6
+    assert error(by_digits(x, 1, 1), 0.5 * plain(x)) < 5e-7  # one sum of all rows: 4e-6
 
 
-@has_thirds
-def test_products_of_every_third_count() -> None:
-    number = 1 + 2.0**-9 + 2.0**-18  # its thirds; the smallest product is two times 2^-18
-    found = by_thirds(torch.full((128, 96), number), 1, 1).double()
-    assert float((found / (64 * number**2) - 1).abs().max()) < 2.0**-22
+@has_digits
+def test_products_of_all_digits_count() -> None:
+    number = 1 + 127 * 2.0**-14 + 127 * 2.0**-22  # its digits
+    found = by_digits(torch.full((128, 96), number), 1, 1).double()
+    assert float((found / (64 * number**2) - 1).abs().max()) < 2.0**-23
+
+
+@has_digits
+def test_digits_are_as_exact_as_columns_are_large() -> None:
+    x = rand(700, 130).float()
+    x *= torch.logspace(-12, 9, 130)
+    x[::50] *= 1e4
+    expected = 0.5 * plain(x)
+    sizes = expected.diagonal().sqrt()
+    off = (by_digits(x, 1, 2) - expected).abs() / (sizes.unsqueeze(1) * sizes)
+    assert float(off.max()) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [F32, F64])
 @pytest.mark.parametrize("columns", [slice(64, None), slice(5, 6), slice(None)])
 @pytest.mark.parametrize("number", [1e-19, 1e-16, 1e-14, 0.0, 1.8446e19, 2e38, inf, nan])
-def test_numbers_without_thirds_are_summed_all_the_same(
+def test_numbers_without_digits_are_summed_all_the_same(
     number: float, columns: slice, dtype: torch.dtype
 ) -> None:
     for x in (rand(1, 1024, 128).to(dtype), rand(1, 128, 1024).to(dtype).mT):
@@ -170,11 +184,23 @@ def test_a_recorded_graph_has_operations(mode: str) -> None:
     torch.testing.assert_close(compiled(x[1:]), matrix(x[1:]))
 
 
-def test_threads_have_rows_enough_and_not_too_much_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    thirds = tiles.Thirds(lambda *_: True, lambda d, threads, _: 3 * d**2 * threads)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
-    rows_and_columns = [(1024, 100), (768, 100), (767, 100), (1600, 1600), (9000, 2049)]
-    assert [thirds.threads(*of) for of in rows_and_columns] == [8, 6, 0, 8, 0]
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
-    assert thirds.threads(10**6, 512) == 64
-    assert thirds.threads(10**6, 1024) == 0  # 21 have room
+@has_digits
+@pytest.mark.parametrize("adds", [False, True])
+def test_digits_end_where_a_number_has_none(adds: bool) -> None:
+    x = rand(1, 2100, 640).float()
+    x[0, 1500, 600] = 2.0**60
+    sums = Gram(torch.full((1, 640, 640), nan))
+    if adds:
+        add_gram(sums, x[:, :700])
+    add_gram(sums, x)
+    rows = torch.cat([x[0, :700], x[0]]) if adds else x[0]
+    found, expected = sums.matrix()[0].double(), plain(rows)
+    sizes = rows.double().abs().T @ rows.double().abs()
+    assert bool(((found - expected).abs() <= 3e-6 * sizes).all())
+
+
+def test_few_numbers_are_not_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = tiles.Kernel(F32, lambda *_: None, 48, tiles.Digits(lambda *_: 0, lambda *_: 0))
+    rows_and_columns = [(512, 128), (511, 128), (64, 1024), (1, 5000)]
+    assert [kernel.takes_digits(*of) for of in rows_and_columns] == [True, False, True, False]
+    assert not tiles.Kernel(F32, lambda *_: None, 48).takes_digits(512, 128)

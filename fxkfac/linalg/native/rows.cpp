@@ -1,6 +1,6 @@
 // Where numbers are, and where sums of their products go.
 //
-// The files of this folder are compiled as one, in the order rows, vectors, pieces, thirds.
+// The files of this folder are compiled as one, in the order rows, vectors, digits, products, sums.
 
 #include <algorithm>
 #include <cstdint>
@@ -76,6 +76,16 @@ void populate(char* start, int64_t bytes) {
   const int64_t before = -reinterpret_cast<intptr_t>(start) & (PAGE - 1);
   if (bytes > before) madvise(start + before, (bytes - before) & -PAGE, MADV_POPULATE_WRITE);
 #endif
+}
+
+// The same for a large sum that nothing was added to yet, by threads that are there already.
+template <class T>
+void populate(const Total<T>& total, int threads) {
+  const int64_t share = sizeof(T) * total.step * total.d / threads;
+  const bool is_new = !total.adds && share * threads > MAPPED;
+#pragma omp for schedule(static)
+  for (int t = 0; t < (is_new ? threads : 0); ++t)
+    populate(reinterpret_cast<char*>(total.start) + t * share, share);
 }
 
 }  // namespace

@@ -117,13 +117,9 @@ template <class T>
 void gram(Total<T> total, Rows<T> x, int64_t chunk, T* panels, int threads) {
   const int64_t bytes = sizeof(T) * WIDTH<T> * std::min(chunk, x.number);
   const auto tiles = pairs(panels_of(x), std::max<int64_t>(1, NEAR / bytes));
-  const int64_t share = sizeof(T) * total.step * x.d / threads;
-  const bool is_new = !total.adds && share * threads > MAPPED;
 #pragma omp parallel num_threads(threads)
   {
-#pragma omp for schedule(static)
-    for (int t = 0; t < (is_new ? threads : 0); ++t)
-      populate(reinterpret_cast<char*>(total.start) + t * share, share);
+    populate(total, threads);
     for (int64_t first = 0; first < x.number; first += chunk) {
       const int64_t number = std::min(chunk, x.number - first), size = number * WIDTH<T>;
 #pragma omp for schedule(static)
