@@ -48,19 +48,24 @@ def plain(x: Tensor, columns: int = 1) -> Tensor:
 
 
 def by_digits(x: Tensor, columns: int, threads: int, total: Tensor | None = None) -> Tensor:
-    """Half of the sum by that kernel, added to a total; none of its memory is read before."""
-    adds, d = total is not None, x.shape[-columns:].numel()
-    total = torch.full((d, d), nan, dtype=F32) if total is None else total
+    """Half of the sum by that kernel, added to a total."""
+    d = x.shape[-columns:].numel()
+    adds, total = total is not None, torch.full((d, d), nan) if total is None else total
+    assert run_digits(x, columns, threads, total, adds=adds) == x.numel() // d
+    return total
+
+
+def run_digits(x: Tensor, columns: int, threads: int, total: Tensor, *, adds: bool) -> int:
+    """How many rows are added to a total; none of the kernel's memory is read before."""
     rows, across = (
         tiles._offsets(tuple(zip(x.shape[part], x.stride()[part], strict=True)))
         for part in (slice(None, -columns), slice(-columns, None))
     )
+    given = tiles.Rows(x.data_ptr(), rows, across).given()
     digits = KERNEL.digits
-    room = torch.full((digits.room(len(rows), d, threads),), 255, dtype=torch.uint8)
-    how = total.data_ptr(), total.stride(0), 0.5, adds
-    places = x.data_ptr(), rows.data_ptr(), len(rows), across.data_ptr(), len(across)
-    assert digits.run(*how, *places, room.data_ptr(), threads) == len(rows)
-    return total
+    room = torch.full((digits.room(len(rows), len(across), threads),), 255, dtype=torch.uint8)
+    to = total.data_ptr(), total.stride(0), 0.5, adds
+    return digits.run(*to, *given, room.data_ptr(), threads)
 
 
 def error(found: Tensor, expected: Tensor) -> float:
@@ -182,6 +187,22 @@ def test_a_recorded_graph_has_operations(mode: str) -> None:
         assert matrix(x[:1]).shape == (1, 128, 128)
     compiled = torch.compile(matrix, backend="eager")
     torch.testing.assert_close(compiled(x[1:]), matrix(x[1:]))
+
+
+@has_digits
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("number", [2.0**-101, 2.0**50, inf, nan])
+@pytest.mark.parametrize(("rows", "d", "done"), [(1030, 100, 1024), (1000, 100, 0), (900, 650, 0)])
+def test_all_threads_end_where_one_does(
+    rows: int, d: int, done: int, number: float, threads: int
+) -> None:
+    x, total = rand(rows, d).float(), torch.zeros(d, d)
+    x[done:, 99] = number
+    for _ in range(20):  # threads come in another order each time
+        expected = 0 if threads > 1 and d == 100 else done  # by rows: all or none
+        assert run_digits(x, 1, threads, total, adds=True) == expected
+    sums = 10 * plain(x[:expected])
+    assert float((total - sums).norm()) <= 1e-6 * float(sums.norm())
 
 
 @has_digits

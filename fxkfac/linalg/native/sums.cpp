@@ -144,18 +144,18 @@ int64_t wide(const Total<float>& total, const Rows<float>& x, bool along_rows, R
     const Shape shape;
     _tile_loadconfig(&shape);
     populate(total, threads);
-    for (int64_t row = 0; fits && row < x.number; row += most * DEPTH) {
+    for (int64_t row = 0; row < x.number; row += most * DEPTH) {
       const int64_t rows = std::min(most * DEPTH, x.number - row), each = blocks_in(rows);
 #pragma omp for schedule(static) reduction(&& : fits)
       for (int64_t n = 0; n < panels * each; ++n)
         fits = split(x, row + n % each * DEPTH, n / each * WIDTH, along_rows, blocks[n]) && fits;
+      if (!fits) break;
 #pragma omp for schedule(static)
       for (int t = 0; t < threads; ++t)
-        if (fits)
-          squares(total, {blocks, each, rows}, total.adds || row > 0,
-                  {room.next + t * bytes_for_squares(most)}, t, threads);
-#pragma omp single
-      if (fits) done = row + rows;
+        squares(total, {blocks, each, rows}, total.adds || row > 0,
+                {room.next + t * bytes_for_squares(most)}, t, threads);
+#pragma omp single nowait
+      done = row + rows;
     }
     _tile_release();
   }
