@@ -12,8 +12,7 @@ namespace digits {
 namespace {
 
 constexpr int64_t MOST_BLOCKS = 4;     // of a panel at once
-constexpr int64_t LEFTS = 8;           // panels, and
-constexpr int64_t LEFT_BLOCKS = 16;    // blocks of theirs, that are turned: in the second cache
+constexpr int64_t LEFTS = 4;           // panels whose blocks stay in the second cache, turned
 constexpr int64_t NARROW = 640;        // columns whose sums do
 constexpr int64_t LONG = 1;            // blocks for a thread, at least
 constexpr int64_t ROOM = 1 << 26;      // bytes that all threads have together
@@ -88,8 +87,6 @@ struct Room {
   }
 };
 
-int64_t lefts_for(int64_t blocks) { return std::min(LEFTS, LEFT_BLOCKS / blocks); }
-
 // Some rows of x, split to panels of so many blocks.
 struct Panels {
   const Block* blocks;
@@ -101,13 +98,13 @@ struct Panels {
 // One thread's squares of the sum: some panels on the left meet all on the right, one by one.
 void squares(const Total<float>& total, const Panels& x, bool adds, Room room, int64_t thread,
              int64_t threads) {
-  const int64_t panels = panels_in(total.d), all = squares_in(total.d), lefts = lefts_for(x.each);
-  Block* turned = room.take<Block>(lefts * x.each);
-  Square* sums = room.take<Square>(lefts);
+  const int64_t panels = panels_in(total.d), all = squares_in(total.d);
+  Block* turned = room.take<Block>(LEFTS * x.each);
+  Square* sums = room.take<Square>(LEFTS);
   Products products;
   int64_t seen = 0;  // squares
-  for (int64_t start = 0; start < panels; start += lefts) {
-    const int64_t end = std::min(start + lefts, panels);
+  for (int64_t start = 0; start < panels; start += LEFTS) {
+    const int64_t end = std::min(start + LEFTS, panels);
     bool are_turned = false;
     for (int64_t q = 0; q < end; ++q) {
       const int64_t first = std::max(start, q);
@@ -129,7 +126,7 @@ void squares(const Total<float>& total, const Panels& x, bool adds, Room room, i
 }
 
 int64_t bytes_for_squares(int64_t blocks) {
-  return lefts_for(blocks) * (blocks * sizeof(Block) + sizeof(Square));
+  return LEFTS * (blocks * sizeof(Block) + sizeof(Square));
 }
 
 // How many rows were summed: those that come before the first that has no digits.
