@@ -40,8 +40,8 @@ class Digits(NamedTuple):
     """The kernel that has three digits in the place of a number.
 
     Attributes:
-        run: It, as C calls it; returns how many of the first rows were summed. Where a column has
-            no number of a size that has digits, or one that is too large, it goes no further.
+        run: It, as C calls it; returns how many of the first rows were summed. It ends before a
+            part in which some column's largest number is too large, or too small and not zero.
         room: How many bytes it works in, for rows, columns and threads.
     """
 
@@ -133,6 +133,8 @@ def kernel_for(total: Float[Tensor, "group d d"], x: Tensor) -> Kernel | None:
     """The one that pays for such a sum of rows, if there is one."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return None  # what is recorded is PyTorch's operations
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return None  # a transform wraps whatever is made now
     if x.dtype != total.dtype or x.dtype not in NAMES or total.shape[-1] < FEWEST:
         return None
     if total.stride(-1) != 1 or not (_is_in_memory(total) and _is_in_memory(x)) or not x.numel():

@@ -173,6 +173,17 @@ def test_what_only_stands_for_numbers_has_no_kernel() -> None:
     assert seen == [None]
 
 
+def test_a_transform_has_operations() -> None:
+    x, sums = rand(1, 300, 128), Gram(torch.empty(1, 128, 128, dtype=F64))
+
+    def function(w: Tensor) -> Tensor:
+        add_gram(sums, x)
+        return w.sum()
+
+    torch.func.grad(function)(torch.ones(2))
+    torch.testing.assert_close(sums.matrix(), x.mT @ x)
+
+
 @pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
 def test_a_recorded_graph_has_operations(mode: str) -> None:
     def matrix(x: Tensor) -> Tensor:
@@ -190,8 +201,31 @@ def test_a_recorded_graph_has_operations(mode: str) -> None:
 
 
 @has_digits
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("rows", "d", "step"), [(300, 640, 848), (1100, 736, 768), (300, 736, 751), (600, 20, 33)]
+)
+def test_what_lies_beside_a_sum_stays(rows: int, d: int, step: int, threads: int) -> None:
+    x, beside = rand(rows, d).float(), torch.full((d, step), 7.0)
+    assert run_digits(x, 1, threads, beside[:, :d], adds=False) == rows
+    assert error(beside[:, :d], 0.5 * plain(x)) < 5e-7
+    assert bool((beside[:, d:] == 7).all())
+
+
+@has_digits
+@pytest.mark.parametrize("power", [-100, -99, -1, 0, 1, 48, 49])
+@pytest.mark.parametrize("mantissa", [1.0, 2 - 2.0**-6 - 2.0**-23, 2 - 2.0**-6, 2 - 2.0**-23])
+def test_the_largest_number_of_a_column_has_digits(power: int, mantissa: float) -> None:
+    x = mantissa * (-1.0) ** torch.arange(64).unsqueeze(1) * torch.ones(96)
+    x[:, :95] *= 2.0 ** min(49, -power)
+    x[:, 95] *= 2.0**power
+    found, expected = by_digits(x, 1, 1)[:95].double(), 0.5 * plain(x)[:95]
+    assert float((found / expected - 1).abs().max()) < 3e-7
+
+
+@has_digits
 @pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("number", [2.0**-101, 2.0**50, inf, nan])
+@pytest.mark.parametrize("number", [2.0**-101, -(2.0**50), inf, nan])
 @pytest.mark.parametrize(("rows", "d", "done"), [(1030, 100, 1024), (1000, 100, 0), (900, 650, 0)])
 def test_all_threads_end_where_one_does(
     rows: int, d: int, done: int, number: float, threads: int

@@ -15,7 +15,7 @@ constexpr int DIGITS = 3;
 constexpr int SIDE = 16;                  // numbers in a vector, and lines of a tile
 constexpr int WIDTH = 2 * SIDE;           // columns of x in a block
 constexpr int DEEP = 4 * SIDE;            // rows of x in a piece of one
-constexpr int PIECES = 4;                 // in a block: the first cache has room for one and a half
+constexpr int PIECES = 4;                 // in a block: one and a half fit the first cache
 constexpr int64_t DEPTH = PIECES * DEEP;  // rows of x in a block
 constexpr int TILE = SIDE * LINE;         // bytes
 constexpr int PIECE = DIGITS * 2 * TILE;
@@ -85,7 +85,7 @@ void transpose(const void* from, int64_t from_step, void* to, int64_t to_step) {
   }
 }
 
-// The digits of four vectors: lines of each size of digits, in which the four of a place are together.
+// The digits of four vectors: a line for each size, in which the four of a place are together.
 void split(const float* x, int64_t step, __m512 inverse, char* to) {
   const auto digits = [&](int n) {
     const __m512i middle = _mm512_set1_epi32(0x808080);  // bytes become digits that have signs
@@ -102,7 +102,8 @@ void split(const float* x, int64_t step, __m512 inverse, char* to) {
                 middle_ab = choose(0xff00ff00, b, _mm512_srli_epi32(a, 8)),
                 middle_cd = choose(0xff00ff00, d, _mm512_srli_epi32(c, 8));
   _mm512_store_si512(to, choose(0xffff0000, cd, _mm512_srli_epi32(ab, 16)));
-  _mm512_store_si512(to + 2 * TILE, choose(0xffff0000, _mm512_slli_epi32(middle_cd, 16), middle_ab));
+  const __m512i middle = choose(0xffff0000, _mm512_slli_epi32(middle_cd, 16), middle_ab);
+  _mm512_store_si512(to + 2 * TILE, middle);
   _mm512_store_si512(to + 4 * TILE, choose(0xffff0000, _mm512_slli_epi32(cd, 16), ab));
 }
 

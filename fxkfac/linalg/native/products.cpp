@@ -1,5 +1,5 @@
 // Products of blocks of digits, as tiles take them: of digits a, b, c and a', b', c' with sizes of
-// 2^16, 2^8 and 1, that of c and c' alone is left out, which is less than what numbers are rounded by.
+// 2^16, 2^8 and 1, that of c and c' alone is left out: less than what the largest are rounded by.
 
 #if defined(HAS_DIGITS)
 
@@ -15,6 +15,7 @@ struct alignas(LINE) Shape {
   uint16_t bytes[16] = {LINE, LINE, LINE, LINE, LINE, LINE, LINE, LINE};
   uint8_t rows[16] = {SIDE, SIDE, SIDE, SIDE, SIDE, SIDE, SIDE, SIDE};
 };
+constexpr Shape SHAPE{};  // in memory before anything runs, as compilers do not see all of it read
 
 // 32 x 32 sums.
 struct alignas(LINE) Square {
@@ -94,6 +95,7 @@ struct Large {
 template <class Those, class Other>
 void multiply(const char* left, const char* right, int pieces, Levels& to, const Other* meanwhile) {
   constexpr int EACH = VECTORS / PIECES;
+  asm volatile("" ::: "memory");  // compilers do not see that tiles read it
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
@@ -108,8 +110,8 @@ void multiply(const char* left, const char* right, int pieces, Levels& to, const
 }
 
 // A block with columns along lines, as tiles take what is on the left: 16 columns, and 16 more.
-void turn(const Block& from, Block& to) {
-  for (int k = 0; k < PIECES; ++k)
+void turn(const Block& from, int pieces, Block& to) {
+  for (int k = 0; k < pieces; ++k)
     for (int n = 0; n < 2 * DIGITS; ++n) {
       const int piece = k + n % 2 * PIECES;
       transpose(from.pieces + k * PIECE + n * TILE, LINE,

@@ -1,7 +1,7 @@
 // The sum of rows from products of their digits, where a CPU has tiles of bytes (AMX).
 //
-// Of wide rows every thread takes some squares of the sum, from blocks that all have split; of long
-// ones some rows, with sums of its own that are added up at the end. Sizes were found by timing.
+// Of wide x every thread takes some squares of the sum, from blocks that all have split. Of tall x
+// it takes rows, with sums of its own that are added up at the end. Sizes were found by timing.
 
 #if defined(HAS_DIGITS)
 
@@ -11,12 +11,11 @@
 namespace digits {
 namespace {
 
-constexpr int64_t MOST_BLOCKS = 4;     // of a panel at once
-constexpr int64_t LEFTS = 4;           // panels whose blocks stay in the second cache, turned
-constexpr int64_t NARROW = 640;        // columns whose sums do
-constexpr int64_t LONG = 1;            // blocks for a thread, at least
-constexpr int64_t ROOM = 1 << 26;      // bytes that all threads have together
-constexpr int64_t CACHED = 1 << 21;    // bytes of a sum that the second cache has
+constexpr int64_t MOST_BLOCKS = 4;   // of a panel at once
+constexpr int64_t LEFTS = 4;         // panels whose blocks stay in the second cache, turned
+constexpr int64_t NARROW = 640;      // columns whose sums stay there: x may be tall,
+constexpr int64_t ROOM = 1 << 26;    // if all threads have no more bytes together
+constexpr int64_t CACHED = 1 << 21;  // bytes of a sum that the second cache has
 
 // Whether a sum is large, new, and of whole lines: those go to memory without being read.
 bool passes_cache(const Total<float>& total, bool adds) {
@@ -93,6 +92,7 @@ struct Panels {
   int64_t each, rows;
 
   const Block& block(int64_t panel, int64_t b) const { return blocks[panel * each + b]; }
+  int pieces(int64_t b) const { return pieces_in(rows - b * DEPTH); }
 };
 
 // One thread's squares of the sum: some panels on the left meet all on the right, one by one.
@@ -112,12 +112,12 @@ void squares(const Total<float>& total, const Panels& x, bool adds, Room room, i
       seen += end - first;
       if (!is_own) continue;
       for (int64_t n = 0; !are_turned && n < (end - start) * x.each; ++n)
-        turn(x.blocks[start * x.each + n], turned[n]);
+        turn(x.blocks[start * x.each + n], x.pieces(n % x.each), turned[n]);
       are_turned = true;
       for (int64_t b = 0; b < x.each; ++b)
         for (int64_t p = first; p < end; ++p)
-          products.add(turned[(p - start) * x.each + b], x.block(q, b),
-                       pieces_in(x.rows - b * DEPTH), sums[p - start], b > 0);
+          products.add(turned[(p - start) * x.each + b], x.block(q, b), x.pieces(b),
+                       sums[p - start], b > 0);
       products.finish();
       for (int64_t p = first; p < end; ++p) finish(total, p, q, adds, sums[p - start]);
     }
@@ -138,8 +138,7 @@ int64_t wide(const Total<float>& total, const Rows<float>& x, bool along_rows, R
   bool fits = true;
 #pragma omp parallel num_threads(threads)
   {
-    const Shape shape;
-    _tile_loadconfig(&shape);
+    _tile_loadconfig(&SHAPE);
     populate(total, threads);
     for (int64_t row = 0; row < x.number; row += most * DEPTH) {
       const int64_t rows = std::min(most * DEPTH, x.number - row), each = blocks_in(rows);
@@ -167,14 +166,15 @@ bool sum(const Rows<float>& x, bool along_rows, int64_t begin, int64_t end, Room
   Products products;
   bool fits = true;
   for (int64_t b = begin; fits && b < end; ++b) {
+    const int pieces = pieces_in(x.number - b * DEPTH);
     for (int64_t p = 0; p < panels; ++p)
       fits = split(x, b * DEPTH, p * WIDTH, along_rows, blocks[p]) && fits;
     Square* square = sums;
     for (int64_t p = 0; p < panels; ++p) {
       products.finish();
-      turn(blocks[p], *turned);
+      turn(blocks[p], pieces, *turned);
       for (int64_t q = 0; q <= p; ++q)
-        products.add(*turned, blocks[q], pieces_in(x.number - b * DEPTH), *square++, b > begin);
+        products.add(*turned, blocks[q], pieces, *square++, b > begin);
     }
     products.finish();
   }
@@ -185,7 +185,7 @@ int64_t bytes_for_rows(int64_t d) {
   return (panels_in(d) + 1) * sizeof(Block) + squares_in(d) * sizeof(Square);
 }
 
-// The same, of long x: all or none.
+// The same, of tall x: all or none.
 int64_t tall(const Total<float>& total, const Rows<float>& x, bool along_rows, Room room,
              int threads) {
   const int64_t panels = panels_in(x.d), all = blocks_in(x.number);
@@ -194,8 +194,7 @@ int64_t tall(const Total<float>& total, const Rows<float>& x, bool along_rows, R
   bool fits = true;
 #pragma omp parallel num_threads(threads)
   {
-    const Shape shape;
-    _tile_loadconfig(&shape);
+    _tile_loadconfig(&SHAPE);
 #pragma omp for schedule(static) reduction(&& : fits)
     for (int t = 0; t < threads; ++t) {
       Room own{room.next + t * (panels + 1) * int64_t(sizeof(Block))};
@@ -208,13 +207,14 @@ int64_t tall(const Total<float>& total, const Rows<float>& x, bool along_rows, R
         for (int t = 1; t < threads; ++t) sums[0][n].add(sums[t][n]);
         finish(total, p, q, total.adds, sums[0][n]);
       }
+    _mm_sfence();
   }
   return fits ? x.number : 0;
 }
 
 // Which of both.
 bool is_tall(int64_t rows, int64_t d, int threads) {
-  return threads > 1 && d <= NARROW && blocks_in(rows) >= LONG * threads &&
+  return threads > 1 && d <= NARROW && blocks_in(rows) >= threads &&
          threads * bytes_for_rows(d) <= ROOM;
 }
 
