@@ -70,7 +70,8 @@ class Moment:
     def add_image(self, of: Image, count: int | Tensor = 0) -> None:
         """Add rows that are the patches of an image."""
         self.count = self.count + count
-        self.add_patch_products(of)
+        is_input = not isinstance(count, int) or count > 0  # most losses divide A by data's number
+        self.add_patch_products(of, len(of.image) if is_input else of.rows)
         if self.scales:
             total = of.image.sum(0, keepdim=True)
             self.sums = _plus(self.sums, patch_sums(total, of.windows)[0])
@@ -158,11 +159,11 @@ class Moment:
         """Add Σ x xᵀ of rows in one axis or in two."""
         add_gram(self.room(x.shape[0], x.shape[-1], x, self.likely_scale(x.shape[1:-1].numel())), x)
 
-    def add_patch_products(self, of: Image) -> None:
-        """Add that of an image's patches."""
+    def add_patch_products(self, of: Image, likely: int) -> None:
+        """Add that of an image's patches, which will be over so many, as is likely."""
         groups = of.windows.groups
         d = of.image.shape[1] // groups * math.prod(of.windows.kernel)
-        room = self.room(groups, d, of.image, self.likely_scale(of.rows))
+        room = self.room(groups, d, of.image, self.likely_scale(likely))
         add_patch_gram(room, of.image, of.windows)
 
     def likely_scale(self, rows: int) -> float:

@@ -93,9 +93,9 @@ class Opaque(Moment):
         scale = self._keep(x.shape[1:-1].numel())
         self._take(opaque_gram(x, len(self.scales), scale), scale)
 
-    def add_patch_products(self, of: Image) -> None:
-        """Add that of an image's patches."""
-        scale = self._keep(of.rows)
+    def add_patch_products(self, of: Image, likely: int) -> None:
+        """Add that of an image's patches, which will be over so many, as is likely."""
+        scale = self._keep(likely)
         self._take(opaque_patch_gram(of.image, of.windows, len(self.scales), scale), scale)
 
     def _keep(self, rows: int) -> float:
