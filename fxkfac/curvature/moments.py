@@ -67,11 +67,11 @@ class Moment:
         # A copy: a larger tensor would stay alive, and the user's own may change.
         self._wait(x.flatten(1, -2).clone())
 
-    def add_image(self, of: Image, count: int | Tensor = 0) -> None:
-        """Add rows that are the patches of an image."""
+    def add_image(self, of: Image, count: int = 0) -> None:
+        """Add rows that are the patches of an image; `count` says how many of an input count."""
         self.count = self.count + count
-        is_input = not isinstance(count, int) or count > 0  # most losses divide A by data's number
-        self.add_patch_products(of, len(of.image) if is_input else of.rows)
+        # Of inputs they are over the number of data, as most losses say, and else over their own.
+        self.add_patch_products(of, len(of.image) if count else of.rows)
         if self.scales:
             total = of.image.sum(0, keepdim=True)
             self.sums = _plus(self.sums, patch_sums(total, of.windows)[0])
