@@ -37,7 +37,7 @@ class Moment:
         count: Number of all rows; (group,) where groups have rows of their own.
         waiting: Rows, (group, rows, d), that are not in the sum yet.
         scale: What the sum is multiplied by on its way, where that costs nothing; `None` for one
-            over the number of its first rows.
+            over the number of its first rows, or of images whose patches are an input.
     """
 
     scales: Scales = ()

@@ -49,14 +49,14 @@ class Digits(NamedTuple):
     room: Callable[[int, int, int], int]
 
 
-class Rows(NamedTuple):
+class Matrix(NamedTuple):
     """A matrix in memory: where it starts, and what is added to that for its rows and columns."""
 
     start: int
     down: Int[Tensor, " rows"]
     across: Int[Tensor, " d"]
 
-    def after(self, number: int) -> Rows:
+    def after(self, number: int) -> Matrix:
         """All but the first."""
         return self._replace(down=self.down[number:])
 
@@ -107,12 +107,12 @@ class Kernel:
         axes = tuple(zip(x.shape, x.stride(), strict=True))
         down, across = _offsets(axes[1:-columns]), _offsets(axes[-columns:])
         for sums, part in zip(total.unbind(), x.unbind(), strict=True):
-            rows, to = Rows(part.data_ptr(), down, across), (sums.data_ptr(), sums.stride(0), scale)
+            rows, to = Matrix(part.data_ptr(), down, across), (sums.data_ptr(), sums.stride(0), scale)
             done = self._by_digits(to, adds, rows)
             if done < len(down):
                 self._by_vectors(to, adds or done > 0, rows.after(done))
 
-    def _by_digits(self, to: tuple[int, int, float], adds: bool, rows: Rows) -> int:
+    def _by_digits(self, to: tuple[int, int, float], adds: bool, rows: Matrix) -> int:
         """How many of the first rows were summed by these."""
         number, d = len(rows.down), len(rows.across)
         if self.digits is None or not self.takes_digits(number, d):
@@ -121,7 +121,7 @@ class Kernel:
         room = torch.empty(self.digits.room(number, d, threads), dtype=torch.uint8, device="cpu")
         return self.digits.run(*to, adds, *rows.given(), room.data_ptr(), threads)
 
-    def _by_vectors(self, to: tuple[int, int, float], adds: bool, rows: Rows) -> None:
+    def _by_vectors(self, to: tuple[int, int, float], adds: bool, rows: Matrix) -> None:
         number, d = len(rows.down), len(rows.across)
         padded = -(-d // self.width) * self.width
         chunk = min(number, max(CHUNK, SUMS * padded**2) // padded)

@@ -61,7 +61,7 @@ def run_digits(x: Tensor, columns: int, threads: int, total: Tensor, *, adds: bo
         tiles._offsets(tuple(zip(x.shape[part], x.stride()[part], strict=True)))
         for part in (slice(None, -columns), slice(-columns, None))
     )
-    given = tiles.Rows(x.data_ptr(), rows, across).given()
+    given = tiles.Matrix(x.data_ptr(), rows, across).given()
     digits = KERNEL.digits
     room = torch.full((digits.room(len(rows), len(across), threads),), 255, dtype=torch.uint8)
     to = total.data_ptr(), total.stride(0), 0.5, adds
@@ -254,7 +254,7 @@ def test_digits_end_where_a_number_has_none(adds: bool) -> None:
     assert bool(((found - expected).abs() <= 3e-6 * sizes).all())
 
 
-def test_few_numbers_are_not_split(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_numbers_are_not_split() -> None:
     kernel = tiles.Kernel(F32, lambda *_: None, 48, tiles.Digits(lambda *_: 0, lambda *_: 0))
     rows_and_columns = [(512, 128), (511, 128), (64, 1024), (1, 5000)]
     assert [kernel.takes_digits(*of) for of in rows_and_columns] == [True, False, True, False]
