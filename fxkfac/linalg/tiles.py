@@ -107,7 +107,8 @@ class Kernel:
         axes = tuple(zip(x.shape, x.stride(), strict=True))
         down, across = _offsets(axes[1:-columns]), _offsets(axes[-columns:])
         for sums, part in zip(total.unbind(), x.unbind(), strict=True):
-            rows, to = Matrix(part.data_ptr(), down, across), (sums.data_ptr(), sums.stride(0), scale)
+            to = sums.data_ptr(), sums.stride(0), scale
+            rows = Matrix(part.data_ptr(), down, across)
             done = self._by_digits(to, adds, rows)
             if done < len(down):
                 self._by_vectors(to, adds or done > 0, rows.after(done))
