@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fxkfac.curvature.images import Image
 from fxkfac.curvature.plan import Scales
-from fxkfac.linalg import Gram, add_gram, add_patch_gram, in_front, patch_sums
+from fxkfac.linalg import Gram, add_gram, add_patch_gram, in_front, new_total, patch_sums
 from fxkfac.precision import accurate_dtype
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ class Moment:
         """The sum, made where there was none: of no rows yet."""
         if self.gram is None:
             size = d + len(self.scales)
-            self.total = like.new_empty(groups, size, size, dtype=accurate_dtype(like))
+            self.total = new_total(like, groups, size, accurate_dtype(like))
             self.gram = Gram(in_front(self.total, len(self.scales)), scale=scale)
         return self.gram
 

@@ -2,7 +2,7 @@
 
 from fxkfac.linalg.checksum import checksum
 from fxkfac.linalg.flatten import cvec, rvec
-from fxkfac.linalg.gram import Gram, add_gram, in_front, strip
+from fxkfac.linalg.gram import Gram, add_gram, in_front, new_total, strip
 from fxkfac.linalg.kronecker import kronecker_dense
 from fxkfac.linalg.made_once import made_once
 from fxkfac.linalg.opaque import opaque_gram, opaque_patch_gram
@@ -19,6 +19,7 @@ __all__ = [
     "in_front",
     "kronecker_dense",
     "made_once",
+    "new_total",
     "opaque_gram",
     "opaque_patch_gram",
     "patch_sums",

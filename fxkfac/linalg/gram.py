@@ -44,6 +44,8 @@ READ = 8  # for every number that a product reads
 COPY = 16  # for every number that is copied out of its order first
 CALL = 2**18  # for every product, however small
 TILE = 64  # columns that are transposed at once, at least: fewer take longer
+LINE = 64  # bytes of memory that come together
+CACHED = 2**21  # bytes of a sum that the second cache has
 FEW = 192  # rows whose whole square takes no longer than its triangle and the mirror do
 
 
@@ -122,6 +124,18 @@ class Gram:
         self.is_empty = False
         self.whole = min(self.whole, whole) if d in (self.whole, whole) else gcd(self.whole, whole)
         return beta
+
+
+def new_total(like: Tensor, group: int, d: int, dtype: torch.dtype) -> Float[Tensor, "group d d"]:
+    """Room for sums, of anything so far.
+
+    In the memory of a CPU the rows of large ones begin where its lines do, so that a kernel writes
+    them past the cache; there are up to 60 unused bytes between them.
+    """
+    line = LINE // dtype.itemsize
+    if like.device.type != "cpu" or d % line == 0 or d**2 * dtype.itemsize < CACHED:
+        return like.new_empty(group, d, d, dtype=dtype)
+    return like.new_empty(group, d, -(-d // line) * line, dtype=dtype)[..., :d]
 
 
 def in_front(total: Float[Tensor, "group wider wider"], border: int) -> Float[Tensor, "group d d"]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fxkfac.linalg.gram import Gram, add_gram, in_front
+from fxkfac.linalg.gram import Gram, add_gram, in_front, new_total
 from fxkfac.linalg.patches import add_patch_gram
 from fxkfac.linalg.windows import Windows
 
@@ -78,4 +78,4 @@ def _patch_gram(
 
 
 def _room(x: Tensor, groups: int, d: int) -> Tensor:
-    return x.new_empty(groups, d, d)
+    return new_total(x, groups, d, x.dtype)
