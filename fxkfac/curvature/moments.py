@@ -151,13 +151,14 @@ class Moment:
             self._multiply(rows[0] if len(rows) == 1 else torch.cat(rows, dim=1))
 
     def _multiply(self, x: Tensor) -> None:
-        self.add_products(x.flatten(2, -2) if x.ndim > 4 else x)
-        if self.scales:
-            self.sums = _plus(self.sums, x.sum(tuple(range(1, x.ndim - 1))))
+        sums = self.add_products(x.flatten(2, -2) if x.ndim > 4 else x)
+        if sums is not None:
+            self.sums = _plus(self.sums, sums)
 
-    def add_products(self, x: Float[Tensor, "group *rows d"]) -> None:
-        """Add Σ x xᵀ of rows in one axis or in two."""
-        add_gram(self.room(x.shape[0], x.shape[-1], x, self.likely_scale(x.shape[1:-1].numel())), x)
+    def add_products(self, x: Float[Tensor, "group *rows d"]) -> Float[Tensor, "group d"] | None:
+        """Add Σ x xᵀ of rows in one axis or in two; return Σ x, if there is a rest."""
+        scale = self.likely_scale(x.shape[1:-1].numel())
+        return add_gram(self.room(x.shape[0], x.shape[-1], x, scale), x, bool(self.scales))
 
     def add_patch_products(self, of: Image, likely: int) -> None:
         """Add that of an image's patches, which will be over so many, as is likely."""

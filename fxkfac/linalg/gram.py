@@ -80,12 +80,19 @@ class Gram:
             other.total.mul_(self.scale / other.scale)
         add_part(self.total, other.total, self._beta(other.whole))
 
-    def add(self, kernel: Kernel, x: Tensor, columns: int = 1) -> None:
-        """Add the products of rows by a kernel, which keeps up the whole and its scale."""
-        if not self.is_empty:
+    def add(
+        self, kernel: Kernel, x: Tensor, columns: int = 1, summed: bool = False
+    ) -> Float[Tensor, "group d"] | None:
+        """Add the products of rows by a kernel, which keeps up the whole and its scale.
+
+        Returns Σ_rows x, too, if that is asked for.
+        """
+        adds = not self.is_empty
+        if adds:
             self.matrix(self.scale)  # both triangles
-        kernel.add(self.total, x, columns, scale=self.scale, adds=not self.is_empty)
+        sums = kernel.add(self.total, x, columns, scale=self.scale, adds=adds, summed=summed)
         self._beta(self.total.shape[-1])
+        return sums
 
     def matrix(self, scale: float | Tensor = 1.0) -> Float[Tensor, "group d d"]:
         """The sum, symmetric to rounding; scaled in place by one number, or (group, 1, 1).
@@ -147,18 +154,24 @@ def in_front(total: Float[Tensor, "group wider wider"], border: int) -> Float[Te
     return total.as_strided(size, total.stride(), total.storage_offset())
 
 
-def add_gram(gram: Gram, x: Float[Tensor, "group *rows d"]) -> None:
-    """Add Σ_rows x xᵀ, in place.
+def add_gram(
+    gram: Gram, x: Float[Tensor, "group *rows d"], summed: bool = False
+) -> Float[Tensor, "group d"] | None:
+    """Add Σ_rows x xᵀ, in place; and return Σ_rows x, if that is asked for.
 
     Args:
         gram: Where to.
         x: Rows in one axis, or in two: (group, batch, shared, d) of any strides.
+        summed: Whether it is.
     """
-    if not x.numel():
-        return
     if kernel := kernel_for(gram.total, x):
-        gram.add(kernel, x)
-        return
+        return gram.add(kernel, x, summed=summed)
+    if x.numel():
+        _add_by_products(gram, x)
+    return x.sum(tuple(range(1, x.ndim - 1))) if summed else None
+
+
+def _add_by_products(gram: Gram, x: Float[Tensor, "group *rows d"]) -> None:
     rows = x if x.ndim == 3 else _flat(x)
     if rows is not None and _readable(rows, gram.total):
         add_rows(gram, rows)

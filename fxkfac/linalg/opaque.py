@@ -22,10 +22,13 @@ if TYPE_CHECKING:
 
 def opaque_gram(
     x: Float[Tensor, "group *rows d"], border: int, scale: float
-) -> Float[Tensor, "group wider wider"]:
-    """scale · Σ_rows x xᵀ for every group, in front of so many rows and columns of anything."""
-    total: Tensor = torch.ops.fxkfac.gram(x, border, scale)
-    return total
+) -> tuple[Float[Tensor, "group wider wider"], Float[Tensor, "group d"] | None]:
+    """scale · Σ_rows x xᵀ for every group, in front of so many rows and columns of anything.
+
+    If there are any, it comes with Σ_rows x, of which they will be made.
+    """
+    total, sums = torch.ops.fxkfac.gram(x, border, scale)
+    return total, sums if border else None
 
 
 def opaque_patch_gram(
@@ -37,7 +40,7 @@ def opaque_patch_gram(
     return total
 
 
-torch.library.define("fxkfac::gram", "(Tensor x, int border, float scale) -> Tensor")
+torch.library.define("fxkfac::gram", "(Tensor x, int border, float scale) -> (Tensor, Tensor)")
 torch.library.define(
     "fxkfac::patch_gram",
     "(Tensor image, int[] windows, int groups, int border, float scale) -> Tensor",
@@ -45,17 +48,18 @@ torch.library.define(
 
 
 @torch.library.register_fake("fxkfac::gram")
-def _gram_shape(x: Tensor, border: int, scale: float) -> Tensor:
-    return _room(x, x.shape[0], x.shape[-1] + border)
+def _gram_shape(x: Tensor, border: int, scale: float) -> tuple[Tensor, Tensor]:
+    group, d = x.shape[0], x.shape[-1]
+    return _room(x, group, d + border), x.new_empty(group, d if border else 0)
 
 
 @torch.library.impl("fxkfac::gram", "cpu")
-def _gram(x: Tensor, border: int, scale: float) -> Tensor:
-    total = _gram_shape(x, border, scale)
+def _gram(x: Tensor, border: int, scale: float) -> tuple[Tensor, Tensor]:
+    total = _room(x, x.shape[0], x.shape[-1] + border)
     gram = Gram(in_front(total, border), scale=scale)
-    add_gram(gram, x)
+    sums = add_gram(gram, x, summed=border > 0)
     gram.matrix(scale)
-    return total
+    return total, x.new_empty(x.shape[0], 0) if sums is None else sums
 
 
 @torch.library.register_fake("fxkfac::patch_gram")

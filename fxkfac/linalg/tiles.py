@@ -27,10 +27,11 @@ NAMES = {torch.float32: "gram_float", torch.float64: "gram_double"}
 # As the code has them: where the sum is, and how it is put there; rows, and their offsets.
 SUM = (c_void_p, c_int64, c_double, c_bool)
 ROWS = (c_void_p, c_void_p, c_int64, c_void_p, c_int64)
-KNOWN = 1024  # axes whose offsets are kept, of rows or columns that are the same at every batch:
-SHORT = 2**14  # of no more entries, as for more the sum takes a hundred times as long
+KNOWN = 1024  # layouts of which it is known where rows and columns are, for the next batch,
+SHORT = 2**14  # if no more rows: to find out takes a hundredth of the time of the sum of more
 
-FEWEST = 96  # columns: for fewer the square takes no longer
+FEWEST = 96  # columns: for fewer the square takes no longer than a triangle by vectors,
+NARROWEST = 64  # for fewer than these no longer than one by digits
 NUMBERS = 2**16  # so many are worth their digits; fewer take as long by vectors
 CHUNK = 2**18  # numbers that are copied at once for vectors, or, if more,
 SUMS = 2  # times as many as the sum has
@@ -49,21 +50,35 @@ class Digits(NamedTuple):
     room: Callable[[int, int, int], int]
 
 
+class Places(NamedTuple):
+    """Where the entries of an axis are, and where C finds that; how many there are."""
+
+    offsets: Int[Tensor, " entries"]
+    address: int
+    number: int
+
+    @staticmethod
+    def of(offsets: Int[Tensor, " entries"]) -> Places:
+        """Such places."""
+        return Places(offsets, offsets.data_ptr(), len(offsets))
+
+
 class Matrix(NamedTuple):
     """A matrix in memory: where it starts, and what is added to that for its rows and columns."""
 
     start: int
-    down: Int[Tensor, " rows"]
-    across: Int[Tensor, " d"]
+    down: Places
+    across: Places
 
     def after(self, number: int) -> Matrix:
         """All but the first."""
-        return self._replace(down=self.down[number:])
+        return self._replace(down=Places.of(self.down.offsets[number:]))
 
     def given(self) -> tuple[int, int, int, int, int]:
         """As C takes it."""
-        down, across = self.down, self.across
-        return (self.start, down.data_ptr(), len(down), across.data_ptr(), len(across))
+        _, down, rows = self.down
+        _, across, d = self.across
+        return self.start, down, rows, across, d
 
 
 @dataclass(frozen=True)
@@ -94,7 +109,8 @@ class Kernel:
         *,
         scale: float,
         adds: bool,
-    ) -> None:
+        summed: bool = False,
+    ) -> Float[Tensor, "group d"] | None:
         """Add scale · Σ_rows x xᵀ of every group, or write it.
 
         Args:
@@ -103,31 +119,44 @@ class Kernel:
             columns: How many of the last axes make up d; rows are in those between.
             scale: What the sums are multiplied by.
             adds: Whether to add.
+            summed: Whether to return Σ_rows x, too.
         """
-        axes = tuple(zip(x.shape, x.stride(), strict=True))
-        down, across = _offsets(axes[1:-columns]), _offsets(axes[-columns:])
-        for sums, part in zip(total.unbind(), x.unbind(), strict=True):
-            to = sums.data_ptr(), sums.stride(0), scale
-            rows = Matrix(part.data_ptr(), down, across)
-            done = self._by_digits(to, adds, rows)
-            if done < len(down):
+        down, across = _rows_and_columns(x.shape, x.stride(), columns)
+        sums = (
+            torch.empty(x.shape[0], across.number, dtype=x.dtype, device="cpu") if summed else None
+        )
+        whole = True
+        for k in range(x.shape[0]):
+            to = _address(total, k), total.stride(1), scale
+            rows = Matrix(_address(x, k), down, across)
+            done = self._by_digits(to, adds, rows, None if sums is None else _address(sums, k))
+            if done < down.number:
                 self._by_vectors(to, adds or done > 0, rows.after(done))
+                whole = False
+        return sums if whole or not summed else x.sum(tuple(range(1, x.ndim - columns))).flatten(1)
 
-    def _by_digits(self, to: tuple[int, int, float], adds: bool, rows: Matrix) -> int:
+    def _by_digits(
+        self, to: tuple[int, int, float], adds: bool, rows: Matrix, sums: int | None
+    ) -> int:
         """How many of the first rows were summed by these."""
-        number, d = len(rows.down), len(rows.across)
+        number, d = rows.down.number, rows.across.number
         if self.digits is None or not self.takes_digits(number, d):
             return 0
         threads = torch.get_num_threads()
         room = torch.empty(self.digits.room(number, d, threads), dtype=torch.uint8, device="cpu")
-        return self.digits.run(*to, adds, *rows.given(), room.data_ptr(), threads)
+        return self.digits.run(*to, adds, *rows.given(), sums, room.data_ptr(), threads)
 
     def _by_vectors(self, to: tuple[int, int, float], adds: bool, rows: Matrix) -> None:
-        number, d = len(rows.down), len(rows.across)
+        number, d = rows.down.number, rows.across.number
         padded = -(-d // self.width) * self.width
         chunk = min(number, max(CHUNK, SUMS * padded**2) // padded)
         panels = torch.empty(chunk * padded, dtype=self.dtype, device="cpu")
         self.run(*to, adds, *rows.given(), panels.data_ptr(), chunk, torch.get_num_threads())
+
+
+def _address(t: Tensor, number: int) -> int:
+    """Where a part of the first axis begins."""
+    return t.data_ptr() + number * t.stride(0) * t.element_size()
 
 
 def kernel_for(total: Float[Tensor, "group d d"], x: Tensor) -> Kernel | None:
@@ -136,11 +165,14 @@ def kernel_for(total: Float[Tensor, "group d d"], x: Tensor) -> Kernel | None:
         return None  # what is recorded is PyTorch's operations
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return None  # a transform wraps whatever is made now
-    if x.dtype != total.dtype or x.dtype not in NAMES or total.shape[-1] < FEWEST:
+    group, d, _ = total.shape
+    if x.dtype != total.dtype or x.dtype not in NAMES or d < NARROWEST or total.stride(-1) != 1:
         return None
-    if total.stride(-1) != 1 or not (_is_in_memory(total) and _is_in_memory(x)) or not x.numel():
+    if not (_is_in_memory(total) and _is_in_memory(x)) or not (numbers := x.numel() // group):
         return None
-    return _kernels().get(x.dtype)
+    kernel = _kernels().get(x.dtype)
+    pays = kernel is not None and (d >= FEWEST or kernel.takes_digits(numbers // d, d))
+    return kernel if pays else None
 
 
 def _is_in_memory(t: Tensor) -> bool:
@@ -151,21 +183,29 @@ def _is_in_memory(t: Tensor) -> bool:
     return not is_heard and not torch._C._functorch.is_functorch_wrapped_tensor(t)
 
 
-def _offsets(axes: tuple[tuple[int, int], ...]) -> Int[Tensor, " entries"]:
+def _rows_and_columns(
+    shape: tuple[int, ...], strides: tuple[int, ...], columns: int
+) -> tuple[Places, Places]:
+    """Where rows are in a group, and columns in a row; columns have so many of the last axes."""
+    short = prod(shape[1:-columns]) <= SHORT
+    return (_known if short else _found)(shape, strides, columns)
+
+
+def _found(shape: tuple[int, ...], strides: tuple[int, ...], columns: int) -> tuple[Places, Places]:
+    axes = tuple(zip(shape, strides, strict=True))
+    return _places(axes[1:-columns]), _places(axes[-columns:])
+
+
+_known = lru_cache(maxsize=KNOWN)(_found)
+
+
+def _places(axes: tuple[tuple[int, int], ...]) -> Places:
     """Where the entries of axes of such lengths and strides are, in order."""
-    short = prod(size for size, _ in axes) <= SHORT
-    return _known_offsets(axes) if short else _new_offsets(axes)
-
-
-def _new_offsets(axes: tuple[tuple[int, int], ...]) -> Int[Tensor, " entries"]:
     found = torch.zeros(1, dtype=torch.int64, device="cpu")
     for size, step in axes:
         along = torch.arange(size, device="cpu") * step
         found = (found.unsqueeze(1) + along).flatten()
-    return found
-
-
-_known_offsets = lru_cache(maxsize=KNOWN)(_new_offsets)
+    return Places.of(found)
 
 
 @cache
@@ -204,5 +244,5 @@ def _digits(library: Any) -> Digits | None:
     if not room(1, 1, 1):
         return None
     run = library.gram_digits
-    run.restype, run.argtypes = c_int64, [*SUM, *ROWS, c_void_p, c_int]
+    run.restype, run.argtypes = c_int64, [*SUM, *ROWS, c_void_p, c_void_p, c_int]
     return Digits(run, room)

@@ -58,14 +58,19 @@ def by_digits(x: Tensor, columns: int, threads: int, total: Tensor | None = None
 def run_digits(x: Tensor, columns: int, threads: int, total: Tensor, *, adds: bool) -> int:
     """How many rows are added to a total; none of the kernel's memory is read before."""
     rows, across = (
-        tiles._offsets(tuple(zip(x.shape[part], x.stride()[part], strict=True)))
+        tiles._places(tuple(zip(x.shape[part], x.stride()[part], strict=True)))
         for part in (slice(None, -columns), slice(-columns, None))
     )
     given = tiles.Matrix(x.data_ptr(), rows, across).given()
-    digits = KERNEL.digits
-    room = torch.full((digits.room(len(rows), len(across), threads),), 255, dtype=torch.uint8)
+    digits, sums = KERNEL.digits, torch.full((across.number + 1,), nan)
+    room = torch.full((digits.room(rows.number, across.number, threads),), 255, dtype=torch.uint8)
     to = total.data_ptr(), total.stride(0), 0.5, adds
-    return digits.run(*to, *given, room.data_ptr(), threads)
+    done = digits.run(*to, *given, sums.data_ptr(), room.data_ptr(), threads)
+    if done:
+        x = x.flatten(-columns).flatten(0, -2)[:done].double()
+        assert bool(((sums[:-1] - x.sum(0)).abs() <= 1e-6 * x.abs().sum(0)).all())
+        assert sums[-1].isnan()
+    return done
 
 
 def error(found: Tensor, expected: Tensor) -> float:
@@ -151,8 +156,30 @@ def test_strips_and_kernels_add_up(dtype: torch.dtype, monkeypatch: pytest.Monke
 
 def test_there_is_a_kernel_for_wide_sums_alone():
     wide, narrow, half = rand(1, 3, 96), rand(1, 3, 95), rand(1, 3, 96).half()
-    kinds = [tiles.kernel_for(x.mT @ x, x) for x in (wide, wide.float(), narrow, half, wide[:, :0])]
-    assert [kind is not None for kind in kinds] == [True, True, False, False, False]
+    tall = rand(2, 1024, 64)
+    of = (wide, wide.float(), narrow, half, wide[:, :0], tall)
+    kinds = [tiles.kernel_for(x.mT @ x, x) for x in of]
+    assert [kind is not None for kind in kinds] == [True, True, False, False, False, False]
+
+
+@has_digits
+def test_tall_sums_may_be_narrower():
+    sizes = [(1, 1024, 64), (1, 1023, 64), (1, 1100, 63), (2, 1024, 64), (2, 600, 64)]
+    kinds = [tiles.kernel_for(x.mT @ x, x) for size in sizes for x in [rand(*size).float()]]
+    assert [kind is KERNEL for kind in kinds] == [True, False, False, True, False]
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("part", [slice(None), slice(300)])
+def test_the_sum_of_rows_comes_with_their_products(part: slice, dtype: torch.dtype) -> None:
+    x = rand(3, 1100, 4, 60).to(dtype)[:, part].transpose(1, 2)
+    x[1, 3, 290:, 7] = 2.0**60  # without digits from there on
+    for kinds in (x, x.flatten(1, 2), torch.cat([x, x], -1)):
+        sums = Gram(torch.full((3, kinds.shape[-1], kinds.shape[-1]), nan, dtype=dtype))
+        found = add_gram(sums, kinds, summed=True)
+        rows = kinds.flatten(1, -2).double()
+        assert bool(((found - rows.sum(1)).abs() <= 1e-6 * rows.abs().sum(1)).all())
+        assert add_gram(sums, kinds) is None
 
 
 def test_columns_may_share_memory_and_lie_apart():

@@ -88,10 +88,12 @@ class Open(Moment):
 class Opaque(Moment):
     """In a recorded graph: each of its products is one operation, which compiled code calls."""
 
-    def add_products(self, x: Tensor) -> None:
-        """Add Σ x xᵀ of rows in one axis or in two."""
+    def add_products(self, x: Tensor) -> Tensor | None:
+        """Add Σ x xᵀ of rows in one axis or in two; return Σ x, if there is a rest."""
         scale = self._keep(x.shape[1:-1].numel())
-        self._take(opaque_gram(x, len(self.scales), scale), scale)
+        total, sums = opaque_gram(x, len(self.scales), scale)
+        self._take(total, scale)
+        return sums
 
     def add_patch_products(self, of: Image, likely: int) -> None:
         """Add that of an image's patches, which will be over so many, as is likely."""

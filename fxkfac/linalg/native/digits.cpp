@@ -24,10 +24,10 @@ constexpr int PIECE = DIGITS * 2 * TILE;
 constexpr uint32_t LEAST = (127 - 100) << 23, MOST = (127 + 50) << 23;
 
 // 32 columns. A piece has tiles of each digit, of 16 columns and of 16 more; a line of a tile has
-// four rows of x, the four digits of a column together.
+// four rows of x, the four digits of a column together. Sums of columns are there if asked for.
 struct alignas(LINE) Block {
   char pieces[PIECES * PIECE];
-  float scales[WIDTH];
+  float scales[WIDTH], sums[WIDTH];
 };
 
 // Up to 16 places of an axis; zeros are read behind the last one.
@@ -157,6 +157,24 @@ struct Numbers {
     return _mm512_load_si512(found);
   }
 
+  // The sum of each column; several at a time, as an addition waits for the one before.
+  void sum(float* to) const {
+    if (along_rows) {
+      for (int j = 0; j < WIDTH; ++j) {
+        __m512 sum = _mm512_setzero_ps();
+        for (int64_t n = 0; n < rows; n += SIDE) sum += _mm512_load_ps(x + j * step + n);
+        to[j] = _mm512_reduce_add_ps(sum);
+      }
+      return;
+    }
+    __m512 sums[4][WIDTH / SIDE] = {};
+    for (int64_t n = 0; n < rows * WIDTH; n += SIDE)
+      sums[n / WIDTH % 4][n / SIDE % 2] += _mm512_load_ps(x + n);
+    for (int half = 0; half < 2; ++half)
+      _mm512_store_ps(to + half * SIDE,
+                      (sums[0][half] + sums[1][half]) + (sums[2][half] + sums[3][half]));
+  }
+
  private:
   void read(const float* from, const int64_t* along, int64_t length, int64_t padded,
             const int64_t* lines, int64_t number, int64_t all) {
@@ -169,9 +187,16 @@ struct Numbers {
   }
 };
 
+// Which axis of x is read along, and whether its columns are summed.
+struct Ways {
+  bool along_rows, sums;
+};
+
 // The digits of some of x, up to the end of a piece; false where a column has no scale.
-bool split(const Rows<float>& x, int64_t row, int64_t column, bool along_rows, Block& to) {
+bool split(const Rows<float>& x, int64_t row, int64_t column, Ways ways, Block& to) {
+  const bool along_rows = ways.along_rows;
   const Numbers numbers(x, row, column, along_rows);
+  if (ways.sums) numbers.sum(to.sums);
   alignas(LINE) float inverses[WIDTH];
   bool fits = true;
   for (int half = 0; half < WIDTH; half += SIDE)

@@ -129,8 +129,14 @@ int64_t bytes_for_squares(int64_t blocks) {
   return LEFTS * (blocks * sizeof(Block) + sizeof(Square));
 }
 
+// Add the sums of a panel's columns to others, or put them there.
+void add_sums(const float* from, float* to, int64_t number, bool adds) {
+  for (int64_t j = 0; j < std::min<int64_t>(number, WIDTH); ++j)
+    to[j] = adds ? to[j] + from[j] : from[j];
+}
+
 // How many rows were summed: those that come before the first that has no digits.
-int64_t wide(const Total<float>& total, const Rows<float>& x, bool along_rows, Room room,
+int64_t wide(const Total<float>& total, float* sums, const Rows<float>& x, Ways ways, Room room,
              int threads) {
   const int64_t most = most_blocks(x.number), panels = panels_in(x.d);
   Block* blocks = room.take<Block>(panels * most);
@@ -144,32 +150,45 @@ int64_t wide(const Total<float>& total, const Rows<float>& x, bool along_rows, R
       const int64_t rows = std::min(most * DEPTH, x.number - row), each = blocks_in(rows);
 #pragma omp for schedule(static) reduction(&& : fits)
       for (int64_t n = 0; n < panels * each; ++n)
-        fits = split(x, row + n % each * DEPTH, n / each * WIDTH, along_rows, blocks[n]) && fits;
+        fits = split(x, row + n % each * DEPTH, n / each * WIDTH, ways, blocks[n]) && fits;
       if (!fits) break;
+#pragma omp single nowait
+      {
+        done = row + rows;
+        for (int64_t n = 0; n < (sums ? panels * each : 0); ++n) {
+          const int64_t column = n / each * WIDTH;
+          add_sums(blocks[n].sums, sums + column, x.d - column, row > 0 || n % each > 0);
+        }
+      }
 #pragma omp for schedule(static)
       for (int t = 0; t < threads; ++t)
         squares(total, {blocks, each, rows}, total.adds || row > 0,
                 {room.next + t * bytes_for_squares(most)}, t, threads);
-#pragma omp single nowait
-      done = row + rows;
     }
     _tile_release();
   }
   return done;
 }
 
+// One thread's sums: of products, and of columns.
+struct Own {
+  Square* squares;
+  float* sums;
+};
+
 // One thread's rows of x: from one block to another.
-bool sum(const Rows<float>& x, bool along_rows, int64_t begin, int64_t end, Room room,
-         Square* sums) {
+bool sum(const Rows<float>& x, Ways ways, int64_t begin, int64_t end, Room room, Own own) {
   const int64_t panels = panels_in(x.d);
   Block *blocks = room.take<Block>(panels), *turned = room.take<Block>(1);
   Products products;
   bool fits = true;
   for (int64_t b = begin; fits && b < end; ++b) {
     const int pieces = pieces_in(x.number - b * DEPTH);
-    for (int64_t p = 0; p < panels; ++p)
-      fits = split(x, b * DEPTH, p * WIDTH, along_rows, blocks[p]) && fits;
-    Square* square = sums;
+    for (int64_t p = 0; p < panels; ++p) {
+      fits = split(x, b * DEPTH, p * WIDTH, ways, blocks[p]) && fits;
+      if (ways.sums) add_sums(blocks[p].sums, own.sums + p * WIDTH, WIDTH, b > begin);
+    }
+    Square* square = own.squares;
     for (int64_t p = 0; p < panels; ++p) {
       products.finish();
       turn(blocks[p], pieces, *turned);
@@ -182,31 +201,36 @@ bool sum(const Rows<float>& x, bool along_rows, int64_t begin, int64_t end, Room
 }
 
 int64_t bytes_for_rows(int64_t d) {
-  return (panels_in(d) + 1) * sizeof(Block) + squares_in(d) * sizeof(Square);
+  return (panels_in(d) + 1) * sizeof(Block) + squares_in(d) * sizeof(Square) +
+         panels_in(d) * WIDTH * sizeof(float);
 }
 
 // The same, of tall x: all or none.
-int64_t tall(const Total<float>& total, const Rows<float>& x, bool along_rows, Room room,
+int64_t tall(const Total<float>& total, float* sums, const Rows<float>& x, Ways ways, Room room,
              int threads) {
   const int64_t panels = panels_in(x.d), all = blocks_in(x.number);
-  std::vector<Square*> sums;
-  for (int t = 0; t < threads; ++t) sums.push_back(room.take<Square>(squares_in(x.d)));
+  std::vector<Own> own;
+  for (int t = 0; t < threads; ++t)
+    own.push_back({room.take<Square>(squares_in(x.d)), room.take<float>(panels * WIDTH)});
   bool fits = true;
 #pragma omp parallel num_threads(threads)
   {
     _tile_loadconfig(&SHAPE);
 #pragma omp for schedule(static) reduction(&& : fits)
     for (int t = 0; t < threads; ++t) {
-      Room own{room.next + t * (panels + 1) * int64_t(sizeof(Block))};
-      fits = sum(x, along_rows, all * t / threads, all * (t + 1) / threads, own, sums[t]) && fits;
+      Room blocks{room.next + t * (panels + 1) * int64_t(sizeof(Block))};
+      fits = sum(x, ways, all * t / threads, all * (t + 1) / threads, blocks, own[t]) && fits;
     }
     _tile_release();
 #pragma omp for schedule(static, 1)
-    for (int64_t p = 0; p < (fits ? panels : 0); ++p)
+    for (int64_t p = 0; p < (fits ? panels : 0); ++p) {
       for (int64_t q = 0, n = p * (p + 1) / 2; q <= p; ++q, ++n) {
-        for (int t = 1; t < threads; ++t) sums[0][n].add(sums[t][n]);
-        finish(total, p, q, total.adds, sums[0][n]);
+        for (int t = 1; t < threads; ++t) own[0].squares[n].add(own[t].squares[n]);
+        finish(total, p, q, total.adds, own[0].squares[n]);
       }
+      for (int t = 0; t < (ways.sums ? threads : 0); ++t)
+        add_sums(own[t].sums + p * WIDTH, sums + p * WIDTH, x.d - p * WIDTH, t > 0);
+    }
     _mm_sfence();
   }
   return fits ? x.number : 0;
@@ -232,14 +256,14 @@ extern "C" int64_t gram_digits_room(int64_t rows, int64_t d, int threads) {
   return panels_in(d) * blocks * sizeof(Block) + threads * bytes_for_squares(blocks);
 }
 
-// How many of the first rows were summed.
+// How many of the first rows were summed; if asked for, there are also the sums of their columns.
 extern "C" int64_t gram_digits(float* total, int64_t step, double scale, bool adds, const float* x,
                                const int64_t* rows, int64_t number, const int64_t* columns,
-                               int64_t d, char* room, int threads) {
+                               int64_t d, float* sums, char* room, int threads) {
   using namespace digits;
   const auto take = is_tall(number, d, threads) ? tall : wide;
-  const bool along_rows = runs(rows, number) > runs(columns, d);
-  return take({total, step, d, float(scale), adds}, {x, rows, columns, number, d}, along_rows,
+  const Ways ways{runs(rows, number) > runs(columns, d), sums != nullptr};
+  return take({total, step, d, float(scale), adds}, sums, {x, rows, columns, number, d}, ways,
               {room}, threads);
 }
 
