@@ -61,11 +61,11 @@ class Moment:
     def add(self, x: Float[Tensor, "group *rows d"], count: int | Tensor = 0) -> None:
         """Add rows; `count` says how many of them count."""
         self.count = self.count + count
-        if x.device.type != "cpu" or x.shape[1:-1].numel() >= ENOUGH:
+        if not x.is_cpu or x.shape[1:-1].numel() >= ENOUGH:
             self._multiply(x)
             return
         # A copy: a larger tensor would stay alive, and the user's own may change.
-        self._wait(x.flatten(1, -2).clone())
+        self._wait((x if x.ndim == 3 else x.flatten(1, -2)).clone())
 
     def add_image(self, of: Image, count: int = 0) -> None:
         """Add rows that are the patches of an image; `count` says how many of an input count."""
@@ -126,17 +126,15 @@ class Moment:
 
     def numbers(self) -> list[Tensor]:
         """Tensors whose norm is NaN or Inf if the sum holds one."""
-        return [*self.waiting, *self._diagonal()]
+        return [*self.waiting, *self._diagonals()]
 
     def is_finite(self) -> bool:
         """Whether the sum holds neither NaN nor Inf."""
         squares = [rows.square().sum() for rows in self.waiting]
-        return all(bool(t.isfinite().all()) for t in (*squares, *self._diagonal()))
+        return all(bool(t.isfinite().all()) for t in (*squares, *self._diagonals()))
 
-    def _diagonal(self) -> list[Tensor]:
-        """Any row shows on the diagonal, which sums squares."""
-        gram = self.gram
-        return [] if gram is None or gram.is_empty else [gram.diagonal()]
+    def _diagonals(self) -> list[Tensor]:
+        return [] if self.gram is None else self.gram.numbers()
 
     def _wait(self, rows: Tensor) -> None:
         self.waiting.append(rows)
@@ -205,7 +203,10 @@ class InputSums:
 
     def of(self, scales: Scales) -> Moment:
         """The moment of rows with these scales."""
-        return self.moments.setdefault(scales, self.moment(scales))
+        found = self.moments.get(scales)
+        if found is None:
+            found = self.moments[scales] = self.moment(scales)
+        return found
 
     def merge(self, other: InputSums) -> None:
         """Add what another one has; the other one is used up."""

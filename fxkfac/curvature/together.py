@@ -70,7 +70,8 @@ def listened(root: Tensor, y: Tensor, tell: Callable[[Tensor], None], alone: boo
         tell: Who is told.
         alone: Whether nothing but the root asks for gradients.
     """
-    if not alone or y.grad_fn is None:
+    maker = y.grad_fn if alone else None
+    if maker is None:
         heard: Tensor = Listen.apply(root, y, tell)
         return heard
     place = y.output_nr  # a path leads from it to the root, and takes one call less
@@ -79,7 +80,7 @@ def listened(root: Tensor, y: Tensor, tell: Callable[[Tensor], None], alone: boo
         if (g := gradients[place]) is not None:
             tell(g)
 
-    y.grad_fn.register_prehook(hear)
+    maker.register_prehook(hear)
     return y
 
 

@@ -10,7 +10,7 @@ could read them, a chunk at a time.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import gcd
 from typing import TYPE_CHECKING
 
@@ -60,14 +60,17 @@ class Gram:
             whole of it was.
         scale: What the total was multiplied by already. A kernel writes an empty one multiplied by
             it; products of PyTorch's are not, and set it to one.
+        is_finite: Whether it is known that no row had NaN or Inf.
     """
 
     total: Float[Tensor, "group d d"]
     is_empty: bool = True
     whole: int = 0  # of nothing: all of it
     scale: float = 1.0
+    is_finite: bool = field(default=True, init=False)
 
     def __post_init__(self) -> None:
+        self.is_finite = self.is_empty
         self.whole = self.whole or self.total.shape[-1]
 
     def merge(self, other: Gram) -> None:
@@ -90,9 +93,11 @@ class Gram:
         adds = not self.is_empty
         if adds:
             self.matrix(self.scale)  # both triangles
-        sums = kernel.add(self.total, x, columns, scale=self.scale, adds=adds, summed=summed)
+        is_finite = self.is_finite
+        added = kernel.add(self.total, x, columns, scale=self.scale, adds=adds, summed=summed)
         self._beta(self.total.shape[-1])
-        return sums
+        self.is_finite = is_finite and added.are_finite
+        return added.sums
 
     def matrix(self, scale: float | Tensor = 1.0) -> Float[Tensor, "group d d"]:
         """The sum, symmetric to rounding; scaled in place by one number, or (group, 1, 1).
@@ -107,7 +112,11 @@ class Gram:
         self.scale = 1.0 if isinstance(scale, Tensor) else scale
         return self.total
 
-    def diagonal(self) -> Float[Tensor, " group_d"]:
+    def numbers(self) -> list[Tensor]:
+        """Where NaN or Inf of any row shows, if there may be some: on the diagonal are squares."""
+        return [] if self.is_finite else [self._diagonal()]
+
+    def _diagonal(self) -> Float[Tensor, " group_d"]:
         """The diagonals, one after the other."""
         total = self.total
         if len(total) == 1:  # one call in the place of two
@@ -128,7 +137,7 @@ class Gram:
     def _beta(self, whole: int) -> float:
         beta = 0.0 if self.is_empty else 1.0
         d = self.total.shape[-1]
-        self.is_empty = False
+        self.is_empty = self.is_finite = False
         self.whole = min(self.whole, whole) if d in (self.whole, whole) else gcd(self.whole, whole)
         return beta
 
@@ -142,7 +151,8 @@ def new_total(like: Tensor, group: int, d: int, dtype: torch.dtype) -> Float[Ten
     line = LINE // dtype.itemsize
     if like.device.type != "cpu" or d % line == 0 or d**2 * dtype.itemsize < CACHED:
         return like.new_empty(group, d, d, dtype=dtype)
-    return like.new_empty(group, d, -(-d // line) * line, dtype=dtype)[..., :d]
+    step = -(-d // line) * line
+    return like.new_empty_strided((group, d, d), (d * step, step, 1), dtype=dtype)
 
 
 def in_front(total: Float[Tensor, "group wider wider"], border: int) -> Float[Tensor, "group d d"]:

@@ -81,6 +81,19 @@ class Matrix(NamedTuple):
         return self.start, down, rows, across, d
 
 
+class Added(NamedTuple):
+    """What there is to know of rows that were added.
+
+    Attributes:
+        sums: Σ_rows x, (group, d), where it was asked for.
+        are_finite: Whether it is known that there was neither NaN nor Inf, and is none in a sum of
+            less than 2²⁷ such rows: numbers with digits are below 2⁵⁰.
+    """
+
+    sums: Tensor | None
+    are_finite: bool
+
+
 @dataclass(frozen=True)
 class Kernel:
     """What there is for one dtype.
@@ -110,7 +123,7 @@ class Kernel:
         scale: float,
         adds: bool,
         summed: bool = False,
-    ) -> Float[Tensor, "group d"] | None:
+    ) -> Added:
         """Add scale · Σ_rows x xᵀ of every group, or write it.
 
         Args:
@@ -125,15 +138,17 @@ class Kernel:
         sums = (
             torch.empty(x.shape[0], across.number, dtype=x.dtype, device="cpu") if summed else None
         )
-        whole = True
+        by_digits = True
         for k in range(x.shape[0]):
             to = _address(total, k), total.stride(1), scale
             rows = Matrix(_address(x, k), down, across)
             done = self._by_digits(to, adds, rows, None if sums is None else _address(sums, k))
             if done < down.number:
                 self._by_vectors(to, adds or done > 0, rows.after(done))
-                whole = False
-        return sums if whole or not summed else x.sum(tuple(range(1, x.ndim - columns))).flatten(1)
+                by_digits = False
+        if summed and not by_digits:
+            sums = x.sum(tuple(range(1, x.ndim - columns))).flatten(1)
+        return Added(sums, by_digits)
 
     def _by_digits(
         self, to: tuple[int, int, float], adds: bool, rows: Matrix, sums: int | None
@@ -163,21 +178,22 @@ def kernel_for(total: Float[Tensor, "group d d"], x: Tensor) -> Kernel | None:
     """The one that pays for such a sum of rows, if there is one."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return None  # what is recorded is PyTorch's operations
+    group, d, _ = total.shape
+    if d < NARROWEST or (dtype := x.dtype) != total.dtype or dtype not in NAMES:
+        return None
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return None  # a transform wraps whatever is made now
-    group, d, _ = total.shape
-    if x.dtype != total.dtype or x.dtype not in NAMES or d < NARROWEST or total.stride(-1) != 1:
+    if total.stride(2) != 1 or not (_is_in_memory(total) and _is_in_memory(x)):
         return None
-    if not (_is_in_memory(total) and _is_in_memory(x)) or not (numbers := x.numel() // group):
+    kernel, numbers = _kernels().get(dtype), x.numel() // group
+    if kernel is None or not numbers:
         return None
-    kernel = _kernels().get(x.dtype)
-    pays = kernel is not None and (d >= FEWEST or kernel.takes_digits(numbers // d, d))
-    return kernel if pays else None
+    return kernel if d >= FEWEST or kernel.takes_digits(numbers // d, d) else None
 
 
 def _is_in_memory(t: Tensor) -> bool:
     """Whether a CPU finds numbers, and nothing else has to hear of what is done with them."""
-    if t.device.type != "cpu" or type(t) is not Tensor or t._is_zerotensor():
+    if not t.is_cpu or type(t) is not Tensor or t._is_zerotensor():
         return False
     is_heard = t.requires_grad and torch.is_grad_enabled()
     return not is_heard and not torch._C._functorch.is_functorch_wrapped_tensor(t)
