@@ -65,30 +65,38 @@ struct Add {
   }
 };
 
-#define LOAD(tile, from, n) _tile_loadd(tile, from + (n) * TILE, LINE);
-#define MULTIPLY(sum, other_sum, left_tile, digit)                     \
-  LOAD(6, right, 2 * digit) _tile_dpbssd(sum, left_tile, 6);           \
-  LOAD(7, right, 2 * digit + 1) _tile_dpbssd(other_sum, left_tile, 7);
+#define LEFT(tile, digit) _tile_loadd(tile, left + (digit) * TILE, LINE);
+#define RIGHT(tile, digit, half) _tile_loadd(tile, right + (2 * digit + half) * TILE, LINE);
+#define MULTIPLY(sum, left_tile, right_tile) _tile_dpbssd(sum, left_tile, right_tile);
 #define MEANWHILE(n) if (meanwhile) meanwhile->vector(n), meanwhile->vector(n + 1);
 
-// Those of a piece; vectors of earlier ones come on while tiles are at work.
+// Those of a piece; vectors of earlier ones come on while tiles are at work. A sum waits for the
+// product before, which takes three times as long as the next may follow: so others come between.
 struct Small {
   template <class Other>
   static void piece(const char* left, const char* right, const Other* meanwhile, int n) {
-    LOAD(4, left, 0) MULTIPLY(0, 1, 4, 2) MEANWHILE(n)
-    LOAD(5, left, 1) MULTIPLY(0, 1, 5, 1) MEANWHILE(n + 2)
-    MULTIPLY(2, 3, 5, 2) MEANWHILE(n + 4)
-    LOAD(4, left, 2) MULTIPLY(0, 1, 4, 0) MEANWHILE(n + 6)
-    MULTIPLY(2, 3, 4, 1)
+    LEFT(4, 0) RIGHT(6, 2, 0) MULTIPLY(0, 4, 6)
+    RIGHT(7, 2, 1) MULTIPLY(1, 4, 7) MEANWHILE(n)
+    LEFT(5, 1) MULTIPLY(2, 5, 6)
+    RIGHT(6, 1, 0) MULTIPLY(0, 5, 6) MEANWHILE(n + 2)
+    MULTIPLY(3, 5, 7)
+    RIGHT(7, 1, 1) MULTIPLY(1, 5, 7) MEANWHILE(n + 4)
+    LEFT(4, 2) MULTIPLY(2, 4, 6)
+    RIGHT(6, 0, 0) MULTIPLY(0, 4, 6) MEANWHILE(n + 6)
+    RIGHT(6, 0, 1) MULTIPLY(1, 4, 6)
+    MULTIPLY(3, 4, 7)
   }
 };
 
 struct Large {
   template <class Other>
   static void piece(const char* left, const char* right, const Other* meanwhile, int n) {
-    LOAD(4, left, 0) MULTIPLY(0, 1, 4, 0) MEANWHILE(n)
-    MULTIPLY(2, 3, 4, 1) MEANWHILE(n + 2)
-    LOAD(5, left, 1) MULTIPLY(2, 3, 5, 0) MEANWHILE(n + 4) MEANWHILE(n + 6)
+    LEFT(4, 0) RIGHT(6, 0, 0) MULTIPLY(0, 4, 6)
+    RIGHT(7, 1, 0) MULTIPLY(2, 4, 7) MEANWHILE(n)
+    RIGHT(7, 1, 1) MULTIPLY(3, 4, 7) MEANWHILE(n + 2)
+    RIGHT(7, 0, 1) MULTIPLY(1, 4, 7) MEANWHILE(n + 4)
+    LEFT(5, 1) MULTIPLY(2, 5, 6) MEANWHILE(n + 6)
+    MULTIPLY(3, 5, 7)
   }
 };
 
