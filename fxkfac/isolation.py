@@ -20,9 +20,6 @@ from torch.linalg import vector_norm
 
 from fxkfac.errors import CaptureError, OptionError
 
-SMALL = 2**14  # numbers that are put together with others in less time than they are summed
-
-
 _drawing = RLock()  # the state is the process's: threads take turns
 
 
@@ -111,12 +108,11 @@ def are_finite(tensors: Iterable[Tensor]) -> bool:
 
     False where that alone overflows.
     """
-    parts: dict[torch.device, list[Tensor]] = {}
+    alike: dict[torch.device, list[Tensor]] = {}
     for t in tensors:
-        small = t.numel() <= SMALL
-        part = t if small and t.ndim == 1 else (t if small else vector_norm(t)).reshape(-1)
-        parts.setdefault(t.device, []).append(part)
-    return all(cmath.isfinite(vector_norm(torch.cat(some)).item()) for some in parts.values())
+        alike.setdefault(t.device, []).append(t)
+    norms = (torch.stack(torch._foreach_norm(some)) for some in alike.values())
+    return all(cmath.isfinite(vector_norm(each).item()) for each in norms)
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:

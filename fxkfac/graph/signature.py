@@ -15,6 +15,7 @@ from fxkfac.errors import DataError
 from fxkfac.graph.front_ends.constants import constant_key
 from fxkfac.isolation import is_finite
 
+ONE = pytree.tree_structure((0,))  # of a single tensor
 BatchAxes = Any  # an int for all tensors, or a tree as of the inputs with int or None (as in vmap)
 
 
@@ -37,6 +38,8 @@ class Signature:
 
         Keywords may come in any order.
         """
+        if isinstance(inputs, Tensor) and self.spec == ONE:  # as nearly always, at every batch
+            return [inputs]
         leaves, spec = pytree.tree_flatten(_as_tuple(inputs))
         if spec != self.spec:
             leaves, spec = pytree.tree_flatten(self._in_order(inputs))

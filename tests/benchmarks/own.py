@@ -42,7 +42,7 @@ def _fxkfac(problem: Problem, flavour: str, options: dict[str, Any]) -> Prepared
     function = _function(flavour)
     if "backend" in options and not _has_backend(function):
         raise Refused("not there: no argument backend")
-    program = fxkfac.trace(problem.model, problem.batches[0][0], _asked(problem, flavour))
+    program = fxkfac.trace(problem.model, problem.batches[0][0], **_asked(problem, flavour))
     data: Any = problem.batches[0] if len(problem.batches) == 1 else problem.batches
     options = options | {"fisher": "mc" if flavour == STEP else flavour}
     if not problem.joint:
@@ -59,14 +59,16 @@ def _fxkfac(problem: Problem, flavour: str, options: dict[str, Any]) -> Prepared
     return Prepared(call, read, lambda result: Slope(result[0].loss, dict(result[0].gradients)))
 
 
-def _asked(problem: Problem, flavour: str) -> list[str] | None:
-    """Parameters whose factors all libraries give: without joint blocks the weights alone.
+def _asked(problem: Problem, flavour: str) -> dict[str, Any]:
+    """Whose factors all libraries give: without joint blocks those of the weights alone.
 
-    A step gives the gradients of all.
+    A step gives the gradients of all parameters nevertheless.
     """
-    if problem.joint or flavour == STEP:
-        return None
-    return [f"{name}.weight" for name in problem.layers]
+    if problem.joint:
+        return {}
+    if flavour == STEP:
+        return {"structure": {f"{name}.bias": "skip" for name in problem.layers}}
+    return {"params": [f"{name}.weight" for name in problem.layers]}
 
 
 def _function(flavour: str) -> Callable[..., Any]:
