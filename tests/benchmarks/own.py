@@ -49,14 +49,14 @@ def _fxkfac(problem: Problem, flavour: str, options: dict[str, Any]) -> Prepared
         options["separate_weight_and_bias"] = True
 
     def call() -> Any:
-        result = function(program, problem.loss, data, **options)
-        factors = result.factors if flavour == STEP else result
-        return result, {name: (block.A, block.B) for name, block in factors.items()}
+        return function(program, problem.loss, data, **options)
 
     def read(result: Any) -> Factors:
-        return {name: result[1][f"{name}.weight"] for name in problem.layers}
+        factors = result.factors if flavour == STEP else result
+        blocks = {name: factors[f"{name}.weight"] for name in problem.layers}
+        return {name: (block.A, block.B) for name, block in blocks.items()}
 
-    return Prepared(call, read, lambda result: Slope(result[0].loss, dict(result[0].gradients)))
+    return Prepared(call, read, lambda result: Slope(result.loss, dict(result.gradients)))
 
 
 def _asked(problem: Problem, flavour: str) -> dict[str, Any]:
