@@ -213,7 +213,7 @@ def test_convolutions_of_awkward_shapes(name: str, dtype: torch.dtype) -> None:
 def test_a_large_sum_is_taken_in_strips() -> None:
     """More rows than one product is given, and further ones that come as a whole square."""
     from fxkfac.linalg import Gram, add_gram
-    from fxkfac.linalg.gram import LARGE
+    from fxkfac.linalg.products import LARGE
 
     d = 1100
     rows = rand(1, LARGE // d**2 + 1, d).cuda()

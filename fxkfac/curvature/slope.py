@@ -131,12 +131,11 @@ def _sum(total: Tensor | None, g: Tensor, factor: float) -> Tensor:
 
 def _laid_out(total: Tensor | None, factor: float, like: Tensor, taken: set[int]) -> Tensor:
     """The factor times a gradient; the gradient itself, where this is the same."""
-    new = torch.empty_like(like.detach())
     if total is None:
-        return new.zero_()
-    is_same = factor == 1.0 and total.dtype == new.dtype and total.stride() == new.stride()
+        return torch.zeros_like(like.detach())
+    is_same = factor == 1.0 and total.dtype == like.dtype and total.stride() == like.stride()
     memory = total.untyped_storage()
     if is_same and memory.nbytes() == total.nbytes and memory.data_ptr() not in taken:
         taken.add(memory.data_ptr())
         return total
-    return torch.mul(total, factor, out=new)
+    return torch.mul(total, factor, out=torch.empty_like(like.detach()))

@@ -2,11 +2,12 @@
 
 from fxkfac.linalg.checksum import checksum
 from fxkfac.linalg.flatten import cvec, rvec
-from fxkfac.linalg.gram import Gram, add_gram, in_front, new_total, strip
+from fxkfac.linalg.gram import Gram, in_front, new_total
 from fxkfac.linalg.kronecker import kronecker_dense
 from fxkfac.linalg.made_once import made_once
 from fxkfac.linalg.opaque import opaque_gram, opaque_patch_gram
 from fxkfac.linalg.patches import add_patch_gram
+from fxkfac.linalg.products import add_gram, strip
 from fxkfac.linalg.windows import Windows, patch_sums
 
 __all__ = [

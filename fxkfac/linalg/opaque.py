@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fxkfac.linalg.gram import Gram, add_gram, in_front, new_total
+from fxkfac.linalg.gram import Gram, in_front, new_total
 from fxkfac.linalg.patches import add_patch_gram
+from fxkfac.linalg.products import add_gram
 from fxkfac.linalg.windows import Windows
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ from einops import rearrange
 from torch import Tensor
 
 from fxkfac.linalg.correlation import add_by_channels, channel_block, is_faster
-from fxkfac.linalg.gram import CALL, COPY, READ, Gram, add_gram, add_rows, chunk_numel, triangle
+from fxkfac.linalg.gram import Gram
+from fxkfac.linalg.products import CALL, COPY, READ, add_gram, add_rows, chunk_numel, triangle
 from fxkfac.linalg.shifts import add_shifted, shifted_cost
 from fxkfac.linalg.tiles import kernel_for
 from fxkfac.linalg.windows import Axis, Windows, patches, subsampled

@@ -24,8 +24,9 @@ from einops import rearrange
 from torch import Tensor
 
 from fxkfac.linalg.correlation import add_part, correlation, has_wide_vectors
-from fxkfac.linalg.gram import CALL, COPY, READ, Gram, chunk_numel
+from fxkfac.linalg.gram import Gram
 from fxkfac.linalg.made_once import made_once
+from fxkfac.linalg.products import CALL, COPY, READ, chunk_numel
 from fxkfac.linalg.windows import Axis
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from linalg.grams import empty, gram_of
 from torch import Tensor
 
-from fxkfac.linalg import Gram, add_gram, gram
+from fxkfac.linalg import Gram, add_gram, gram, products
 
 SIZES = st.integers(1, 5)
 DTYPES = st.sampled_from([torch.float32, torch.float64])
@@ -36,8 +36,9 @@ def plain(x: Tensor) -> Tensor:
 
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes at which four columns make two strips, and seven numbers a chunk."""
-    for name, value in {"STRIP": 2, "WIDE": 7, "CHUNK": 7, "TILE": 3, "FEW": 3}.items():
-        monkeypatch.setattr(gram, name, value)
+    monkeypatch.setattr(gram, "TILE", 3)
+    for name, value in {"STRIP": 2, "WIDE": 7, "CHUNK": 7, "FEW": 3}.items():
+        monkeypatch.setattr(products, name, value)
 
 
 def close(actual: Tensor, expected: Tensor) -> None:

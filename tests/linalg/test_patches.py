@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fxkfac.graph.form import Patches
 from fxkfac.graph.uses.normal import unfold
-from fxkfac.linalg import gram, patches, tiles
+from fxkfac.linalg import gram, patches, products, tiles
 from fxkfac.linalg.windows import Windows, patch_sums
 
 WAYS = st.sampled_from(["chosen", "shifts", "patches"])
@@ -52,8 +52,9 @@ def force(patch: pytest.MonkeyPatch, way: str) -> None:
     patch.setattr(
         patches, "shifts_pay", lambda axes, *_: shifts and all(a.stride == 1 for a in axes)
     )
-    for name, value in {"STRIP": 2, "CHUNK": 40, "TILE": 2, "FEW": 3}.items():
-        patch.setattr(gram, name, value)
+    patch.setattr(gram, "TILE", 2)
+    for name, value in {"STRIP": 2, "CHUNK": 40, "FEW": 3}.items():
+        patch.setattr(products, name, value)
 
 
 def close(actual: Tensor, expected: Tensor) -> None:

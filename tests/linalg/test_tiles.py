@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fxkfac.linalg import Gram, add_gram, gram, tiles
+from fxkfac.linalg import Gram, add_gram, products, tiles
 
 F32, F64 = torch.float32, torch.float64
 
@@ -143,7 +143,7 @@ def test_numbers_without_digits_are_summed_all_the_same(
 def test_strips_and_kernels_add_up(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     x = rand(2, 700, 200).to(dtype)
     sums = Gram(torch.full((2, 200, 200), nan, dtype=dtype), scale=0.25)
-    monkeypatch.setattr(gram, "FEW", 0)
+    monkeypatch.setattr(products, "FEW", 0)
     for has_one in (False, True, True, False, True):
         with monkeypatch.context() as patch:
             if not has_one:

@@ -15,7 +15,7 @@ constexpr int64_t MOST_BLOCKS = 4;   // of a panel at once
 constexpr int64_t LEFTS = 4;         // panels whose blocks stay in the second cache, turned
 constexpr int64_t NARROW = 640;      // columns whose sums stay there: x may be tall,
 constexpr int64_t ROOM = 1 << 26;    // if all threads have no more bytes together
-constexpr int64_t CACHED = 1 << 21;  // bytes of a sum that the second cache has
+constexpr int64_t CACHED = 1 << 19;  // bytes of a sum that may stay in the second cache
 
 // Whether a sum is large, new, and of whole lines: those go to memory without being read.
 bool passes_cache(const Total<float>& total, bool adds) {
