@@ -22,7 +22,7 @@ from benchmarks.interface import Prepared, Refused
 from benchmarks.own import INDUCTOR
 from benchmarks.peers import PEERS
 from benchmarks.problems import ALL, PROBLEMS
-from fxkfac.linalg.tiles import Kernel
+from fxkfac.linalg.tiles import Added, Kernel
 from fxkfac.measure import Elsewhere, seconds_of, warning
 
 CALL, SUMS = "one call of fxkfac", "sums by kernels"
@@ -54,9 +54,9 @@ def _sums_recorded() -> Iterator[None]:
     """Kernels are no operations, and show by a name of their own."""
     plain = Kernel.add
 
-    def recorded(*args: Any, **options: Any) -> None:
+    def recorded(*args: Any, **options: Any) -> Added:
         with record_function(SUMS):
-            plain(*args, **options)
+            return plain(*args, **options)
 
     Kernel.add = recorded  # type: ignore[method-assign]
     try:

@@ -18,6 +18,7 @@ from benchmarks.own import INDUCTOR, absent
 from benchmarks.peers import PEERS
 from benchmarks.problems import PROBLEMS, STEP
 from benchmarks.suite import DIFFERS, TIMED, Settings, compared, run
+from fxkfac.linalg import Gram, add_gram
 
 INSTALLED = tuple(
     name for name, peer in PEERS.items() if peer.version is not None and name not in absent()
@@ -175,6 +176,14 @@ def test_the_profile_shows_products_and_the_outside(capsys):
     printed = capsys.readouterr().out
     assert "outside" in printed
     assert "aten::mm" in printed or "aten::addmm" in printed
+
+
+def test_sums_by_kernels_are_the_same_under_the_profile():
+    x, total = torch.randn(1, 1024, 96), torch.empty(1, 96, 96)
+    with profile._sums_recorded():
+        sums = add_gram(Gram(total), x, summed=True)
+    torch.testing.assert_close(sums, x.sum(1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(total.tril(), (x.mT @ x).tril(), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.slow
