@@ -162,7 +162,8 @@ class Collector(Receiver):
         elif kept is None and (images := self.schedule.outputs[use]):
             self.outputs[k].add_image(images.of(g))
         else:
-            self.outputs[k].add(expanded_output(use, g, kept))
+            rows = of_each(partial(expanded_output, use, kept=kept), g)
+            self.outputs[k].add(rows.flatten(1, 2) if rows.ndim > 4 else rows)
 
     def _add_sums(self, k: int, parts: list[Tensor]) -> None:
         """ĝ = Σ_s g over all uses of a term."""

@@ -50,11 +50,6 @@ class Padding:
     seen: dict[Use, Tensor] = field(default_factory=dict)
     fits: bool = False
 
-    @property
-    def is_unknown(self) -> bool:
-        """Whether nothing says of any row that it is none."""
-        return self.mask is None and self.ignored is None
-
     def real(self, use: Use, y: Tensor) -> Float[Tensor, "batch shared"] | None:
         """Ones where a row of the use is real, zeros where not; `None` where all are kept.
 

@@ -126,8 +126,6 @@ class Receiver(ABC):
 
     def rows_that_count(self, use: Use, y: Tensor) -> Kept:
         """Which rows of a use count, as far as is known by now."""
-        if self.padding.is_unknown and not self._groups:
-            return None
         return rows_kept(self.padding.real(use, y), self._groups.get(use))
 
     # --- what the batch does with it ---

@@ -10,7 +10,6 @@ gradient is Σ_s g, so that its block is exact.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxkfac.curvature.plan import Scales, TermPlan
-from fxkfac.curvature.together import of_each
 from fxkfac.errors import BatchAxisError, UnsupportedUse
 from fxkfac.graph.form import BatchAxis
 from fxkfac.graph.uses.ir import Use
@@ -130,20 +128,7 @@ def counted_input(use: Use, x: Input, y: Tensor, kept: Kept) -> tuple[Tensor, in
 
 
 def expanded_output(use: Use, g: Tensor, kept: Kept) -> Float[Tensor, "group *rows d_out"]:
-    """Every row of the gradients at the output of a use, of all vectors in the first axis."""
-    if kept is None and g.shape[0] == 1:
-        flat = use.form.reader.view(_first_in_one_axis, g, use)
-        if flat is not None:
-            return accurate(flat)
-    rows = of_each(partial(_expanded_output, use, kept), g)
-    return rows.flatten(1, 2) if rows.ndim > 4 else rows
-
-
-def _first_in_one_axis(g: Tensor, use: Use) -> Tensor:
-    return normal_y(use, g[0], None).flatten(1, -2)
-
-
-def _expanded_output(use: Use, kept: Kept, g: Tensor) -> Tensor:
+    """Every row of a gradient at the output of a use."""
     if kept is None:
         return accurate(every_row(use, g))
     return accurate(_by_datum(use, normal_y(use, g, use.batch), kept))

@@ -126,10 +126,8 @@ def _give_output(sink: Sink, place: int, y: Tensor) -> Tensor:
 
 def _give_input(sink: Sink, use: int, *tensors: Tensor) -> None:
     *read, y = tensors
-    if len(read) == 1:
-        sink.input(use, read[0], y)
-    else:
-        sink.input(use, Routed(*read) if read else None, y)
+    x = Routed(*read) if len(read) > 1 else (read[0] if read else None)
+    sink.input(use, x, y)
 
 
 def without_dropout(module: GraphModule) -> GraphModule:

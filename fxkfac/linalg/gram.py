@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 TILE = 64  # columns that are transposed at once, at least: fewer take longer
 LINE = 64  # bytes of memory that come together
-CACHED = 2**19  # bytes of a sum that may stay in the second cache
+CACHED = 2**19  # bytes of a sum that may stay in the second cache, as the kernel has it
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Gram:
     is_empty: bool = True
     whole: int = 0  # of nothing: all of it
     scale: float = 1.0
-    is_finite: bool = field(default=True, init=False)
+    is_finite: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self.is_finite = self.is_empty

@@ -185,10 +185,10 @@ def kernel_for(total: Float[Tensor, "group d d"], x: Tensor) -> Kernel | None:
         return None  # a transform wraps whatever is made now
     if total.stride(2) != 1 or not (_is_in_memory(total) and _is_in_memory(x)):
         return None
-    kernel, numbers = _kernels().get(dtype), x.numel() // group
-    if kernel is None or not numbers:
-        return None
-    return kernel if d >= FEWEST or kernel.takes_digits(numbers // d, d) else None
+    kernel = _kernels().get(dtype) if x.numel() else None
+    if kernel is None or d >= FEWEST:
+        return kernel
+    return kernel if kernel.takes_digits(x.numel() // (group * d), d) else None
 
 
 def _is_in_memory(t: Tensor) -> bool:
