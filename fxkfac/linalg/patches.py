@@ -9,18 +9,22 @@ from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING
 
+import torch
 from einops import rearrange
 from torch import Tensor
 
 from fxkfac.linalg.correlation import add_by_channels, channel_block, is_faster
 from fxkfac.linalg.gram import Gram
-from fxkfac.linalg.products import CALL, COPY, READ, add_gram, add_rows, chunk_numel, triangle
+from fxkfac.linalg.products import add_gram, add_rows, chunk_numel, triangle
 from fxkfac.linalg.shifts import add_shifted, shifted_cost
 from fxkfac.linalg.tiles import kernel_for
 from fxkfac.linalg.windows import Axis, Windows, patches, subsampled
 
 if TYPE_CHECKING:
     from jaxtyping import Float
+
+COPIED = 16  # multiply-adds take as long as to copy a number of a patch
+SLOWER = 1.5  # times as long as in a kernel one takes in strips of patches
 
 
 def add_patch_gram(
@@ -40,16 +44,17 @@ def add_patch_gram(
         return
     if not batch or any(a.places == 0 for a in axes):
         return
-    kernel, d = kernel_for(gram.total, image), gram.total.shape[-1]
-    many = kernel is not None and kernel.takes_digits(batch * prod(a.places for a in axes), d)
-    moves = image.device.type == "cpu" and shifts_pay(axes, batch, group, channels // group)
-    if moves and not many:
+    rows, d = batch * prod(a.places for a in axes), gram.total.shape[-1]
+    kernel = kernel_for(gram.total, image, rows, copied=True)
+    sizes = batch, group, channels // group
+    digits = kernel is not None and kernel.takes_digits(rows, d)
+    if image.is_cpu and not digits and shifts_pay(axes, sizes, image.dtype, kernel is not None):
         add_shifted(gram, image, axes)
     elif kernel:
         places, taps = _names(axes)
         of_groups = f"n (g c) {places} {taps} -> g n {places} c {taps}"
-        rows = rearrange(patches(image, axes), of_groups, g=group)
-        gram.add(kernel, rows, columns=1 + len(axes))
+        windowed = rearrange(patches(image, axes), of_groups, g=group)
+        gram.add(kernel, windowed, columns=1 + len(axes))
     else:
         add_patches(gram, image, axes)
 
@@ -57,7 +62,8 @@ def add_patch_gram(
 def _add_positions(gram: Gram, image: Tensor, group: int) -> None:
     """Of a kernel with one tap: a row for each position."""
     d = image.shape[1] // group
-    if not kernel_for(gram.total, image) and is_faster(image, d) and image.numel():
+    kernel = kernel_for(gram.total, image, image.numel() // image.shape[1])
+    if not kernel and is_faster(image, d) and image.numel():
         add_by_channels(gram.total, image, gram.beta(channel_block(image.shape[1], group)))
     else:
         add_gram(gram, _positions(image, group))
@@ -77,21 +83,26 @@ def _positions(image: Tensor, group: int) -> Float[Tensor, "group batch position
 
 
 @lru_cache(maxsize=256)  # the same for every vector and every batch
-def shifts_pay(axes: tuple[Axis, ...], batch: int, group: int, channels: int) -> bool:
+def shifts_pay(
+    axes: tuple[Axis, ...], sizes: tuple[int, int, int], dtype: torch.dtype, has_kernel: bool
+) -> bool:
     """Whether products of the moved image are cheaper than patches, on a CPU.
 
     A GPU takes two to ten times as long for them, but for 256 channels and more.
+
+    Args:
+        axes: Where windows lie.
+        sizes: Numbers of data, of groups, and of channels in one.
+        dtype: Of the image.
+        has_kernel: Whether patches go to a kernel, by vectors.
     """
     if any(a.stride > 1 for a in axes):
         return False
-    return shifted_cost(axes, batch, group, channels) < _patches_cost(axes, batch, group, channels)
-
-
-def _patches_cost(axes: tuple[Axis, ...], batch: int, group: int, channels: int) -> float:
-    """The time of `add_patches`, in multiply-adds."""
+    batch, group, channels = sizes
     d = channels * prod(a.kernel for a in axes)
     numel = batch * prod(a.places for a in axes) * group * d
-    return CALL + numel * (triangle(d) * d + READ + COPY)
+    each = d / 2 + COPIED if has_kernel else SLOWER * (triangle(d) * d + COPIED)
+    return shifted_cost(axes, *sizes, dtype) < numel * each
 
 
 def add_patches(

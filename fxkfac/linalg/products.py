@@ -37,10 +37,6 @@ WIDE = 512  # columns from which on strips are twice as wide
 CHUNK = 2**19  # numbers that are copied at once: from 2**18 to 2**20 they stay in the cache
 CHUNK_ELSEWHERE = 2**24  # on a device where every call costs more than a missed cache
 LARGE, FEW_STRIPS = 2**33, 4  # there: multiply-adds of a square that is worth more calls than one
-# What else takes time beside the products, in multiply-adds: measured for tens of channels and up.
-READ = 8  # for every number that a product reads
-COPY = 16  # for every number that is copied out of its order first
-CALL = 2**18  # for every product, however small
 FEW = 192  # rows whose whole square takes no longer than its triangle and the mirror do
 
 
@@ -54,7 +50,7 @@ def add_gram(
         x: Rows in one axis, or in two: (group, batch, shared, d) of any strides.
         summed: Whether it is.
     """
-    if kernel := kernel_for(gram.total, x):
+    if kernel := kernel_for(gram.total, x, x.shape[1:-1].numel()):
         return gram.add(kernel, x, summed=summed)
     if x.numel():
         _add_by_products(gram, x)

@@ -26,7 +26,7 @@ from torch import Tensor
 from fxkfac.linalg.correlation import add_part, correlation, has_wide_vectors
 from fxkfac.linalg.gram import Gram
 from fxkfac.linalg.made_once import made_once
-from fxkfac.linalg.products import CALL, COPY, READ, chunk_numel
+from fxkfac.linalg.products import chunk_numel
 from fxkfac.linalg.windows import Axis
 
 if TYPE_CHECKING:
@@ -36,6 +36,11 @@ if TYPE_CHECKING:
 ROWS = 4  # times as many rows as channels at least, or adding up costs as much as multiplying
 VECTOR = 8  # channels: fewer take as long
 NARROW = 2  # times as long as a product's a convolution's multiply-add takes without AVX-512
+# What else takes time beside these, in multiply-adds: measured for 3 to 512 channels.
+CONVOLUTION = 2**25  # for every one, however small
+MOVED = 200  # for every number that one reads;
+MOVED_WITHOUT_KERNEL = 2500  # where it has to copy patches itself, as in double precision
+SCATTERED = 450  # for every number of the sum
 
 
 class Run(NamedTuple):
@@ -247,13 +252,13 @@ def _scatter(
         add_part(strip, rearrange(blocks, "k m g c e -> g (c k) (e m)"), beta)
 
 
-def shifted_cost(axes: tuple[Axis, ...], batch: int, group: int, channels: int) -> float:
-    """The time of `add_shifted`, in multiply-adds."""
-    how, boxes = plan(axes), 0.0
+def shifted_cost(
+    axes: tuple[Axis, ...], batch: int, group: int, channels: int, dtype: torch.dtype
+) -> float:
+    """The time of `add_shifted`, in multiply-adds of one large product."""
     each = (1 if has_wide_vectors() else NARROW) * -(-channels // VECTOR) * VECTOR
-    for c in how.correlations:
+    moved, found = MOVED if dtype == torch.float32 else MOVED_WITHOUT_KERNEL, 0.0
+    for c in plan(axes).correlations:
         numel = batch * group * channels * prod(length for _, length in c.first)
-        boxes += CALL + numel * (each * prod(c.kernel) + READ + COPY)
-    moved = len(how.boxes) * group * channels**2 * COPY
-    d = channels * prod(a.kernel for a in axes)
-    return boxes + moved + group * d**2 * (len(how.boxes) + 2 * COPY)
+        found += CONVOLUTION + numel * (each * prod(c.kernel) + moved)
+    return found + group * (channels * prod(a.kernel for a in axes)) ** 2 * SCATTERED

@@ -1,6 +1,6 @@
 """Rows x -> scale · Σ_rows x xᵀ by kernels in C++, both triangles of it.
 
-Of the time that BLAS takes for the square, one by vectors takes 0.6 to 0.8 with one thread; one by
+Of the time that BLAS takes for the square, one by vectors takes 0.55 to 0.7 of many rows; one by
 tiles of bytes, three to a number, which is as exact as single precision, takes 0.35 to 0.5. A
 triangle by matrix products with the other one copied takes 0.65 to 1.3.
 """
@@ -8,12 +8,12 @@ triangle by matrix products with the other one copied takes 0.65 to 1.3.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from ctypes import c_bool, c_double, c_int, c_int64, c_void_p
+from ctypes import c_bool, c_double, c_float, c_int, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib.resources import files
 from inspect import signature
-from math import prod
+from math import isfinite, prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-SOURCES = ("rows", "vectors", "digits", "products", "sums")
+SOURCES = ("rows", "vectors", "panels", "digits", "products", "sums")
 NAMES = {torch.float32: "gram_float", torch.float64: "gram_double"}
 # As the code has them: where the sum is, and how it is put there; rows, and their offsets.
 SUM = (c_void_p, c_int64, c_double, c_bool)
@@ -30,11 +30,11 @@ ROWS = (c_void_p, c_void_p, c_int64, c_void_p, c_int64)
 KNOWN = 1024  # layouts of which it is known where rows and columns are, for the next batch,
 SHORT = 2**14  # if no more rows: to find out takes a hundredth of the time of the sum of more
 
-FEWEST = 96  # columns: for fewer the square takes no longer than a triangle by vectors,
-NARROWEST = 64  # for fewer than these no longer than one by digits
-NUMBERS = 2**16  # so many are worth their digits; fewer take as long by vectors
-CHUNK = 2**18  # numbers that are copied at once for vectors, or, if more,
-SUMS = 2  # times as many as the sum has
+FEWEST, SHORTEST = 48, 64  # columns and rows, and
+LEAST = 2**15  # numbers: for fewer a product by PyTorch takes no longer, but, if it has to copy
+COPIED = 16  # columns or more, for any rows
+NARROWEST = 64  # columns that are worth their digits, if there are
+NUMBERS = 2**16  # numbers; fewer take as long by vectors
 
 
 class Digits(NamedTuple):
@@ -71,8 +71,8 @@ class Matrix(NamedTuple):
     across: Places
 
     def after(self, number: int) -> Matrix:
-        """All but the first."""
-        return self._replace(down=Places.of(self.down.offsets[number:]))
+        """All but so many rows, the first ones."""
+        return self._replace(down=Places.of(self.down.offsets[number:])) if number else self
 
     def given(self) -> tuple[int, int, int, int, int]:
         """As C takes it."""
@@ -86,8 +86,7 @@ class Added(NamedTuple):
 
     Attributes:
         sums: Σ_rows x, (group, d), where it was asked for.
-        are_finite: Whether it is known that there was neither NaN nor Inf, and is none in a sum of
-            less than 2²⁷ such rows: numbers with digits are below 2⁵⁰.
+        are_finite: Whether it is known that there was neither NaN nor Inf, and is none in the sum.
     """
 
     sums: Tensor | None
@@ -99,20 +98,20 @@ class Kernel:
     """What there is for one dtype.
 
     Attributes:
-        dtype: Which one.
-        run: The kernel that takes any rows, as C calls it.
-        width: Of how many columns its panels are.
+        run: The kernel that takes any rows, as C calls it; returns the trace of the sum.
+        room: How many numbers it works in, for rows, columns and threads.
+        dtype: Of these.
         digits: The one that takes many in less time, if there is one.
     """
 
+    run: Callable[..., float]
+    room: Callable[[int, int, int], int]
     dtype: torch.dtype
-    run: Callable[..., None]
-    width: int
     digits: Digits | None = None
 
     def takes_digits(self, rows: int, d: int) -> bool:
         """Whether so many rows are summed by that one."""
-        return self.digits is not None and rows * d >= NUMBERS
+        return self.digits is not None and d >= NARROWEST and rows * d >= NUMBERS
 
     def add(
         self,
@@ -135,20 +134,17 @@ class Kernel:
             summed: Whether to return Σ_rows x, too.
         """
         down, across = _rows_and_columns(x.shape, x.stride(), columns)
-        sums = (
-            torch.empty(x.shape[0], across.number, dtype=x.dtype, device="cpu") if summed else None
-        )
-        by_digits = True
+        sums = total.new_empty(x.shape[0], across.number) if summed else None
+        are_finite = True
         for k in range(x.shape[0]):
             to = _address(total, k), total.stride(1), scale
             rows = Matrix(_address(x, k), down, across)
-            done = self._by_digits(to, adds, rows, None if sums is None else _address(sums, k))
+            more = None if sums is None else _address(sums, k)
+            done = self._by_digits(to, adds, rows, more)
             if done < down.number:
-                self._by_vectors(to, adds or done > 0, rows.after(done))
-                by_digits = False
-        if summed and not by_digits:
-            sums = x.sum(tuple(range(1, x.ndim - columns))).flatten(1)
-        return Added(sums, by_digits)
+                trace = self._by_vectors(to, adds or done > 0, rows.after(done), more, done > 0)
+                are_finite &= isfinite(trace)
+        return Added(sums, are_finite)
 
     def _by_digits(
         self, to: tuple[int, int, float], adds: bool, rows: Matrix, sums: int | None
@@ -161,12 +157,19 @@ class Kernel:
         room = torch.empty(self.digits.room(number, d, threads), dtype=torch.uint8, device="cpu")
         return self.digits.run(*to, adds, *rows.given(), sums, room.data_ptr(), threads)
 
-    def _by_vectors(self, to: tuple[int, int, float], adds: bool, rows: Matrix) -> None:
-        number, d = rows.down.number, rows.across.number
-        padded = -(-d // self.width) * self.width
-        chunk = min(number, max(CHUNK, SUMS * padded**2) // padded)
-        panels = torch.empty(chunk * padded, dtype=self.dtype, device="cpu")
-        self.run(*to, adds, *rows.given(), panels.data_ptr(), chunk, torch.get_num_threads())
+    def _by_vectors(
+        self,
+        to: tuple[int, int, float],
+        adds: bool,
+        rows: Matrix,
+        sums: int | None,
+        adds_sums: bool,
+    ) -> float:
+        """The trace of the sum."""
+        threads = torch.get_num_threads()
+        numbers = self.room(rows.down.number, rows.across.number, threads)
+        room = torch.empty(numbers, dtype=self.dtype, device="cpu")
+        return self.run(*to, adds, *rows.given(), sums, adds_sums, room.data_ptr(), threads)
 
 
 def _address(t: Tensor, number: int) -> int:
@@ -174,21 +177,35 @@ def _address(t: Tensor, number: int) -> int:
     return t.data_ptr() + number * t.stride(0) * t.element_size()
 
 
-def kernel_for(total: Float[Tensor, "group d d"], x: Tensor) -> Kernel | None:
-    """The one that pays for such a sum of rows, if there is one."""
+def kernel_for(
+    total: Float[Tensor, "group d d"], x: Tensor, rows: int, copied: bool = False
+) -> Kernel | None:
+    """The one that pays for such a sum, if there is one.
+
+    Args:
+        total: Where to.
+        x: What the rows are made of.
+        rows: How many there are in each group.
+        copied: Whether a product by PyTorch would have to copy them first.
+    """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return None  # what is recorded is PyTorch's operations
-    group, d, _ = total.shape
-    if d < NARROWEST or (dtype := x.dtype) != total.dtype or dtype not in NAMES:
+    if not _pays(rows, total.shape[-1], copied):
+        return None
+    if (dtype := x.dtype) != total.dtype or dtype not in NAMES:
         return None
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return None  # a transform wraps whatever is made now
     if total.stride(2) != 1 or not (_is_in_memory(total) and _is_in_memory(x)):
         return None
-    kernel = _kernels().get(dtype) if x.numel() else None
-    if kernel is None or d >= FEWEST:
-        return kernel
-    return kernel if kernel.takes_digits(x.numel() // (group * d), d) else None
+    return _kernels().get(dtype)
+
+
+def _pays(rows: int, d: int, copied: bool) -> bool:
+    """Whether a product by PyTorch takes longer."""
+    if copied and d >= COPIED:
+        return rows > 0
+    return d >= FEWEST and rows >= SHORTEST and rows * d >= LEAST
 
 
 def _is_in_memory(t: Tensor) -> bool:
@@ -248,9 +265,11 @@ def _kernels() -> Mapping[torch.dtype, Kernel]:
 
 def _kernel(library: Any, dtype: torch.dtype) -> Kernel:
     name = NAMES[dtype]
-    run, width = library[name], library[f"{name}_width"]
-    run.restype, run.argtypes = None, [*SUM, *ROWS, c_void_p, c_int64, c_int]
-    return Kernel(dtype, run, width(), _digits(library) if dtype == torch.float32 else None)
+    run, room = library[name], library[f"{name}_room"]
+    run.restype = c_float if dtype == torch.float32 else c_double
+    run.argtypes = [*SUM, *ROWS, c_void_p, c_bool, c_void_p, c_int]
+    room.restype, room.argtypes = c_int64, [c_int64, c_int64, c_int]
+    return Kernel(run, room, dtype, _digits(library) if dtype == torch.float32 else None)
 
 
 def _digits(library: Any) -> Digits | None:

@@ -353,11 +353,28 @@ WRONG = {  # by inductor alone, forwards or back; of an image and its rows
     "scales": lambda im, x: F.interpolate(im, scale_factor=1.7),
     "draws": lambda im, x: x * torch.bernoulli(torch.full_like(x, 0.3)),
     "numbers": lambda im, x: x * torch.full_like(x, 0.1).scatter(1, TINY, 0.7),
+    "columns": lambda im, x: x.new_zeros(6, 4).index_add(0, torch.arange(6), x.T),
     "put": lambda im, x: torch.put(x.sum().expand(4, 6), ROWS, x[0, :2]),
     "diagonal": lambda im, x: torch.diagonal_scatter(x.sum().expand(4, 6), x[0, :4]),
     "beside zeros": lambda im, x: (x.sum(0).expand(4, 6) + 0 * x).index_add(0, ROWS, x[:2]),
     "beside ones": lambda im, x: (x.sum(0) * torch.ones_like(x)).index_copy(0, ROWS, x[:2]),
 }
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_threads_add_columns_where_they_belong(dtype):
+    """Inductor by itself writes behind the memory."""
+
+    def added(x):
+        return x.new_zeros(24, 4).index_add(0, torch.arange(24), 2 * x.T)
+
+    x = rand(4, 24).to(dtype)
+    module, result = traced(added, [Kind.of(x)])
+    compiled = code.code_of(module, result, set(module.graph.nodes))
+    name = next(n.name for n in module.graph.nodes if n.op == "placeholder")
+    for _ in range(20):
+        assert torch.equal(code.read(result.name, compiled({name: x})), 2 * x.T)
 
 
 @needs_compiler

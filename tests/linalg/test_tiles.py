@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from math import inf, nan
+from dataclasses import replace
+from math import inf, isnan, nan
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from fxkfac.linalg import Gram, add_gram, products, tiles
 F32, F64 = torch.float32, torch.float64
 
 KERNEL = tiles._kernels().get(F32)
+PLAIN = {"scale": 1.0, "adds": False}
 has_digits = pytest.mark.skipif(
     KERNEL is None or KERNEL.digits is None, reason="this processor has no tiles of bytes"
 )
@@ -55,22 +57,55 @@ def by_digits(x: Tensor, columns: int, threads: int, total: Tensor | None = None
     return total
 
 
-def run_digits(x: Tensor, columns: int, threads: int, total: Tensor, *, adds: bool) -> int:
-    """How many rows are added to a total; none of the kernel's memory is read before."""
-    rows, across = (
+def given(x: Tensor, columns: int) -> tiles.Matrix:
+    """Where rows and columns are, without a group."""
+    down, across = (
         tiles._places(tuple(zip(x.shape[part], x.stride()[part], strict=True)))
         for part in (slice(None, -columns), slice(-columns, None))
     )
-    given = tiles.Matrix(x.data_ptr(), rows, across).given()
-    digits, sums = KERNEL.digits, torch.full((across.number + 1,), nan)
-    room = torch.full((digits.room(rows.number, across.number, threads),), 255, dtype=torch.uint8)
+    return tiles.Matrix(x.data_ptr(), down, across)
+
+
+def check_sums(sums: Tensor, x: Tensor, columns: int, rows: int, more: float = 0.0) -> None:
+    """Σ x of the first rows, and more, and nothing behind them."""
+    x = x.flatten(-columns).flatten(0, -2)[:rows].double()
+    assert bool(((sums[:-1] - x.sum(0) - more).abs() <= 1e-6 * (x.abs().sum(0) + more)).all())
+    assert sums[-1].isnan()
+
+
+def run_digits(x: Tensor, columns: int, threads: int, total: Tensor, *, adds: bool) -> int:
+    """How many rows are added to a total; none of the kernel's memory is read before."""
+    _, (_, _, rows), (_, _, d) = at = given(x, columns)
+    digits, sums = KERNEL.digits, torch.full((d + 1,), nan)
+    room = torch.full((digits.room(rows, d, threads),), 255, dtype=torch.uint8)
     to = total.data_ptr(), total.stride(0), 0.5, adds
-    done = digits.run(*to, *given, sums.data_ptr(), room.data_ptr(), threads)
+    done = digits.run(*to, *at.given(), sums.data_ptr(), room.data_ptr(), threads)
     if done:
-        x = x.flatten(-columns).flatten(0, -2)[:done].double()
-        assert bool(((sums[:-1] - x.sum(0)).abs() <= 1e-6 * x.abs().sum(0)).all())
-        assert sums[-1].isnan()
+        check_sums(sums, x, columns, done)
     return done
+
+
+def by_vectors(
+    x: Tensor, columns: int, threads: int, total: Tensor, *, adds: bool = False, more: float = nan
+) -> float:
+    """The trace of a total to which half of the sum was added; no memory is read before.
+
+    Sums of columns are added to a number, if one is given.
+    """
+    _, (_, _, rows), (_, _, d) = at = given(x, columns)
+    kernel, sums = tiles._kernels()[x.dtype], x.new_full((d + 1,), more)
+    numbers = kernel.room(rows, d, threads)
+    room = x.new_full((numbers + 99,), nan)
+    to, adds_sums = (total.data_ptr(), total.stride(0), 0.5, adds), not isnan(more)
+    trace = kernel.run(*to, *at.given(), sums.data_ptr(), adds_sums, room.data_ptr(), threads)
+    assert bool(room[numbers:].isnan().all())
+    if adds_sums:
+        assert sums[-1] == more
+        sums[-1] = nan
+    else:
+        more = 0.0
+    check_sums(sums, x, columns, rows, more)
+    return trace
 
 
 def error(found: Tensor, expected: Tensor) -> float:
@@ -101,6 +136,13 @@ def _single(x: Tensor) -> Tensor:
 def test_many_rows_are_no_less_exact() -> None:
     x = 1 + rand(40_000, 96).float()
     assert error(by_digits(x, 1, 1), 0.5 * plain(x)) < 5e-7  # one sum of all rows: 4e-6
+
+
+@pytest.mark.parametrize("d", [96, 1500])
+def test_many_rows_are_no_less_exact_by_vectors(d: int) -> None:
+    x = 1 + rand(20_000, 96).float()[:, torch.arange(d) % 96]
+    by_vectors(x, 1, 1, found := x.new_empty(d, d))
+    assert error(found, 0.5 * plain(x)) < 5e-7
 
 
 @has_digits
@@ -154,19 +196,82 @@ def test_strips_and_kernels_add_up(dtype: torch.dtype, monkeypatch: pytest.Monke
         assert error(found, expected) < (1e-6 if dtype == F32 else 1e-14)
 
 
+VECTORS = {
+    **ROWS,
+    "tall and narrow": (rand(1500, 50), 1),
+    "tall, in several blocks of panels": (rand(700, 500), 1),
+    "one row": (rand(1, 200), 1),
+    "one column": (rand(700, 1), 1),
+    "more panels than a block": (rand(90, 330), 1),
+    "larger than the cache": (rand(70, 737), 1),
+    "in several chunks": (rand(5000, 20).repeat(1, 40), 1),
+    "columns first, in parts of a vector": (rand(30, 130).T[3:], 1),
+    "few columns apart": (rand(300, 7, 9)[..., ::4].movedim(1, 2), 1),
+}
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize(("x", "columns"), VECTORS.values(), ids=VECTORS)
+def test_vectors_take_any_rows(x: Tensor, columns: int, threads: int, dtype: torch.dtype) -> None:
+    if dtype == F32:
+        x = x.float() if x.is_contiguous() else _single(x)
+    expected, d = 0.5 * plain(x, columns), x.shape[-columns:].numel()
+    found, tolerance = torch.full((d, d), nan, dtype=dtype), 2e-6 if dtype == F32 else 1e-14
+    trace = by_vectors(x, columns, threads, found)
+    assert error(found, expected) < tolerance
+    assert torch.equal(found, found.T)
+    assert trace == pytest.approx(float(found.double().trace()), rel=1e-4)
+    by_vectors(x, columns, threads, found, adds=True, more=1.0)
+    assert error(found, 2 * expected) < tolerance
+    assert torch.equal(found, found.T)
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("rows", "d", "step"), [(300, 640, 848), (90, 736, 768), (90, 736, 751), (600, 20, 33)]
+)
+def test_vectors_leave_what_lies_beside_a_sum(
+    rows: int, d: int, step: int, threads: int, dtype: torch.dtype
+) -> None:
+    x, beside = rand(rows, d).to(dtype), torch.full((d, step), 7.0, dtype=dtype)
+    by_vectors(x, 1, threads, beside[:, :d])
+    assert error(beside[:, :d], 0.5 * plain(x)) < 1e-6
+    assert bool((beside[:, d:] == 7).all())
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("number", [inf, -inf, nan, None])
+@pytest.mark.parametrize(("rows", "d"), [(600, 100), (70, 700)])
+def test_the_trace_tells_of_what_is_no_number(
+    rows: int, d: int, number: float | None, dtype: torch.dtype
+) -> None:
+    x, large = rand(rows, d).to(dtype), torch.finfo(dtype).max ** 0.6
+    for row, column in ((0, 0), (rows - 1, d - 1), (rows // 2, 33)):
+        wrong = x.clone()
+        wrong[row, column] = large if number is None else number
+        total = x.new_empty(1, d, d)
+        assert not tiles._kernels()[dtype].add(total, wrong[None], **PLAIN).are_finite
+    assert tiles._kernels()[dtype].add(x.new_empty(1, d, d), x[None], **PLAIN).are_finite
+
+
 def test_there_is_a_kernel_for_wide_sums_alone():
-    wide, narrow, half = rand(1, 3, 96), rand(1, 3, 95), rand(1, 3, 96).half()
-    tall = rand(2, 1024, 64)
-    of = (wide, wide.float(), narrow, half, wide[:, :0], tall)
-    kinds = [tiles.kernel_for(x.mT @ x, x) for x in of]
-    assert [kind is not None for kind in kinds] == [True, True, False, False, False, False]
+    sizes = [(1, 700, 48), (1, 700, 47), (1, 64, 512), (1, 63, 600), (1, 128, 255), (2, 64, 512)]
+    of = [rand(*size) for size in sizes]
+    kinds = [kernel_for(x) for x in (*of, of[0].float(), of[0].half(), of[0][:, :0])]
+    expected = [True, False, True, False, False, True, True, False, False]
+    assert [kind is not None for kind in kinds] == expected
 
 
-@has_digits
-def test_tall_sums_may_be_narrower():
-    sizes = [(1, 1024, 64), (1, 1023, 64), (1, 1100, 63), (2, 1024, 64), (2, 600, 64)]
-    kinds = [tiles.kernel_for(x.mT @ x, x) for size in sizes for x in [rand(*size).float()]]
-    assert [kind is KERNEL for kind in kinds] == [True, False, False, True, False]
+def test_what_would_be_copied_goes_to_a_kernel_for_less() -> None:
+    kinds = [kernel_for(rand(*size), copied=True) for size in [(1, 3, 16), (1, 99, 15), (1, 0, 16)]]
+    assert [kind is not None for kind in kinds] == [True, False, False]
+
+
+def kernel_for(x: Tensor, **options: bool) -> tiles.Kernel | None:
+    """The one for the sum of these rows."""
+    return tiles.kernel_for(x.mT @ x, x, x.shape[1], **options)
 
 
 @pytest.mark.parametrize("dtype", [F32, F64])
@@ -185,18 +290,18 @@ def test_the_sum_of_rows_comes_with_their_products(part: slice, dtype: torch.dty
 def test_columns_may_share_memory_and_lie_apart():
     x = rand(1, 30, 48)[..., ::47].unsqueeze(-1).expand(1, 30, 2, 48)  # 0, .., 0, 47, .., 47
     total, rows = x.new_empty(1, 96, 96), x.flatten(2)
-    tiles.kernel_for(total, x).add(total, x, 2, scale=1.0, adds=False)
+    tiles._kernels()[F64].add(total, x, 2, **PLAIN)
     torch.testing.assert_close(total, rows.mT @ rows)
 
 
 def test_what_only_stands_for_numbers_has_no_kernel() -> None:
-    total, x = torch.empty(1, 96, 96), rand(1, 200, 96).float()
-    assert tiles.kernel_for(total, x) is KERNEL
-    assert tiles.kernel_for(total.mT, x) is None
-    assert tiles.kernel_for(total, torch._efficientzerotensor(1, 200, 96)) is None
-    assert tiles.kernel_for(total, x.clone().requires_grad_()) is None
+    total, x = torch.empty(1, 96, 96), rand(1, 400, 96).float()
+    assert tiles.kernel_for(total, x, 400) is KERNEL
+    assert tiles.kernel_for(total.mT, x, 400) is None
+    assert tiles.kernel_for(total, torch._efficientzerotensor(1, 400, 96), 400) is None
+    assert tiles.kernel_for(total, x.clone().requires_grad_(), 400) is None
     seen = []
-    torch.vmap(lambda row: seen.append(tiles.kernel_for(total, row)) or row)(x[0].unsqueeze(1))
+    torch.vmap(lambda row: seen.append(tiles.kernel_for(total, row, 400)) or row)(x[0].unsqueeze(1))
     assert seen == [None]
 
 
@@ -266,6 +371,23 @@ def test_all_threads_end_where_one_does(
     assert float((total - sums).norm()) <= 1e-6 * float(sums.norm())
 
 
+def test_vectors_go_on_where_digits_end() -> None:
+    plain_kernel, x = tiles._kernels()[F32], rand(2, 900, 128).float()
+
+    def of_some(*of: int) -> int:
+        *given, number, columns, d, sums, _, threads = of
+        room = torch.empty(plain_kernel.room(number, d, threads))
+        plain_kernel.run(*given, 100, columns, d, sums, False, room.data_ptr(), threads)
+        return 100
+
+    kernel = replace(plain_kernel, digits=tiles.Digits(of_some, lambda *_: 1))
+    total = torch.full((2, 128, 128), nan)
+    added = kernel.add(total, x, scale=0.5, adds=False, summed=True)
+    for found, sums, rows in zip(total, added.sums, x, strict=True):
+        assert error(found, 0.5 * plain(rows)) < 1e-6
+        torch.testing.assert_close(sums, rows.sum(0), rtol=1e-5, atol=1e-4)
+
+
 @has_digits
 @pytest.mark.parametrize("adds", [False, True])
 def test_digits_end_where_a_number_has_none(adds: bool) -> None:
@@ -282,7 +404,8 @@ def test_digits_end_where_a_number_has_none(adds: bool) -> None:
 
 
 def test_few_numbers_are_not_split() -> None:
-    kernel = tiles.Kernel(F32, lambda *_: None, 48, tiles.Digits(lambda *_: 0, lambda *_: 0))
-    rows_and_columns = [(512, 128), (511, 128), (64, 1024), (1, 5000)]
-    assert [kernel.takes_digits(*of) for of in rows_and_columns] == [True, False, True, False]
-    assert not tiles.Kernel(F32, lambda *_: None, 48).takes_digits(512, 128)
+    digits = tiles.Digits(lambda *_: 0, lambda *_: 0)
+    kernel = tiles.Kernel(lambda *_: 0.0, lambda *_: 0, F32, digits)
+    sizes = [(512, 128), (511, 128), (64, 1024), (1, 5000), (1024, 64), (1100, 63)]
+    assert [kernel.takes_digits(*of) for of in sizes] == [True, False, True, False, True, False]
+    assert not tiles.Kernel(lambda *_: 0.0, lambda *_: 0, F32).takes_digits(512, 128)

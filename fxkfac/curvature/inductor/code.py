@@ -168,7 +168,7 @@ def _compiled(
     import torch._inductor  # takes seconds, and is not needed by default
 
     try:
-        with quietly(), torch.no_grad():
+        with quietly(), torch.no_grad(), mended.columns_counted_once():
             return torch._inductor.compile(module, list(given), options=options)
     except Exception as error:
         raise _not_compiled(error) from error

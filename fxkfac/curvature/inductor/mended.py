@@ -6,8 +6,10 @@ that share memory want two of its passes left out, too: see `OPTIONS`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -32,6 +34,33 @@ INTO_A_COPY = {
     aten.put.default,
     aten.diagonal_scatter.default,
 }
+
+
+TAG = "fxkfac: columns once"  # so that no code is taken that was written and kept before
+
+
+@contextmanager
+def columns_counted_once() -> Iterator[None]:
+    """Have inductor write code that adds to where it should, several threads at once.
+
+    In a tile of two axes it counts the inner one twice, and writes behind the memory: see
+    https://github.com/pytorch/pytorch/issues/191837.
+    """
+    from torch._inductor import config
+    from torch._inductor.codegen.cpp import CppTile2DKernel, CppVecKernel
+
+    def store(kernel: Any, name: str, index: Any, value: Any, mode: str | None = None) -> None:
+        one = kernel.num_threads == 1 and not config.cpp.dynamic_threads
+        turned = kernel.need_vec_transpose(kernel.rename_indexing(index))
+        counts_twice = mode == "atomic_add" and not (one or turned)
+        write = CppVecKernel.store if counts_twice else plain
+        write(kernel, name, index, value, mode)
+
+    plain, keys = CppTile2DKernel.store, torch.compiler.config
+    tag = f"{keys.cache_key_tag} {TAG}"
+    kept_apart = keys.patch(cache_key_tag=tag)  # type: ignore[attr-defined]
+    with patch.object(CppTile2DKernel, "store", store), kept_apart:
+        yield
 
 
 def mend(node: Node) -> None:

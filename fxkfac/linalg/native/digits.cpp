@@ -30,6 +30,14 @@ struct alignas(LINE) Block {
   float scales[WIDTH], sums[WIDTH];
 };
 
+// How many of the first entries follow the one before.
+int64_t runs(const int64_t* offsets, int64_t number) {
+  int64_t found = 0;
+  for (int64_t k = 1; k < std::min<int64_t>(number, 64); ++k)
+    found += offsets[k] == offsets[k - 1] + 1;
+  return found;
+}
+
 // Up to 16 places of an axis; zeros are read behind the last one.
 class Line {
  public:

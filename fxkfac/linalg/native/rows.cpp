@@ -1,6 +1,6 @@
 // Where numbers are, and where sums of their products go.
 //
-// The files of this folder are compiled as one, in the order rows, vectors, digits, products, sums.
+// The files of this folder are compiled as one: rows, vectors, panels, digits, products, sums.
 
 #include <algorithm>
 #include <cstdint>
@@ -15,6 +15,7 @@
 namespace {
 
 constexpr int LINE = 64;              // bytes of memory that come together
+constexpr int64_t CACHED = 1 << 19;   // bytes of a sum that may stay in the second cache
 constexpr int64_t PAGE = 4096;        // bytes that are mapped together, at least
 constexpr int64_t MAPPED = 32 << 20;  // bytes: memory of this size is mapped anew each time
 
@@ -32,27 +33,12 @@ bool adjacent(const int64_t* offsets, int64_t number) {
   return std::adjacent_find(offsets, offsets + number, apart) == offsets + number;
 }
 
-// How many of the first entries follow the one before.
-int64_t runs(const int64_t* offsets, int64_t number) {
-  int64_t found = 0;
-  for (int64_t k = 1; k < std::min<int64_t>(number, 64); ++k)
-    found += offsets[k] == offsets[k - 1] + 1;
-  return found;
-}
-
 // A part of the sum, where some columns meet others.
 template <class T>
 struct Corner {
   T* start;
   int64_t step;
   int rows, columns;
-
-  // Ask for the memory of some rows, which will be written.
-  void fetch(int from, int to) const {
-    for (int i = from; i < std::min(to, rows); ++i)
-      for (int j = 0; j < columns; j += LINE / sizeof(T))
-        __builtin_prefetch(start + i * step + j, 0, 2);
-  }
 };
 
 // Where the sum goes, multiplied by what, and whether it is added to what is there, all symmetric.
@@ -62,6 +48,13 @@ struct Total {
   int64_t step, d;
   T scale;
   bool adds;
+
+  // Whether it is large, new, and of whole lines: those go to memory without being read.
+  bool passes_cache(bool adds) const {
+    const int64_t bytes = step * sizeof(T);
+    const bool lines = bytes % LINE == 0 && reinterpret_cast<intptr_t>(start) % LINE == 0;
+    return lines && !adds && bytes * d > CACHED;
+  }
 
   // So many rows and columns, or those that there are.
   Corner<T> corner(int64_t row, int64_t column, int64_t size) const {

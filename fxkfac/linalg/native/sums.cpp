@@ -15,13 +15,6 @@ constexpr int64_t MOST_BLOCKS = 4;   // of a panel at once
 constexpr int64_t LEFTS = 4;         // panels whose blocks stay in the second cache, turned
 constexpr int64_t NARROW = 640;      // columns whose sums stay there: x may be tall,
 constexpr int64_t ROOM = 1 << 26;    // if all threads have no more bytes together
-constexpr int64_t CACHED = 1 << 19;  // bytes of a sum that may stay in the second cache
-
-// Whether a sum is large, new, and of whole lines: those go to memory without being read.
-bool passes_cache(const Total<float>& total, bool adds) {
-  const bool lines = total.step % SIDE == 0 && reinterpret_cast<intptr_t>(total.start) % LINE == 0;
-  return lines && !adds && total.step * total.d * int64_t(sizeof(float)) > CACHED;
-}
 
 // Put a tile where there is room for all of it.
 void put(const float* tile, int64_t step, bool passes, Corner<float> to) {
@@ -48,7 +41,7 @@ void place(const float* tile, bool diagonal, bool passes, Corner<float> here, Co
 
 // Scale the square of panels p and q, add what was there, if so, and put it where it belongs.
 void finish(const Total<float>& total, int64_t p, int64_t q, bool adds, Square& square) {
-  const bool passes = passes_cache(total, adds);
+  const bool passes = total.passes_cache(adds);
   for (int n = 0; n < 4; ++n) {
     const int64_t down = n / 2 * SIDE, across = n % 2 * SIDE;
     if (p == q && down < across) continue;  // above the diagonal
