@@ -134,8 +134,7 @@ class Categorical(ClosedForm):
         That is the first class up to which the probabilities add up to more than the noise: never
         one with none.
         """
-        σ = _probabilities(f).movedim(_class_axis(f), -1)
-        return _drawn(σ, noise.unsqueeze(-1)).squeeze(-1)
+        return _drawn(_classes_last(_probabilities(f)), noise.unsqueeze(-1)).squeeze(-1)
 
     def sampled_gradient(self, f: Tensor, y: Tensor, sampled: Tensor) -> Tensor:
         """√w (σ - onehot(ỹ)), so that its expected square is the Hessian, weights included."""
@@ -236,9 +235,14 @@ def _class_axis(f: Tensor) -> int:
 def _probabilities(f: Tensor) -> Tensor:
     """σ, laid out as f is where its classes lie side by side, as a transposed linear's do."""
     f, axis = accurate(f), _class_axis(f)
-    if _side_by_side(f):
+    if axis < f.ndim - 1 and _side_by_side(f):
         return f.movedim(axis, -1).softmax(-1).movedim(-1, axis)
     return f.softmax(axis)
+
+
+def _classes_last(t: Tensor) -> Tensor:
+    axis = _class_axis(t)
+    return t.movedim(axis, -1) if axis < t.ndim - 1 else t
 
 
 def _side_by_side(f: Tensor) -> bool:
