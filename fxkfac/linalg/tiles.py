@@ -30,11 +30,9 @@ ROWS = (c_void_p, c_void_p, c_int64, c_void_p, c_int64)
 KNOWN = 1024  # layouts of which it is known where rows and columns are, for the next batch,
 SHORT = 2**14  # if no more rows: to find out takes a hundredth of the time of the sum of more
 
-FEWEST, SHORTEST = 48, 64  # columns and rows, and
-LEAST = 2**15  # numbers: for fewer a product by PyTorch takes no longer, but, if it has to copy
-COPIED = 16  # columns or more, for any rows
-NARROWEST = 64  # columns that are worth their digits, if there are
-NUMBERS = 2**16  # numbers; fewer take as long by vectors
+FEWEST, SHORTEST, LEAST = 48, 64, 2**15  # columns, rows and numbers that PyTorch takes longer for,
+COPIED = 16  # columns, however many rows, where it would have to copy these first
+NARROWEST, NUMBERS = 64, 2**16  # columns and numbers that are worth their digits
 
 
 class Digits(NamedTuple):

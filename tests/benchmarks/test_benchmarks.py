@@ -58,6 +58,7 @@ def test_limits_of_the_arithmetic():
     least = forward + to_the_taps + triangles
     assert found.mc.limit == pytest.approx(least / gradient, rel=1e-2)
     assert found.mc.counted > found.mc.limit  # so small factors are taken whole
+    assert isinstance(found.mc.counted, float)  # and of no graph that was traced meanwhile
     with_gradient = least + to_the_taps + forward  # and one product for every weight
     assert found.step.limit == pytest.approx(with_gradient / gradient, rel=1e-2)
     assert found.step.counted > found.step.limit
