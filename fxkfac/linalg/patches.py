@@ -23,7 +23,7 @@ from fxkfac.linalg.windows import Axis, Windows, patches, subsampled
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-COPIED = 16  # multiply-adds take as long as to copy a number of a patch
+COPY = 16  # multiply-adds take as long as to copy a number of a patch
 SLOWER = 1.5  # times as long as in a kernel one takes in strips of patches
 
 
@@ -101,7 +101,7 @@ def shifts_pay(
     batch, group, channels = sizes
     d = channels * prod(a.kernel for a in axes)
     numel = batch * prod(a.places for a in axes) * group * d
-    each = d / 2 + COPIED if has_kernel else SLOWER * (triangle(d) * d + COPIED)
+    each = d / 2 + COPY if has_kernel else SLOWER * (triangle(d) * d + COPY)
     return shifted_cost(axes, *sizes, dtype) < numel * each
 
 

@@ -111,6 +111,12 @@ class Kernel:
         """Whether so many rows are summed by that one."""
         return self.digits is not None and d >= NARROWEST and rows * d >= NUMBERS
 
+    def pays(self, rows: int, d: int, copied: bool) -> bool:
+        """Whether a product by PyTorch takes longer, which has to copy the rows first or not."""
+        if self.takes_digits(rows, d) or (copied and d >= COPIED):
+            return rows > 0
+        return d >= FEWEST and rows >= SHORTEST and rows * d >= LEAST
+
     def add(
         self,
         total: Float[Tensor, "group d d"],
@@ -188,22 +194,14 @@ def kernel_for(
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return None  # what is recorded is PyTorch's operations
-    if not _pays(rows, total.shape[-1], copied):
-        return None
     if (dtype := x.dtype) != total.dtype or dtype not in NAMES:
         return None
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return None  # a transform wraps whatever is made now
     if total.stride(2) != 1 or not (_is_in_memory(total) and _is_in_memory(x)):
         return None
-    return _kernels().get(dtype)
-
-
-def _pays(rows: int, d: int, copied: bool) -> bool:
-    """Whether a product by PyTorch takes longer."""
-    if copied and d >= COPIED:
-        return rows > 0
-    return d >= FEWEST and rows >= SHORTEST and rows * d >= LEAST
+    kernel = _kernels().get(dtype)
+    return kernel if kernel and kernel.pays(rows, total.shape[-1], copied) else None
 
 
 def _is_in_memory(t: Tensor) -> bool:

@@ -140,4 +140,7 @@ def test_few_numbers_are_not_split() -> None:
     kernel = tiles.Kernel(lambda *_: 0.0, lambda *_: 0, F32, digits)
     sizes = [(512, 128), (511, 128), (64, 1024), (1, 5000), (1024, 64), (1100, 63)]
     assert [kernel.takes_digits(*of) for of in sizes] == [True, False, True, False, True, False]
-    assert not tiles.Kernel(lambda *_: 0.0, lambda *_: 0, F32).takes_digits(512, 128)
+    assert kernel.pays(32, 2048, copied=False)
+    without = tiles.Kernel(lambda *_: 0.0, lambda *_: 0, F32)
+    assert not without.takes_digits(512, 128)
+    assert not without.pays(32, 2048, copied=False)
