@@ -50,6 +50,14 @@ def assert_same(a, b, digits):
             assert_close(mine.B, other.B, digits)
 
 
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 def compare(program, loss, data, digits, flavours=FLAVOURS):
     """Both backends from the same random state, which dropout and labels are drawn from."""
     for options in flavours:
@@ -304,6 +312,7 @@ def test_convolutions():
 
 @needs_compiler
 @pytest.mark.slow
+@pytest.mark.usefixtures("two_threads")
 def test_norms_behind_a_convolution():
     """Compiled code lays out what a convolution gives in its own way; exact blocks read it."""
     program = fxkfac.trace(network(), digits_like()[0])
@@ -362,6 +371,7 @@ WRONG = {  # by inductor alone, forwards or back; of an image and its rows
 
 
 @needs_compiler
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_threads_add_columns_where_they_belong(dtype):
     """Inductor by itself writes behind the memory."""
@@ -379,6 +389,7 @@ def test_threads_add_columns_where_they_belong(dtype):
 
 @needs_compiler
 @pytest.mark.slow
+@pytest.mark.usefixtures("two_threads")
 def test_what_inductor_gets_wrong_is_kept_from_it():
     def values_and_gradients(*inputs):
         found = {}
