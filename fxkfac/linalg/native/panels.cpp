@@ -30,7 +30,7 @@ void put(const Square<T>& square, bool passes, Corner<T> to) {
       _mm512_stream_si512(reinterpret_cast<__m512i*>(there), (__m512i)square[i]);
 #endif
     else
-      vector_at(there) = square[i];
+      write(square[i], there);
   }
 }
 
@@ -49,7 +49,7 @@ void scaled(const T* tile, T scale, bool adds, Corner<T> there, Square<T>& squar
     Vector<T> before{};
     if (adds && i < there.rows)
       std::memcpy(&before, there.start + i * there.step, there.columns * sizeof(T));
-    square[i] = before + scale * vector_at(tile + i * WIDTH<T>);
+    square[i] = before + scale * read(tile + i * WIDTH<T>);
   }
 }
 

@@ -19,7 +19,7 @@ constexpr int ACROSS = 3;    // vectors: the width of a panel
 constexpr int64_t FEW = 32;  // rows
 
 template <class T>
-using Vector [[gnu::vector_size(BYTES), gnu::aligned(alignof(T)), gnu::may_alias]] = T;
+using Vector [[gnu::vector_size(BYTES)]] = T;
 template <class T>
 constexpr int LANES = BYTES / sizeof(T);
 template <class T>
@@ -27,14 +27,18 @@ constexpr int WIDTH = ACROSS * LANES<T>;
 template <class T>
 using Square = Vector<T>[LANES<T>];
 
+// Wherever it is.
 template <class T>
-Vector<T>& vector_at(T* start) {
-  return *reinterpret_cast<Vector<T>*>(start);
+Vector<T> read(const T* from) {
+  Vector<T> found;
+  std::memcpy(&found, from, sizeof(found));
+  return found;
 }
 
-template <class T>
-const Vector<T>& vector_at(const T* start) {
-  return *reinterpret_cast<const Vector<T>*>(start);
+template <class T, class V>
+void write(const V& vector, T* to) {
+  static_assert(sizeof(V) == sizeof(Vector<T>));
+  std::memcpy(to, &vector, sizeof(vector));
 }
 
 // Entries of two vectors by turns, from their first or their second half.
@@ -77,9 +81,9 @@ void turn(const T* start, const int64_t* columns, int number, T* panel) {
   for (int j = 0; j < WIDTH<T>; j += LANES<T>) {
     Square<T> square;
     for (int i = 0; i < LANES<T>; ++i)
-      square[i] = j + i < number ? vector_at(start + columns[j + i]) : Vector<T>{};
+      square[i] = j + i < number ? read(start + columns[j + i]) : Vector<T>{};
     transpose<T>(square);
-    for (int i = 0; i < LANES<T>; ++i) vector_at(panel + i * WIDTH<T> + j) = square[i];
+    for (int i = 0; i < LANES<T>; ++i) write(square[i], panel + i * WIDTH<T> + j);
   }
 }
 
@@ -98,7 +102,7 @@ void copy(const Rows<T>& x, int64_t first, int64_t number, int64_t p, T* panel) 
       continue;
     }
     const T* from = x.x + *row;
-    for (int j = 0; j < whole; j += LANES<T>) vector_at(panel + j) = vector_at(from + columns[j]);
+    for (int j = 0; j < whole; j += LANES<T>) write(read(from + columns[j]), panel + j);
     for (int j = whole; j < n; ++j) panel[j] = from[columns[j]];
     std::fill(panel + n, panel + WIDTH<T>, T(0));
     step = 1;
@@ -112,12 +116,12 @@ void add_columns(const T* panel, int64_t number, bool adds, T* sums) {
   for (int64_t k = 0; k < number;) {
     Vector<T> few[ACROSS]{};
     for (const int64_t end = std::min(k + FEW, number); k < end; ++k, panel += WIDTH<T>)
-      for (int j = 0; j < ACROSS; ++j) few[j] += vector_at(panel + j * LANES<T>);
+      for (int j = 0; j < ACROSS; ++j) few[j] += read(panel + j * LANES<T>);
     for (int j = 0; j < ACROSS; ++j) found[j] += few[j];
   }
   for (int j = 0; j < ACROSS; ++j) {
-    auto& sum = vector_at(sums + j * LANES<T>);
-    sum = adds ? sum + found[j] : found[j];
+    T* sum = sums + j * LANES<T>;
+    write(adds ? read(sum) + found[j] : found[j], sum);
   }
 }
 
@@ -128,7 +132,7 @@ struct Tile {
 
   void add(const Tile& other) {
     for (int i = 0; i < WIDTH<T> * WIDTH<T>; i += LANES<T>)
-      vector_at(sums + i) += vector_at(other.sums + i);
+      write(read(sums + i) + read(other.sums + i), sums + i);
   }
 };
 
@@ -139,7 +143,7 @@ void multiply(const T* left, const T* right, int64_t depth, bool adds, T* tile) 
   for (int64_t k = 0; k < depth; ++k, left += WIDTH<T>, right += WIDTH<T>) {
     Vector<T> y[N];
 #pragma GCC unroll 3
-    for (int j = 0; j < N; ++j) y[j] = vector_at(right + j * LANES<T>);
+    for (int j = 0; j < N; ++j) y[j] = read(right + j * LANES<T>);
 #pragma GCC unroll 8
     for (int i = 0; i < DOWN; ++i)
 #pragma GCC unroll 3
@@ -149,8 +153,8 @@ void multiply(const T* left, const T* right, int64_t depth, bool adds, T* tile) 
   for (int i = 0; i < DOWN; ++i)
 #pragma GCC unroll 3
     for (int j = 0; j < N; ++j) {
-      auto& sum = vector_at(tile + i * WIDTH<T> + j * LANES<T>);
-      sum = adds ? sum + sums[i][j] : sums[i][j];
+      T* sum = tile + i * WIDTH<T> + j * LANES<T>;
+      write(adds ? read(sum) + sums[i][j] : sums[i][j], sum);
     }
 }
 
