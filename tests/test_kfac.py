@@ -15,15 +15,7 @@ from fxkfac.likelihoods.base import Likelihood
 
 MSE, CE, BCE = nn.MSELoss, nn.CrossEntropyLoss, nn.BCEWithLogitsLoss
 close = torch.testing.assert_close
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors here are so small that threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def off(found, expected):

@@ -52,8 +52,8 @@ def is_faster(x: Tensor, channels: int) -> bool:
         return False
     if x.device.type != "cpu" or x.dtype != torch.float32:
         return False
-    on = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
-    return on and blas_is_behind()
+    mkldnn = torch.backends.mkldnn
+    return blas_is_behind() and mkldnn.is_available() and bool(mkldnn.enabled)
 
 
 @cache

@@ -62,8 +62,8 @@ def add_patch_gram(
 def _add_positions(gram: Gram, image: Tensor, group: int) -> None:
     """Of a kernel with one tap: a row for each position."""
     d = image.shape[1] // group
-    kernel = kernel_for(gram.total, image, image.numel() // image.shape[1])
-    if not kernel and is_faster(image, d) and image.numel():
+    rows = image.numel() // image.shape[1]
+    if rows and is_faster(image, d) and not kernel_for(gram.total, image, rows):
         add_by_channels(gram.total, image, gram.beta(channel_block(image.shape[1], group)))
     else:
         add_gram(gram, _positions(image, group))

@@ -50,14 +50,6 @@ def assert_same(a, b, digits):
             assert_close(mine.B, other.B, digits)
 
 
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 def compare(program, loss, data, digits, flavours=FLAVOURS):
     """Both backends from the same random state, which dropout and labels are drawn from."""
     for options in flavours:

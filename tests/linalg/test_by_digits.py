@@ -7,17 +7,7 @@ from math import inf, nan
 import pytest
 import torch
 from drawn import rand
-from kernel_rows import (
-    F32,
-    KERNEL,
-    ROWS,
-    check_sums,
-    error,
-    given,
-    has_digits,
-    in_single,
-    plain,
-)
+from kernel_rows import F32, KERNEL, ROWS, check_sums, error, given, has_digits, in_single, plain
 from torch import Tensor
 
 from fxkfac.linalg import Gram, add_gram, tiles

@@ -8,17 +8,7 @@ from math import inf, isnan, nan
 import pytest
 import torch
 from drawn import rand
-from kernel_rows import (
-    F32,
-    F64,
-    PLAIN,
-    ROWS,
-    check_sums,
-    error,
-    given,
-    in_single,
-    plain,
-)
+from kernel_rows import F32, F64, PLAIN, ROWS, check_sums, error, given, in_single, plain
 from torch import Tensor
 
 from fxkfac.linalg import tiles

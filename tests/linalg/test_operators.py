@@ -21,6 +21,8 @@ from fxkfac.linalg.operators.symmetric import rounded_squares
 Make = Callable[[Source, int, int, int], Operator]
 close = torch.testing.assert_close
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def ids(make: Make) -> str:
     return make.__name__
@@ -46,14 +48,6 @@ def flat(x: Tensor, op: Operator) -> Tensor:
 
 def off(found: Tensor, expected: Tensor) -> None:
     close(found, expected, rtol=1e-9, atol=1e-9)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @every

@@ -7,13 +7,7 @@ from math import inf, nan
 import pytest
 import torch
 from drawn import rand
-from kernel_rows import (
-    F32,
-    F64,
-    KERNEL,
-    PLAIN,
-    error,
-)
+from kernel_rows import F32, F64, KERNEL, PLAIN, error
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx

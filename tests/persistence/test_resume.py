@@ -296,15 +296,6 @@ def test_another_program_loss_or_kind_is_refused(program, tmp_path):
 
 
 @pytest.fixture
-def one_thread():
-    """As in the other process: sums in as many parts."""
-    number = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(number)
-
-
-@pytest.fixture
 def start(tmp_path):
     """Starts a process that saves to a path, and gives its number."""
     command = [sys.executable, str(Path(killed.__file__)), str(tmp_path / "x")]

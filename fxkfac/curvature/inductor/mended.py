@@ -58,7 +58,7 @@ def columns_counted_once() -> Iterator[None]:
 
     plain, keys = CppTile2DKernel.store, torch.compiler.config
     tag = f"{keys.cache_key_tag} {TAG}"
-    kept_apart = keys.patch(cache_key_tag=tag)  # type: ignore[attr-defined]
+    kept_apart = keys.patch(cache_key_tag=tag)  # type: ignore[attr-defined]  # found at run time
     with patch.object(CppTile2DKernel, "store", store), kept_apart:
         yield
 

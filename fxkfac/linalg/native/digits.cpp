@@ -70,27 +70,10 @@ class Line {
 
 // 16 x 16 of 32 bits, between lines that are so many bytes apart.
 void transpose(const void* from, int64_t from_step, void* to, int64_t to_step) {
-  __m512i a[SIDE], b[SIDE];
-  for (int i = 0; i < SIDE; ++i) a[i] = _mm512_loadu_si512((const char*)from + i * from_step);
-  for (int i = 0; i < SIDE; i += 2) {
-    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-  }
-  for (int i = 0; i < SIDE; i += 4)
-    for (int j = 0; j < 2; ++j) {
-      a[i + 2 * j] = _mm512_unpacklo_epi64(b[i + j], b[i + j + 2]);
-      a[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + j + 2]);
-    }
-  for (int i = 0; i < 4; ++i)
-    for (int j = 0; j < SIDE; j += 8) {
-      b[i + j] = _mm512_shuffle_i32x4(a[i + j], a[i + j + 4], 0x88);
-      b[i + j + 4] = _mm512_shuffle_i32x4(a[i + j], a[i + j + 4], 0xdd);
-    }
-  for (int i = 0; i < 8; ++i) {
-    char* line = (char*)to + i * to_step;
-    _mm512_storeu_si512(line, _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88));
-    _mm512_storeu_si512(line + 8 * to_step, _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd));
-  }
+  vectors::Square<float> square;
+  for (int i = 0; i < SIDE; ++i) std::memcpy(&square[i], (const char*)from + i * from_step, LINE);
+  vectors::transpose<float>(square);
+  for (int i = 0; i < SIDE; ++i) std::memcpy((char*)to + i * to_step, &square[i], LINE);
 }
 
 // The digits of four vectors: a line for each size, in which the four of a place are together.

@@ -140,7 +140,7 @@ T take(const Total<T>& total, const Block& some, const T* panels, int64_t rows, 
   return trace;
 }
 
-// Sums of columns come first in the room.
+// Sums of columns, if asked for, come first in the room.
 template <class T>
 T wide(const Total<T>& total, const Rows<T>& x, bool summed, T* room, int threads) {
   const int64_t chunk = chunk_of<T>(x.number, x.d), count = panels_in<T>(x.d);
@@ -190,12 +190,12 @@ struct Own {
         tiles(reinterpret_cast<Tile<T>*>(panels + panels_in<T>(d) * DEPTH * WIDTH<T>)) {}
 
   // Some rows, no more than DEPTH.
-  void take(const Rows<T>& x, int64_t first, int64_t number, bool adds) {
+  void take(const Rows<T>& x, int64_t first, int64_t number, bool adds, bool summed) {
     const int64_t size = DEPTH * WIDTH<T>;
     Tile<T>* tile = tiles;
     for (int64_t p = 0; p < panels_in<T>(x.d); ++p) {
       copy(x, first, number, p, panels + p * size);
-      add_columns(panels + p * size, number, adds, sums + p * WIDTH<T>);
+      if (summed) add_columns(panels + p * size, number, adds, sums + p * WIDTH<T>);
       for (int64_t q = 0; q <= p; ++q)
         product(panels + p * size, panels + q * size, number, part_of<T>(x.d, p, q), adds, *tile++);
     }
@@ -203,7 +203,7 @@ struct Own {
 };
 
 template <class T>
-T tall(const Total<T>& total, const Rows<T>& x, T* room, int threads) {
+T tall(const Total<T>& total, const Rows<T>& x, bool summed, T* room, int threads) {
   const int64_t count = panels_in<T>(x.d), blocks = (x.number + DEPTH - 1) / DEPTH;
   const Own<T> all(room, x.d, 0);
   T trace = 0;
@@ -214,14 +214,15 @@ T tall(const Total<T>& total, const Rows<T>& x, T* room, int threads) {
       Own<T> own(room, x.d, t);
       const int64_t begin = blocks * t / threads, end = blocks * (t + 1) / threads;
       for (int64_t b = begin; b < end; ++b)
-        own.take(x, b * DEPTH, std::min(DEPTH, x.number - b * DEPTH), b > begin);
+        own.take(x, b * DEPTH, std::min(DEPTH, x.number - b * DEPTH), b > begin, summed);
     }
 #pragma omp for schedule(static, 1) reduction(+ : trace)
     for (int64_t p = 0; p < count; ++p) {
       for (int t = 1; t < threads; ++t) {
         const Own<T> own(room, x.d, t);
         for (int64_t n = tiles_in(p); n < tiles_in(p + 1); ++n) all.tiles[n].add(own.tiles[n]);
-        for (int64_t j = p * WIDTH<T>; j < (p + 1) * WIDTH<T>; ++j) all.sums[j] += own.sums[j];
+        for (int64_t j = p * WIDTH<T>; summed && j < (p + 1) * WIDTH<T>; ++j)
+          all.sums[j] += own.sums[j];
       }
       for (int64_t q = 0; q <= p; ++q)
         trace += store(total, p, q, total.adds, all.tiles[tiles_in(p) + q]);
@@ -252,9 +253,8 @@ struct Sums {
 
 template <class T>
 T gram(const Total<T>& total, const Rows<T>& x, Sums<T> sums, T* room, int threads) {
-  const T trace = is_tall<T>(x.number, x.d, threads)
-                      ? tall(total, x, room, threads)
-                      : wide(total, x, sums.start != nullptr, room, threads);
+  const auto take = is_tall<T>(x.number, x.d, threads) ? tall<T> : wide<T>;
+  const T trace = take(total, x, sums.start != nullptr, room, threads);
   for (int64_t j = 0; j < (sums.start ? x.d : 0); ++j)  // they come first in the room
     sums.start[j] = sums.adds ? sums.start[j] + room[j] : room[j];
   return trace;
@@ -264,15 +264,15 @@ T gram(const Total<T>& total, const Rows<T>& x, Sums<T> sums, T* room, int threa
 }  // namespace vectors
 
 // The sum of what is on the diagonal: no number, or infinite, if any row has such an entry.
-#define FOR_TYPE(name, T)                                                                          \
-  extern "C" T name(T* total, int64_t step, double scale, bool adds, const T* x,                   \
-                    const int64_t* rows, int64_t number, const int64_t* columns, int64_t d,        \
-                    T* sums, bool adds_sums, T* room, int threads) {                               \
-    return vectors::gram<T>({total, step, d, T(scale), adds}, {x, rows, columns, number, d},                \
-                   {sums, adds_sums}, room, threads);                                              \
-  }                                                                                                \
-  extern "C" int64_t name##_room(int64_t rows, int64_t d, int threads) {                           \
-    return vectors::room<T>(rows, d, threads);                                                              \
+#define FOR_TYPE(name, T)                                                                         \
+  extern "C" T name(T* total, int64_t step, double scale, bool adds, const T* x,                  \
+                    const int64_t* rows, int64_t number, const int64_t* columns, int64_t d,       \
+                    T* sums, bool adds_sums, T* room, int threads) {                              \
+    return vectors::gram<T>({total, step, d, T(scale), adds}, {x, rows, columns, number, d},      \
+                            {sums, adds_sums}, room, threads);                                    \
+  }                                                                                               \
+  extern "C" int64_t name##_room(int64_t rows, int64_t d, int threads) {                          \
+    return vectors::room<T>(rows, d, threads);                                                    \
   }
 
 FOR_TYPE(gram_float, float)
