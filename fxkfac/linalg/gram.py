@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import gcd
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from fxkfac.linalg.correlation import add_part
 from fxkfac.linalg.made_once import made_once
-from fxkfac.linalg.tiles import Kernel
+from fxkfac.linalg.tiles import Added
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -55,18 +56,19 @@ class Gram:
             other.total.mul_(self.scale / other.scale)
         add_part(self.total, other.total, self._beta(other.whole))
 
-    def add(
-        self, kernel: Kernel, x: Tensor, columns: int = 1, summed: bool = False
-    ) -> Float[Tensor, "group d"] | None:
-        """Add the products of rows by a kernel, which keeps up the whole and its scale.
+    def add(self, put: Callable[[Tensor, float, bool], Added]) -> Float[Tensor, "group d"] | None:
+        """Add products by a kernel, which keeps up the whole and its scale.
 
-        Returns Σ_rows x, too, if that is asked for.
+        Returns Σ_rows x, too, if that was asked for.
+
+        Args:
+            put: Writes the products into the total, multiplied by the scale, or adds them.
         """
         adds = not self.is_empty
         if adds:
             self.matrix(self.scale)  # both triangles
         is_finite = self.is_finite
-        added = kernel.add(self.total, x, columns, scale=self.scale, adds=adds, summed=summed)
+        added = put(self.total, self.scale, adds)
         self._beta(self.total.shape[-1])
         self.is_finite = is_finite and added.are_finite
         return added.sums

@@ -5,7 +5,7 @@ Columns are ordered as the weight's: channels, then the kernel's axes.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -13,8 +13,10 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from fxkfac.linalg.boxes import KNOWN, Sizes, number_of_boxes
 from fxkfac.linalg.correlation import add_by_channels, channel_block, is_faster
 from fxkfac.linalg.gram import Gram
+from fxkfac.linalg.moved import add_moved, moved_cost
 from fxkfac.linalg.products import add_gram, add_rows, chunk_numel, triangle
 from fxkfac.linalg.shifts import add_shifted, shifted_cost
 from fxkfac.linalg.tiles import kernel_for
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
 COPY = 16  # multiply-adds take as long as to copy a number of a patch
 SLOWER = 1.5  # times as long as in a kernel one takes in strips of patches
+DIGITS = 0.6  # times as long one takes in the kernel by digits
+MOST = 1024  # boxes
 
 
 def add_patch_gram(
@@ -44,17 +48,18 @@ def add_patch_gram(
         return
     if not batch or any(a.places == 0 for a in axes):
         return
-    rows, d = batch * prod(a.places for a in axes), gram.total.shape[-1]
-    kernel = kernel_for(gram.total, image, rows, copied=True)
-    sizes = batch, group, channels // group
-    digits = kernel is not None and kernel.takes_digits(rows, d)
-    if image.is_cpu and not digits and shifts_pay(axes, sizes, image.dtype, kernel is not None):
+    rows, sizes = batch * prod(a.places for a in axes), (batch, group, channels // group)
+    if kernel := kernel_for(gram.total, image, rows, copied=True):
+        digits = kernel.takes_digits(rows, gram.total.shape[-1])
+        if moving_pays(axes, sizes, digits):
+            add_moved(gram, kernel, image, axes)
+        else:
+            places, taps = _names(axes)
+            of_groups = f"n (g c) {places} {taps} -> g n {places} c {taps}"
+            x = rearrange(patches(image, axes), of_groups, g=group)
+            gram.add(partial(kernel.add, x=x, columns=1 + len(axes)))
+    elif image.is_cpu and shifts_pay(axes, sizes, image.dtype):
         add_shifted(gram, image, axes)
-    elif kernel:
-        places, taps = _names(axes)
-        of_groups = f"n (g c) {places} {taps} -> g n {places} c {taps}"
-        windowed = rearrange(patches(image, axes), of_groups, g=group)
-        gram.add(kernel, windowed, columns=1 + len(axes))
     else:
         add_patches(gram, image, axes)
 
@@ -82,27 +87,45 @@ def _positions(image: Tensor, group: int) -> Float[Tensor, "group batch position
     return rearrange(image, "n (g c) ... -> g n (...) c", g=group)
 
 
-@lru_cache(maxsize=256)  # the same for every vector and every batch
-def shifts_pay(
-    axes: tuple[Axis, ...], sizes: tuple[int, int, int], dtype: torch.dtype, has_kernel: bool
-) -> bool:
-    """Whether products of the moved image are cheaper than patches, on a CPU.
+@lru_cache(maxsize=KNOWN)
+def moving_pays(axes: tuple[Axis, ...], sizes: Sizes, by_digits: bool) -> bool:
+    """Whether the kernel for images takes less time than one for rows takes for patches.
+
+    Args:
+        axes: Where windows lie.
+        sizes: Of the image.
+        by_digits: Whether that is the one by digits.
+    """
+    if any(a.stride > 1 for a in axes) or number_of_boxes(axes) > MOST:
+        return False
+    return moved_cost(axes, sizes) < patch_cost(axes, sizes, by_digits)
+
+
+@lru_cache(maxsize=KNOWN)
+def shifts_pay(axes: tuple[Axis, ...], sizes: Sizes, dtype: torch.dtype) -> bool:
+    """Whether convolutions of the moved image are cheaper than patches, on a CPU without kernels.
 
     A GPU takes two to ten times as long for them, but for 256 channels and more.
 
     Args:
         axes: Where windows lie.
-        sizes: Numbers of data, of groups, and of channels in one.
+        sizes: Of the image.
         dtype: Of the image.
-        has_kernel: Whether patches go to a kernel, by vectors.
     """
-    if any(a.stride > 1 for a in axes):
+    if any(a.stride > 1 for a in axes) or number_of_boxes(axes) > MOST:
         return False
     batch, group, channels = sizes
     d = channels * prod(a.kernel for a in axes)
     numel = batch * prod(a.places for a in axes) * group * d
-    each = d / 2 + COPY if has_kernel else SLOWER * (triangle(d) * d + COPY)
-    return shifted_cost(axes, *sizes, dtype) < numel * each
+    return shifted_cost(axes, sizes, dtype) < numel * SLOWER * (triangle(d) * d + COPY)
+
+
+def patch_cost(axes: tuple[Axis, ...], sizes: Sizes, by_digits: bool) -> float:
+    """The time that a kernel for rows takes for patches, in multiply-adds."""
+    batch, group, channels = sizes
+    d = channels * prod(a.kernel for a in axes)
+    numel = batch * prod(a.places for a in axes) * group * d
+    return numel * ((DIGITS if by_digits else 1.0) * d / 2 + COPY)
 
 
 def add_patches(

@@ -10,6 +10,7 @@ could read them, a chunk at a time.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -51,7 +52,7 @@ def add_gram(
         summed: Whether it is.
     """
     if kernel := kernel_for(gram.total, x, x.shape[1:-1].numel()):
-        return gram.add(kernel, x, summed=summed)
+        return gram.add(partial(kernel.add, x=x, summed=summed))
     if x.numel():
         _add_by_products(gram, x)
     return x.sum(tuple(range(1, x.ndim - 1))) if summed else None

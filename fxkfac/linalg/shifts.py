@@ -1,13 +1,7 @@
-"""Image -> Σ patch patchᵀ without patches, where windows lie at every position (stride one).
+"""Image -> Σ patch patchᵀ without patches and without a kernel of our own, for stride one.
 
-The entry of two taps k, l and two channels is Σ_u x[u] x[u + δ] with δ = (l − k) · dilation: away
-from the border it depends on the difference of the taps alone, so that a 3 × 3 kernel has 15
-products of the image with itself, moved, in place of 81: together they are the weight gradient of
-one convolution. Where the windows leave part of the
-image out, the sum runs over an interval; it is the sum over everything minus what lies before and
-behind, and these are thin. All this happens along each dimension by itself.
-
-    Σ_u over [low, high)  =  Σ_u over all  −  Σ_u before low  −  Σ_u from high on
+The products of boxes (see `boxes`) that differ by shifts alone are the weight gradient of one
+convolution, which PyTorch has.
 """
 
 from __future__ import annotations
@@ -15,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, reduce
-from itertools import product
 from math import prod
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
+from fxkfac.linalg.boxes import KNOWN, Box, Run, Sizes, boxes_of, whole
 from fxkfac.linalg.correlation import add_part, correlation, has_wide_vectors
 from fxkfac.linalg.gram import Gram
 from fxkfac.linalg.made_once import made_once
@@ -39,34 +33,10 @@ NARROW = 2  # times as long as a product's a convolution's multiply-add takes wi
 # What else takes time beside these, in multiply-adds: measured for 3 to 512 channels.
 CONVOLUTION = 2**25  # for every one, however small
 MOVED = 200  # for every number that one reads;
-MOVED_WITHOUT_KERNEL = 2500  # where it has to copy patches itself, as in double precision
+MOVED_IN_DOUBLE = 2500  # in double precision, where it copies patches itself
 SCATTERED = 450  # for every number of the sum
 
-
-class Run(NamedTuple):
-    """Σ_u x[u] x[u + shift] for u in [low, high), along one dimension."""
-
-    shift: int
-    low: int
-    high: int
-
-    def turned(self) -> Run:
-        """The same sum, with the two factors in the other order."""
-        return Run(-self.shift, self.low + self.shift, self.high + self.shift)
-
-    @property
-    def length(self) -> int:
-        """The number of its terms."""
-        return self.high - self.low
-
-
-def whole(shift: int, size: int) -> Run:
-    """The run over everything that has a partner in the image."""
-    return Run(shift, max(0, -shift), min(size, size - shift))
-
-
 Span = tuple[int, int]  # start and length along a dimension
-Box = tuple[Run, ...]  # one run along every dimension
 
 
 @dataclass(frozen=True)
@@ -90,42 +60,21 @@ class Correlation:
     kernel: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Which products are taken, and how the patches' products are made of them.
-
-    Attributes:
-        boxes: One product of channels with channels for each.
-        turned: For every box, the number of the one with its factors in the other order.
-        correlations: How the boxes are computed of which no other one is the transpose.
-    """
-
-    boxes: tuple[Box, ...]
-    turned: tuple[int, ...]
-    correlations: tuple[Correlation, ...]
-
-
-@lru_cache(maxsize=256)  # the same for every vector and every batch
-def plan(axes: tuple[Axis, ...]) -> Plan:
-    """The products for windows with stride one."""
-    boxes = tuple(product(*(_runs(_terms_of_pairs(axis)) for axis in axes)))
-    number = {box: k for k, box in enumerate(boxes)}
-    turned = tuple(number[tuple(r.turned() for r in box)] for box in boxes)
-    taken = {k: boxes[k] for k, other in enumerate(turned) if k <= other}
-    return Plan(boxes, turned, tuple(_correlations(taken, axes)))
+@lru_cache(maxsize=KNOWN)
+def correlations(axes: tuple[Axis, ...]) -> tuple[Correlation, ...]:
+    """How the boxes are computed that are taken, for windows with stride one."""
+    return tuple(_correlations(boxes_of(axes).taken, axes))
 
 
 @made_once
 def weights(axes: tuple[Axis, ...]) -> Float[Tensor, "pairs boxes"]:
     """What a pair of taps takes of every box: 1, −1 or 0."""
-    joined = torch.ones(1, 1, 1, device="cpu")
-    for axis in axes:
-        terms = _terms_of_pairs(axis)
-        table = [[float(pair.get(run, 0)) for run in _runs(terms)] for pair in terms]
-        along = torch.tensor(table, device="cpu").view(axis.kernel, axis.kernel, -1)
-        joined = torch.einsum("kmr,lns->klmnrs", joined, along)
-        joined = rearrange(joined, "k l m n r s -> (k l) (m n) (r s)")
-    return joined.flatten(0, 1)
+    how = boxes_of(axes)
+    table = torch.zeros(len(how.terms), len(how.boxes), device="cpu")
+    for pair, terms in enumerate(how.terms):
+        for box, sign in terms:
+            table[pair, box] = sign
+    return table
 
 
 def _correlations(taken: Mapping[int, Box], axes: tuple[Axis, ...]) -> Iterator[Correlation]:
@@ -168,40 +117,19 @@ def _is_whole(run: Run, axis: Axis) -> bool:
     return run == whole(run.shift, axis.size)
 
 
-def _terms_of_pairs(axis: Axis) -> list[dict[Run, int]]:
-    """For all pairs of taps along one dimension, the runs that add up to theirs."""
-    return [_terms(axis, k, m) for k in range(axis.kernel) for m in range(axis.kernel)]
-
-
-def _runs(terms: list[dict[Run, int]]) -> list[Run]:
-    """All of them; a shift forwards comes before the one backwards: what is taken lies behind."""
-    return sorted({run for pair in terms for run in pair}, key=lambda r: (-r.shift, r))
-
-
-def _terms(axis: Axis, k: int, m: int) -> dict[Run, int]:
-    """The run of two taps as the whole one without its ends, or, if that is shorter, itself."""
-    shift, first = (m - k) * axis.dilation, k * axis.dilation - axis.before
-    everything = whole(shift, axis.size)
-    low, high = max(everything.low, first), min(everything.high, first + axis.places)
-    if low >= high:
-        return {}
-    if high - low <= everything.length - (high - low):
-        return {Run(shift, low, high): 1}
-    ends = [Run(shift, everything.low, low), Run(shift, high, everything.high)]
-    return {everything: 1} | {run: -1 for run in ends if run.length}
-
-
 def add_shifted(
     gram: Gram, image: Float[Tensor, "batch channels *space"], axes: tuple[Axis, ...]
 ) -> None:
     """Add Σ patch patchᵀ, for windows with stride one."""
-    how, total, group = plan(axes), gram.total, len(gram.total)
+    how, total, group = boxes_of(axes), gram.total, len(gram.total)
     if not how.boxes or not image.numel():
         return
     channels = image.shape[1] // group
     products = total.new_zeros(len(how.boxes), group, channels, channels)
     numel = max(chunk_numel(image.device), ROWS * channels * image.shape[1])
-    for c in how.correlations:  # what lies at the border is little, and all data are taken at once
+    for c in correlations(
+        axes
+    ):  # what lies at the border is little, and all data are taken at once
         datum = image.shape[1] * prod(length for _, length in c.reach)
         for part in image.split(max(1, numel // datum)):
             both = _cut(part, c.reach).to(total.dtype)
@@ -252,13 +180,12 @@ def _scatter(
         add_part(strip, rearrange(blocks, "k m g c e -> g (c k) (e m)"), beta)
 
 
-def shifted_cost(
-    axes: tuple[Axis, ...], batch: int, group: int, channels: int, dtype: torch.dtype
-) -> float:
+def shifted_cost(axes: tuple[Axis, ...], sizes: Sizes, dtype: torch.dtype) -> float:
     """The time of `add_shifted`, in multiply-adds of one large product."""
+    batch, group, channels = sizes
     each = (1 if has_wide_vectors() else NARROW) * -(-channels // VECTOR) * VECTOR
-    moved, found = MOVED if dtype == torch.float32 else MOVED_WITHOUT_KERNEL, 0.0
-    for c in plan(axes).correlations:
+    moved, found = MOVED if dtype == torch.float32 else MOVED_IN_DOUBLE, 0.0
+    for c in correlations(axes):
         numel = batch * group * channels * prod(length for _, length in c.first)
         found += CONVOLUTION + numel * (each * prod(c.kernel) + moved)
     return found + group * (channels * prod(a.kernel for a in axes)) ** 2 * SCATTERED

@@ -16,13 +16,14 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.interface import Prepared, Refused
 from benchmarks.own import INDUCTOR
 from benchmarks.peers import PEERS
 from benchmarks.problems import ALL, PROBLEMS
-from fxkfac.linalg.tiles import Added, Kernel
+from fxkfac.linalg import Gram
 from fxkfac.measure import Elsewhere, seconds_of, warning
 
 CALL, SUMS = "one call of fxkfac", "sums by kernels"
@@ -52,17 +53,17 @@ def operations(prepared: Prepared) -> list[Operation]:
 @contextmanager
 def _sums_recorded() -> Iterator[None]:
     """Kernels are no operations, and show by a name of their own."""
-    plain = Kernel.add
+    plain = Gram.add
 
-    def recorded(*args: Any, **options: Any) -> Added:
+    def recorded(*args: Any) -> Tensor | None:
         with record_function(SUMS):
-            return plain(*args, **options)
+            return plain(*args)
 
-    Kernel.add = recorded  # type: ignore[method-assign]
+    Gram.add = recorded  # type: ignore[method-assign]
     try:
         yield
     finally:
-        Kernel.add = plain  # type: ignore[method-assign]
+        Gram.add = plain  # type: ignore[method-assign]
 
 
 def shares(rows: list[Operation]) -> dict[str, float]:

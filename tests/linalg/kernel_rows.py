@@ -7,7 +7,7 @@ import torch
 from drawn import rand
 from torch import Tensor
 
-from fxkfac.linalg import tiles
+from fxkfac.linalg import places, tiles
 
 F32, F64 = torch.float32, torch.float64
 
@@ -44,13 +44,13 @@ def plain(x: Tensor, columns: int = 1) -> Tensor:
     return rows.T @ rows
 
 
-def given(x: Tensor, columns: int) -> tiles.Matrix:
+def given(x: Tensor, columns: int) -> places.Matrix:
     """Where rows and columns are, without a group."""
     down, across = (
-        tiles._places(tuple(zip(x.shape[part], x.stride()[part], strict=True)))
+        places.places_of(tuple(zip(x.shape[part], x.stride()[part], strict=True)))
         for part in (slice(None, -columns), slice(-columns, None))
     )
-    return tiles.Matrix(x.data_ptr(), down, across)
+    return places.Matrix(x.data_ptr(), down, across)
 
 
 def check_sums(sums: Tensor, x: Tensor, columns: int, rows: int, more: float = 0.0) -> None:

@@ -126,11 +126,11 @@ def test_digits_end_where_a_number_has_none(adds: bool) -> None:
 
 
 def test_few_numbers_are_not_split() -> None:
-    digits = tiles.Digits(lambda *_: 0, lambda *_: 0)
-    kernel = tiles.Kernel(lambda *_: 0.0, lambda *_: 0, F32, digits)
+    none = tiles.Function(lambda *_: 0, lambda *_: 0)
+    kernel = tiles.Kernel(F32, none, none, digits=none)
     sizes = [(512, 128), (511, 128), (64, 1024), (1, 5000), (1024, 64), (1100, 63)]
     assert [kernel.takes_digits(*of) for of in sizes] == [True, False, True, False, True, False]
     assert kernel.pays(32, 2048, copied=False)
-    without = tiles.Kernel(lambda *_: 0.0, lambda *_: 0, F32)
+    without = tiles.Kernel(F32, none, none)
     assert not without.takes_digits(512, 128)
     assert not without.pays(32, 2048, copied=False)

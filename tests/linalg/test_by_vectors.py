@@ -25,10 +25,10 @@ def by_vectors(
     """
     _, (_, _, rows), (_, _, d) = at = given(x, columns)
     kernel, sums = tiles._kernels()[x.dtype], x.new_full((d + 1,), more)
-    numbers = kernel.room(rows, d, threads)
+    numbers = kernel.rows.room(rows, d, threads)
     room = x.new_full((numbers + 99,), nan)
     to, adds_sums = (total.data_ptr(), total.stride(0), 0.5, adds), not isnan(more)
-    trace = kernel.run(*to, *at.given(), sums.data_ptr(), adds_sums, room.data_ptr(), threads)
+    trace = kernel.rows.run(*to, *at.given(), sums.data_ptr(), adds_sums, room.data_ptr(), threads)
     assert bool(room[numbers:].isnan().all())
     if adds_sums:
         assert sums[-1] == more
@@ -102,8 +102,8 @@ def test_the_trace_tells_of_what_is_no_number(
         wrong = x.clone()
         wrong[row, column] = large if number is None else number
         total = x.new_empty(1, d, d)
-        assert not tiles._kernels()[dtype].add(total, wrong[None], **PLAIN).are_finite
-    assert tiles._kernels()[dtype].add(x.new_empty(1, d, d), x[None], **PLAIN).are_finite
+        assert not tiles._kernels()[dtype].add(total, x=wrong[None], **PLAIN).are_finite
+    assert tiles._kernels()[dtype].add(x.new_empty(1, d, d), x=x[None], **PLAIN).are_finite
 
 
 def test_vectors_go_on_where_digits_end() -> None:
@@ -111,13 +111,13 @@ def test_vectors_go_on_where_digits_end() -> None:
 
     def of_some(*of: int) -> int:
         *given, number, columns, d, sums, _, threads = of
-        room = torch.empty(plain_kernel.room(number, d, threads))
-        plain_kernel.run(*given, 100, columns, d, sums, False, room.data_ptr(), threads)
+        room = torch.empty(plain_kernel.rows.room(number, d, threads))
+        plain_kernel.rows.run(*given, 100, columns, d, sums, False, room.data_ptr(), threads)
         return 100
 
-    kernel = replace(plain_kernel, digits=tiles.Digits(of_some, lambda *_: 1))
+    kernel = replace(plain_kernel, digits=tiles.Function(of_some, lambda *_: 1))
     total = torch.full((2, 128, 128), nan)
-    added = kernel.add(total, x, scale=0.5, adds=False, summed=True)
+    added = kernel.add(total, 0.5, False, x=x, summed=True)
     for found, sums, rows in zip(total, added.sums, x, strict=True):
         assert error(found, 0.5 * plain(rows)) < 1e-6
         torch.testing.assert_close(sums, rows.sum(0), rtol=1e-5, atol=1e-4)

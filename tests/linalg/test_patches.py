@@ -15,9 +15,9 @@ from torch import Tensor
 from fxkfac.graph.form import Patches
 from fxkfac.graph.uses.normal import unfold
 from fxkfac.linalg import gram, patches, products, tiles
-from fxkfac.linalg.windows import Windows, patch_sums
+from fxkfac.linalg.windows import Axis, Windows, patch_sums
 
-WAYS = st.sampled_from(["chosen", "shifts", "patches"])
+WAYS = ["chosen", "moved", "shifts", "patches"]
 
 
 def rand(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -41,17 +41,22 @@ def rows(image: Tensor, windows: Windows) -> Tensor:
 
 
 def force(patch: pytest.MonkeyPatch, way: str) -> None:
-    """Shifts wherever they can be taken at all, or patches everywhere; both a few at a time.
+    """Moved images wherever they can be taken at all, by our kernel or by convolutions.
 
-    Neither by a kernel of our own.
+    Or patches everywhere; without a kernel a few at a time.
     """
     if way == "chosen":
         return
+
+    def is_way(axes: tuple[Axis, ...], *_: object, **__: object) -> bool:
+        return way in ("moved", "shifts") and all(a.stride == 1 for a in axes)
+
+    patch.setattr(patches, "moving_pays", is_way)
+    patch.setattr(patches, "shifts_pay", is_way)
+    if way == "moved":
+        patch.setattr(tiles, "COPIED", 1)
+        return
     patch.setattr(tiles, "_kernels", dict)
-    shifts = way == "shifts"
-    patch.setattr(
-        patches, "shifts_pay", lambda axes, *_: shifts and all(a.stride == 1 for a in axes)
-    )
     patch.setattr(gram, "TILE", 2)
     for name, value in {"STRIP": 2, "CHUNK": 40, "FEW": 3}.items():
         patch.setattr(products, name, value)
@@ -104,7 +109,7 @@ def problems(draw: st.DrawFn, longest: int = 7) -> tuple[tuple[int, ...], Window
     return shape, replace(whole, places=places)
 
 
-@given(problems(), WAYS, st.sampled_from([torch.float32, torch.float64]))
+@given(problems(), st.sampled_from(WAYS), st.sampled_from([torch.float32, torch.float64]))
 def test_moments_are_those_of_all_patches(
     problem: tuple[tuple[int, ...], Windows], way: str, dtype: torch.dtype
 ) -> None:
@@ -118,7 +123,7 @@ def square(k: int, stride: int = 1, padding: int = 0, groups: int = 1) -> Window
     return Windows((k, k), (stride,) * 2, ((padding,) * 2,) * 2, (1, 1), groups)
 
 
-@pytest.mark.parametrize("way", ["chosen", "shifts", "patches"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     ("shape", "windows"),
     [
@@ -148,7 +153,7 @@ def test_images_of_any_strides() -> None:
         rand(3, 1, 5, 6).expand(3, 4, 5, 6),
         rand(3, 4, 10, 12)[:, :, ::2, 1::2],
     ):
-        for way in ("shifts", "patches"):
+        for way in WAYS[1:]:
             with pytest.MonkeyPatch.context() as patch:
                 force(patch, way)
                 compare(image, windows)
@@ -165,7 +170,7 @@ def test_more_taps_than_windows_find_places_for() -> None:
 
 def test_half_precision_is_summed_in_float32() -> None:
     image, windows = rand(4, 3, 8, 8).to(torch.bfloat16), square(3, padding=1)
-    for way in ("chosen", "shifts", "patches"):
+    for way in WAYS:
         with pytest.MonkeyPatch.context() as patch:
             force(patch, way)
             total, sums = patch_gram(image, windows)

@@ -82,7 +82,7 @@ def test_the_sum_of_rows_comes_with_their_products(part: slice, dtype: torch.dty
 def test_columns_may_share_memory_and_lie_apart():
     x = rand(1, 30, 48)[..., ::47].unsqueeze(-1).expand(1, 30, 2, 48)  # 0, .., 0, 47, .., 47
     total, rows = x.new_empty(1, 96, 96), x.flatten(2)
-    tiles._kernels()[F64].add(total, x, 2, **PLAIN)
+    tiles._kernels()[F64].add(total, x=x, columns=2, **PLAIN)
     torch.testing.assert_close(total, rows.mT @ rows)
 
 

@@ -16,6 +16,15 @@ constexpr int64_t ALL = 1 << 26;    // and those of all threads together than th
 constexpr int64_t CHUNK = 1 << 18;  // numbers of wide x that are copied at once, or, if more,
 constexpr int64_t SUMS = 2;         // times as many as the sum has
 
+// Put a vector where it belongs, past the cache or not.
+template <class T>
+void pass(const Vector<T>& vector, bool passes, T* to) {
+#if defined(__AVX512F__)
+  if (passes) return _mm512_stream_si512(reinterpret_cast<__m512i*>(to), (__m512i)vector);
+#endif
+  write(vector, to);
+}
+
 // Put a square where there is room for all of it, or for a part.
 template <class T>
 void put(const Square<T>& square, bool passes, Corner<T> to) {
@@ -25,12 +34,8 @@ void put(const Square<T>& square, bool passes, Corner<T> to) {
     T* there = to.start + i * to.step;
     if (to.columns < LANES<T>)
       std::memcpy(there, &square[i], to.columns * sizeof(T));
-#if defined(__AVX512F__)
-    else if (passes)
-      _mm512_stream_si512(reinterpret_cast<__m512i*>(there), (__m512i)square[i]);
-#endif
     else
-      write(square[i], there);
+      pass<T>(square[i], passes, there);
   }
 }
 
@@ -131,8 +136,8 @@ T take(const Total<T>& total, const Block& some, const T* panels, int64_t rows, 
     for (size_t n = 0; n < some.size(); ++n) {
       const auto [p, q, _] = some[n];
       const T *left = panels + (p * rows + k) * WIDTH<T>, *right = left + (q - p) * rows * WIDTH<T>;
-      const int64_t depth = std::min(DEPTH, rows - k);
-      product(left, right, depth, part_of<T>(total.d, p, q), k > 0, tiles[n]);
+      const Piece piece{0, std::min(DEPTH, rows - k)};
+      product(left, right, {&piece, &piece + 1}, part_of<T>(total.d, p, q), k > 0, tiles[n]);
     }
   T trace = 0;
   for (size_t n = 0; n < some.size(); ++n)
@@ -153,7 +158,7 @@ T wide(const Total<T>& total, const Rows<T>& x, bool summed, T* room, int thread
       const int64_t number = std::min(chunk, x.number - first), size = number * WIDTH<T>;
 #pragma omp for schedule(static)
       for (int64_t p = 0; p < count; ++p) {
-        copy(x, first, number, p, panels + p * size);
+        copy(x, first, number, p * WIDTH<T>, part_of<T>(x.d, p, p).columns, panels + p * size);
         if (summed) add_columns(panels + p * size, number, first > 0, room + p * WIDTH<T>);
       }
 #pragma omp for schedule(static) reduction(+ : trace)
@@ -192,12 +197,14 @@ struct Own {
   // Some rows, no more than DEPTH.
   void take(const Rows<T>& x, int64_t first, int64_t number, bool adds, bool summed) {
     const int64_t size = DEPTH * WIDTH<T>;
+    const Piece piece{0, number};
     Tile<T>* tile = tiles;
     for (int64_t p = 0; p < panels_in<T>(x.d); ++p) {
-      copy(x, first, number, p, panels + p * size);
+      copy(x, first, number, p * WIDTH<T>, part_of<T>(x.d, p, p).columns, panels + p * size);
       if (summed) add_columns(panels + p * size, number, adds, sums + p * WIDTH<T>);
       for (int64_t q = 0; q <= p; ++q)
-        product(panels + p * size, panels + q * size, number, part_of<T>(x.d, p, q), adds, *tile++);
+        product(panels + p * size, panels + q * size, {&piece, &piece + 1}, part_of<T>(x.d, p, q), adds,
+                *tile++);
     }
   }
 };
@@ -277,3 +284,4 @@ T gram(const Total<T>& total, const Rows<T>& x, Sums<T> sums, T* room, int threa
 
 FOR_TYPE(gram_float, float)
 FOR_TYPE(gram_double, double)
+#undef FOR_TYPE

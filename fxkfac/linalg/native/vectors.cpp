@@ -87,11 +87,10 @@ void turn(const T* start, const int64_t* columns, int number, T* panel) {
   }
 }
 
-// Some rows of a panel, with zeros for columns that there are not.
+// Some rows of some columns, no more than a panel has, and zeros for the others.
 template <class T>
-void copy(const Rows<T>& x, int64_t first, int64_t number, int64_t p, T* panel) {
-  const int n = std::min<int64_t>(WIDTH<T>, x.d - p * WIDTH<T>);
-  const int64_t* columns = x.columns + p * WIDTH<T>;
+void copy(const Rows<T>& x, int64_t first, int64_t number, int64_t column, int n, T* panel) {
+  const int64_t* columns = x.columns + column;
   const bool together = adjacent(columns, n);
   const int whole = together ? n / LANES<T> * LANES<T> : 0;
   for (int64_t k = 0, step; k < number; k += step, panel += step * WIDTH<T>) {
@@ -134,20 +133,52 @@ struct Tile {
     for (int i = 0; i < WIDTH<T> * WIDTH<T>; i += LANES<T>)
       write(read(sums + i) + read(other.sums + i), sums + i);
   }
+
+  // Of some of its rows and columns.
+  void set_transpose(const Tile& other, int rows, int columns) {
+    for (int i = 0; i < rows; i += LANES<T>)
+      for (int j = 0; j < columns; j += LANES<T>) other.turn(i, j, *this);
+  }
+
+  // Put what is below the diagonal above it, too.
+  void mirror(int rows) {
+    for (int i = 0; i < rows; ++i)
+      for (int j = 0; j < i; ++j) sums[j * WIDTH<T> + i] = sums[i * WIDTH<T> + j];
+  }
+
+ private:
+  void turn(int row, int column, Tile& to) const {
+    Square<T> square;
+    for (int i = 0; i < LANES<T>; ++i) square[i] = read(sums + (row + i) * WIDTH<T> + column);
+    transpose<T>(square);
+    for (int i = 0; i < LANES<T>; ++i) write(square[i], to.sums + (column + i) * WIDTH<T> + row);
+  }
+};
+
+// Rows that follow one another.
+struct Piece {
+  int64_t start, length;
+};
+
+struct Pieces {
+  const Piece *begin, *end;
 };
 
 // A few rows of a tile: its first N vectors of each, or those added.
 template <class T, int N>
-void multiply(const T* left, const T* right, int64_t depth, bool adds, T* tile) {
+void multiply(const T* left, const T* right, Pieces pieces, bool adds, T* tile) {
   Vector<T> sums[DOWN][N]{};
-  for (int64_t k = 0; k < depth; ++k, left += WIDTH<T>, right += WIDTH<T>) {
-    Vector<T> y[N];
+  for (const Piece* piece = pieces.begin; piece < pieces.end; ++piece) {
+    const T *x = left + piece->start * WIDTH<T>, *z = right + piece->start * WIDTH<T>;
+    for (int64_t k = 0; k < piece->length; ++k, x += WIDTH<T>, z += WIDTH<T>) {
+      Vector<T> y[N];
 #pragma GCC unroll 3
-    for (int j = 0; j < N; ++j) y[j] = read(right + j * LANES<T>);
+      for (int j = 0; j < N; ++j) y[j] = read(z + j * LANES<T>);
 #pragma GCC unroll 8
-    for (int i = 0; i < DOWN; ++i)
+      for (int i = 0; i < DOWN; ++i)
 #pragma GCC unroll 3
-      for (int j = 0; j < N; ++j) sums[i][j] += left[i] * y[j];
+        for (int j = 0; j < N; ++j) sums[i][j] += x[i] * y[j];
+    }
   }
 #pragma GCC unroll 8
   for (int i = 0; i < DOWN; ++i)
@@ -179,12 +210,12 @@ struct Part {
 
 // Of some rows of two panels.
 template <class T>
-void product(const T* left, const T* right, int64_t depth, Part part, bool adds, Tile<T>& tile) {
+void product(const T* left, const T* right, Pieces rows, Part part, bool adds, Tile<T>& tile) {
   static_assert(WIDTH<T> % DOWN == 0);
   for (int i = 0; i < part.rows; i += DOWN) {
     const int vectors = part.vectors<T>(i);
     const auto few = vectors == 1 ? multiply<T, 1> : vectors == 2 ? multiply<T, 2> : multiply<T, 3>;
-    few(left + i, right, depth, adds, tile.sums + i * WIDTH<T>);
+    few(left + i, right, rows, adds, tile.sums + i * WIDTH<T>);
   }
 }
 

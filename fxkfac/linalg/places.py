@@ -1,0 +1,77 @@
+"""Tensors -> where their entries are in memory, as C finds them."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from math import prod
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+KNOWN = 1024  # layouts of which it is known where rows and columns are, for the next batch,
+SHORT = 2**14  # if no more rows: to find out takes a hundredth of the time of the sum of more
+
+
+class Places(NamedTuple):
+    """Where the entries of an axis are, and where C finds that; how many there are."""
+
+    offsets: Int[Tensor, " entries"]
+    address: int
+    number: int
+
+    @staticmethod
+    def of(offsets: Int[Tensor, " entries"]) -> Places:
+        """Such places."""
+        return Places(offsets, offsets.data_ptr(), len(offsets))
+
+
+class Matrix(NamedTuple):
+    """A matrix in memory: where it starts, and what is added to that for its rows and columns."""
+
+    start: int
+    down: Places
+    across: Places
+
+    def after(self, number: int) -> Matrix:
+        """All but so many rows, the first ones."""
+        return self._replace(down=Places.of(self.down.offsets[number:])) if number else self
+
+    def given(self) -> tuple[int, int, int, int, int]:
+        """As C takes it."""
+        _, down, rows = self.down
+        _, across, d = self.across
+        return self.start, down, rows, across, d
+
+
+def matrices_of(x: Float[Tensor, " group *rows_and_columns"], columns: int = 1) -> list[Matrix]:
+    """That of every group; columns are in so many of the last axes, and rows in those between."""
+    short = prod(x.shape[1:-columns]) <= SHORT
+    down, across = (_known if short else _found)(x.shape, x.stride(), columns)
+    return [Matrix(start, down, across) for start in addresses(x)]
+
+
+def addresses(t: Tensor) -> list[int]:
+    """Where each part of the first axis begins."""
+    step = t.stride(0) * t.element_size()
+    return [t.data_ptr() + k * step for k in range(t.shape[0])]
+
+
+def _found(shape: tuple[int, ...], strides: tuple[int, ...], columns: int) -> tuple[Places, Places]:
+    axes = tuple(zip(shape, strides, strict=True))
+    return places_of(axes[1:-columns]), places_of(axes[-columns:])
+
+
+_known = lru_cache(maxsize=KNOWN)(_found)
+
+
+def places_of(axes: tuple[tuple[int, int], ...]) -> Places:
+    """Where the entries of axes of such lengths and strides are, in order."""
+    found = torch.zeros(1, dtype=torch.int64, device="cpu")
+    for size, step in axes:
+        along = torch.arange(size, device="cpu") * step
+        found = (found.unsqueeze(1) + along).flatten()
+    return Places.of(found)
