@@ -17,7 +17,7 @@ from torch import Tensor
 from fxkfac.linalg.boxes import Box, Sizes, boxes_of
 from fxkfac.linalg.gram import Gram
 from fxkfac.linalg.made_once import made_once
-from fxkfac.linalg.places import addresses, matrices_of
+from fxkfac.linalg.places import addresses, matrices_of, room
 from fxkfac.linalg.tiles import Added, Kernel
 from fxkfac.linalg.windows import Axis
 
@@ -127,11 +127,11 @@ def _add(
     threads, of = torch.get_num_threads(), windows.data_ptr()
     _, rows, channels = matrices[0]
     numbers = kernel.moved.room(rows.number, channels.number, of, threads)
-    room = torch.empty(numbers, dtype=x.dtype, device="cpu")
+    within = room(numbers, x.dtype)
     are_finite = True
     for place, images in zip(addresses(total), matrices, strict=True):
         to = place, total.stride(1), scale, adds
-        trace = kernel.moved.run(*to, *images.given(), of, room.data_ptr(), threads)
+        trace = kernel.moved.run(*to, *images.given(), of, within.data_ptr(), threads)
         are_finite &= isfinite(trace)
     return Added(None, are_finite)
 

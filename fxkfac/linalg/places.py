@@ -1,7 +1,8 @@
-"""Tensors -> where their entries are in memory, as C finds them."""
+"""Tensors -> where their entries are in memory, as C finds them; and memory that it works in."""
 
 from __future__ import annotations
 
+import threading
 from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
 
 KNOWN = 1024  # layouts of which it is known where rows and columns are, for the next batch,
 SHORT = 2**14  # if no more rows: to find out takes a hundredth of the time of the sum of more
+KEPT = 2**23  # bytes to work in that a thread keeps for the next sum, as BLAS does
+
+_kept = threading.local()
 
 
 class Places(NamedTuple):
@@ -75,3 +79,14 @@ def places_of(axes: tuple[tuple[int, int], ...]) -> Places:
         along = torch.arange(size, device="cpu") * step
         found = (found.unsqueeze(1) + along).flatten()
     return Places.of(found)
+
+
+def room(numbers: int, dtype: torch.dtype) -> Tensor:
+    """Memory to work in, that may be someone else's as soon as this thread asks again."""
+    size = numbers * dtype.itemsize
+    found: Tensor | None = getattr(_kept, "room", None)
+    if found is None or found.nbytes < size:
+        found = torch.empty(size, dtype=torch.uint8, device="cpu")
+        if size <= KEPT:
+            _kept.room = found
+    return found

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fxkfac.linalg.library import NAMES, Function, functions
-from fxkfac.linalg.places import Matrix, addresses, matrices_of
+from fxkfac.linalg.places import Matrix, addresses, matrices_of, room
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -105,8 +105,8 @@ class Kernel:
         if self.digits is None or not self.takes_digits(number, d):
             return 0
         threads = torch.get_num_threads()
-        room = torch.empty(self.digits.room(number, d, threads), dtype=torch.uint8, device="cpu")
-        return self.digits.run(*to, adds, *rows.given(), sums, room.data_ptr(), threads)
+        within = room(self.digits.room(number, d, threads), torch.uint8)
+        return self.digits.run(*to, adds, *rows.given(), sums, within.data_ptr(), threads)
 
     def _by_vectors(
         self,
@@ -119,8 +119,9 @@ class Kernel:
         """The trace of the sum."""
         threads = torch.get_num_threads()
         numbers = self.rows.room(rows.down.number, rows.across.number, threads)
-        room = torch.empty(numbers, dtype=self.dtype, device="cpu")
-        return self.rows.run(*to, adds, *rows.given(), sums, adds_sums, room.data_ptr(), threads)
+        within = room(numbers, self.dtype)
+        given = *rows.given(), sums, adds_sums, within.data_ptr()
+        return self.rows.run(*to, adds, *given, threads)
 
 
 def kernel_for(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from math import inf, nan
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fxkfac.linalg import Gram, add_gram, products, tiles
+from fxkfac.linalg import Gram, add_gram, places, products, tiles
 
 
 @pytest.mark.parametrize("dtype", [F32, F64])
@@ -122,3 +123,19 @@ def test_a_recorded_graph_has_operations(mode: str) -> None:
         assert matrix(x[:1]).shape == (1, 128, 128)
     compiled = torch.compile(matrix, backend="eager")
     torch.testing.assert_close(compiled(x[1:]), matrix(x[1:]))
+
+
+def test_memory_to_work_in_is_kept_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places, "_kept", threading.local())
+    small = places.room(100, F64)
+    assert small.nbytes == 800
+    assert places.room(200, F32) is small
+    larger = places.room(places.KEPT, torch.uint8)
+    assert places.room(1, F64) is larger
+    assert places.room(places.KEPT + 1, torch.uint8).nbytes == places.KEPT + 1
+    assert places.room(1, F64) is larger
+    elsewhere: list[Tensor] = []
+    thread = threading.Thread(target=lambda: elsewhere.append(places.room(1, F64)))
+    thread.start()
+    thread.join()
+    assert elsewhere[0] is not larger
