@@ -1,19 +1,18 @@
-"""The sums that are written in C++, compiled once on a machine."""
+"""The sums that are written in C++, compiled once on a machine for each dtype."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from ctypes import c_bool, c_double, c_float, c_int, c_int64, c_void_p
-from functools import cache
 from importlib.resources import files
 from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
 
-SOURCES = ("rows", "vectors", "panels", "boxes", "moved", "digits", "products", "sums")
-NAMES = {torch.float32: "float", torch.float64: "double"}
-NUMBERS = {torch.float32: c_float, torch.float64: c_double}
+SOURCES = ("rows", "vectors", "panels", "boxes", "moved")
+OF_DIGITS = ("digits", "products", "sums")  # in single precision
+TYPES = {torch.float32: ("float", c_float), torch.float64: ("double", c_double)}
 # As the code has them: where the sum is, and how it is put there; rows, and their offsets.
 SUM = (c_void_p, c_int64, c_double, c_bool)
 ROWS = (c_void_p, c_void_p, c_int64, c_void_p, c_int64)
@@ -43,56 +42,51 @@ class Functions(NamedTuple):
     digits: Function | None = None
 
 
-@cache
-def functions() -> dict[torch.dtype, Functions]:
-    """Those of each dtype.
+def functions(dtype: torch.dtype) -> Functions | None:
+    """Those of one dtype; `None` without a compiler, or where it knows no vectors."""
+    (_, number), has_digits = TYPES[dtype], dtype == torch.float32
+    try:
+        library = _compiled(dtype, (*SOURCES, *OF_DIGITS) if has_digits else SOURCES)
+    except (OSError, RuntimeError):
+        return None
+    rows = _run(library.gram, number, c_void_p, c_bool, c_void_p, c_int)
+    moved = _run(library.moved, number, c_void_p, c_void_p, c_int)
+    return Functions(
+        Function(rows, _room(library.gram_room, *SIZES, c_int)),
+        Function(moved, _room(library.moved_room, *SIZES, c_void_p, c_int)),
+        _digits(library) if has_digits else None,
+    )
 
-    None where they cannot be: without a compiler, or by one that knows no vectors.
-    """
+
+def _compiled(dtype: torch.dtype, sources: tuple[str, ...]) -> Any:
     from torch._inductor.codecache import CppCodeCache  # takes seconds
 
     folder = files(__package__).joinpath("native")
-    code = "".join(folder.joinpath(f"{name}.cpp").read_text() for name in SOURCES)
+    parts = [folder.joinpath(f"{source}.cpp").read_text() for source in sources]
     processor = getattr(torch.cpu, "get_capabilities", torch.backends.cpu.get_cpu_capability)()
-    code += f"// {processor}"  # so that those that share a disk have code of their own
+    # Those that share a disk have code of their own.
+    code = "\n".join([f"using Number = {TYPES[dtype][0]};", *parts, f"// {processor}"])
     flags: dict[str, Any] = {"extra_flags": ("-ffp-contract=fast",)}
     if "needs_vec_isa" in signature(CppCodeCache.load_async).parameters:
         flags["needs_vec_isa"] = False  # which vectors there are takes a second to find out
-    try:
-        library: Any = CppCodeCache.load(code, **flags)
-    except (OSError, RuntimeError):
-        return {}
-    return {dtype: _functions(library, dtype) for dtype in NAMES}
-
-
-def _functions(library: Any, dtype: torch.dtype) -> Functions:
-    number, name = NUMBERS[dtype], NAMES[dtype]
-    rows = Function(
-        _run(library, f"gram_{name}", number, c_void_p, c_bool, c_void_p, c_int),
-        _room(library, f"gram_{name}_room", *SIZES, c_int),
-    )
-    moved = Function(
-        _run(library, f"moved_{name}", number, c_void_p, c_void_p, c_int),
-        _room(library, f"moved_{name}_room", *SIZES, c_void_p, c_int),
-    )
-    return Functions(rows, moved, _digits(library) if dtype == torch.float32 else None)
+    return CppCodeCache.load(code, **flags)
 
 
 def _digits(library: Any) -> Function | None:
     """`None` where the processor has no such tiles, or the system lets no one have them."""
-    room = _room(library, "gram_digits_room", *SIZES, c_int)
+    room = _room(library.digits_room, *SIZES, c_int)
     if not room(1, 1, 1):
         return None
-    return Function(_run(library, "gram_digits", c_int64, c_void_p, c_void_p, c_int), room)
+    return Function(_run(library.digits_gram, c_int64, c_void_p, c_void_p, c_int), room)
 
 
-def _run(library: Any, name: str, gives: Any, *more: Any) -> Callable[..., Any]:
-    found: Any = library[name]
+def _run(found: Any, gives: Any, *more: Any) -> Callable[..., Any]:
     found.restype, found.argtypes = gives, (*SUM, *ROWS, *more)
-    return found
+    run: Callable[..., Any] = found
+    return run
 
 
-def _room(library: Any, name: str, *takes: Any) -> Callable[..., int]:
-    found: Any = library[name]
+def _room(found: Any, *takes: Any) -> Callable[..., int]:
     found.restype, found.argtypes = c_int64, takes
-    return found
+    room: Callable[..., int] = found
+    return room

@@ -7,7 +7,6 @@ triangle by matrix products with the other one copied takes 0.65 to 1.3.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from math import isfinite
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from fxkfac.linalg.library import NAMES, Function, functions
+from fxkfac.linalg.library import TYPES, Function, functions
 from fxkfac.linalg.places import Matrix, addresses, matrices_of, room
 
 if TYPE_CHECKING:
@@ -137,13 +136,13 @@ def kernel_for(
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return None  # what is recorded is PyTorch's operations
-    if (dtype := x.dtype) != total.dtype or dtype not in NAMES:
+    if (dtype := x.dtype) != total.dtype or dtype not in TYPES:
         return None
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return None  # a transform wraps whatever is made now
     if total.stride(2) != 1 or not (_is_in_memory(total) and _is_in_memory(x)):
         return None
-    kernel = _kernels().get(dtype)
+    kernel = kernel_of(dtype)
     return kernel if kernel and kernel.pays(rows, total.shape[-1], copied) else None
 
 
@@ -156,6 +155,7 @@ def _is_in_memory(t: Tensor) -> bool:
 
 
 @cache
-def _kernels() -> Mapping[torch.dtype, Kernel]:
-    """One for each dtype, if there are any."""
-    return {dtype: Kernel(dtype, *of) for dtype, of in functions().items()}
+def kernel_of(dtype: torch.dtype) -> Kernel | None:
+    """The one for single or double precision, if it can be."""
+    found = functions(dtype)
+    return None if found is None else Kernel(dtype, *found)

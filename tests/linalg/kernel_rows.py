@@ -11,7 +11,7 @@ from fxkfac.linalg import places, tiles
 
 F32, F64 = torch.float32, torch.float64
 
-KERNEL = tiles._kernels().get(F32)
+KERNEL = tiles.kernel_of(F32)
 PLAIN = {"scale": 1.0, "adds": False}
 has_digits = pytest.mark.skipif(
     KERNEL is None or KERNEL.digits is None, reason="this processor has no tiles of bytes"

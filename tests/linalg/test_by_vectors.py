@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fxkfac.linalg import tiles
 
-pytestmark = pytest.mark.skipif(not tiles._kernels(), reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(tiles.kernel_of(F32) is None, reason="no C++ compiler")
 
 
 def by_vectors(
@@ -24,7 +24,7 @@ def by_vectors(
     Sums of columns are added to a number, if one is given.
     """
     _, (_, _, rows), (_, _, d) = at = given(x, columns)
-    kernel, sums = tiles._kernels()[x.dtype], x.new_full((d + 1,), more)
+    kernel, sums = tiles.kernel_of(x.dtype), x.new_full((d + 1,), more)
     numbers = kernel.rows.room(rows, d, threads)
     room = x.new_full((numbers + 99,), nan)
     to, adds_sums = (total.data_ptr(), total.stride(0), 0.5, adds), not isnan(more)
@@ -102,12 +102,12 @@ def test_the_trace_tells_of_what_is_no_number(
         wrong = x.clone()
         wrong[row, column] = large if number is None else number
         total = x.new_empty(1, d, d)
-        assert not tiles._kernels()[dtype].add(total, x=wrong[None], **PLAIN).are_finite
-    assert tiles._kernels()[dtype].add(x.new_empty(1, d, d), x=x[None], **PLAIN).are_finite
+        assert not tiles.kernel_of(dtype).add(total, x=wrong[None], **PLAIN).are_finite
+    assert tiles.kernel_of(dtype).add(x.new_empty(1, d, d), x=x[None], **PLAIN).are_finite
 
 
 def test_vectors_go_on_where_digits_end() -> None:
-    plain_kernel, x = tiles._kernels()[F32], rand(2, 900, 128).float()
+    plain_kernel, x = tiles.kernel_of(F32), rand(2, 900, 128).float()
 
     def of_some(*of: int) -> int:
         *given, number, columns, d, sums, _, threads = of

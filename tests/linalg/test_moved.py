@@ -15,7 +15,7 @@ from fxkfac.linalg import Windows, boxes, moved, patches, tiles
 from fxkfac.linalg.gram import Gram
 from fxkfac.linalg.places import matrices_of
 
-pytestmark = pytest.mark.skipif(not tiles._kernels(), reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(tiles.kernel_of(F32) is None, reason="no C++ compiler")
 
 
 def windows(
@@ -44,7 +44,7 @@ def by_moving(
     """The trace of a total to which half of the sum was added; no memory is read before."""
     (rows,) = matrices_of(image.movedim(1, -1).unsqueeze(0))
     _, plan = moved.plan(of.along(image))
-    kernel = tiles._kernels()[image.dtype].moved
+    kernel = tiles.kernel_of(image.dtype).moved
     numbers = kernel.room(rows.down.number, rows.across.number, plan.data_ptr(), threads)
     room = image.new_full((numbers + 99,), nan)
     to = total.data_ptr(), total.stride(0), 0.5, adds
@@ -106,7 +106,7 @@ def test_nothing_is_written_beside_the_sum() -> None:
 @pytest.mark.parametrize("number", [inf, -inf, nan, 1e30])
 def test_the_trace_tells_of_what_is_no_number(number: float) -> None:
     image, of = rand(4, 20, 6, 5).float(), same(3)
-    axes, kernel = of.along(image), tiles._kernels()[F32]
+    axes, kernel = of.along(image), tiles.kernel_of(F32)
     for place in ((0, 0, 0, 0), (3, 19, 5, 4), (1, 7, 2, 2)):
         wrong = image.clone()
         wrong[place] = number

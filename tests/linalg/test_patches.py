@@ -56,7 +56,7 @@ def force(patch: pytest.MonkeyPatch, way: str) -> None:
     if way == "moved":
         patch.setattr(tiles, "COPIED", 1)
         return
-    patch.setattr(tiles, "_kernels", dict)
+    patch.setattr(tiles, "kernel_of", lambda dtype: None)
     patch.setattr(gram, "TILE", 2)
     for name, value in {"STRIP": 2, "CHUNK": 40, "FEW": 3}.items():
         patch.setattr(products, name, value)

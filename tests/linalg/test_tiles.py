@@ -42,7 +42,7 @@ def test_strips_and_kernels_add_up(dtype: torch.dtype, monkeypatch: pytest.Monke
     for has_one in (False, True, True, False, True):
         with monkeypatch.context() as patch:
             if not has_one:
-                patch.setattr(tiles, "_kernels", dict)
+                patch.setattr(tiles, "kernel_of", lambda dtype: None)
             add_gram(sums, x)
     for scale in (0.1, 1.0):
         found, expected = sums.matrix(scale), 5 * scale * x.double().mT @ x.double()
@@ -83,7 +83,7 @@ def test_the_sum_of_rows_comes_with_their_products(part: slice, dtype: torch.dty
 def test_columns_may_share_memory_and_lie_apart():
     x = rand(1, 30, 48)[..., ::47].unsqueeze(-1).expand(1, 30, 2, 48)  # 0, .., 0, 47, .., 47
     total, rows = x.new_empty(1, 96, 96), x.flatten(2)
-    tiles._kernels()[F64].add(total, x=x, columns=2, **PLAIN)
+    tiles.kernel_of(F64).add(total, x=x, columns=2, **PLAIN)
     torch.testing.assert_close(total, rows.mT @ rows)
 
 

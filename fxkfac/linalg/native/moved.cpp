@@ -160,19 +160,14 @@ class Moved {
 }  // namespace vectors
 
 // The sum of what is on the diagonal: no number, or infinite, if any window has such an entry.
-#define FOR_TYPE(name, T)                                                                         \
-  extern "C" T name(T* total, int64_t step, double scale, bool adds, const T* x,                  \
-                    const int64_t* rows, int64_t number, const int64_t* columns, int64_t d,       \
-                    const vectors::Plan* plan, T* room, int threads) {                            \
-    const Rows<T> images{x, rows, columns, number, d};                                            \
-    const Total<T> sum{total, step, d * plan->taps, T(scale), adds};                              \
-    return vectors::Moved<T>(*plan, images).take(sum, room, threads);                             \
-  }                                                                                               \
-  extern "C" int64_t name##_room(int64_t number, int64_t d, const vectors::Plan* plan,            \
-                                 int threads) {                                                   \
-    return vectors::Moved<T>(*plan, {nullptr, nullptr, nullptr, number, d}).room(threads);        \
-  }
+extern "C" Number moved(Number* total, int64_t step, double scale, bool adds, const Number* x,
+                        const int64_t* rows, int64_t number, const int64_t* columns, int64_t d,
+                        const vectors::Plan* plan, Number* room, int threads) {
+  const Rows<Number> images{x, rows, columns, number, d};
+  const Total<Number> sum{total, step, d * plan->taps, Number(scale), adds};
+  return vectors::Moved<Number>(*plan, images).take(sum, room, threads);
+}
 
-FOR_TYPE(moved_float, float)
-FOR_TYPE(moved_double, double)
-#undef FOR_TYPE
+extern "C" int64_t moved_room(int64_t number, int64_t d, const vectors::Plan* plan, int threads) {
+  return vectors::Moved<Number>(*plan, {nullptr, nullptr, nullptr, number, d}).room(threads);
+}

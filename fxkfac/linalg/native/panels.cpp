@@ -9,8 +9,8 @@ namespace vectors {
 namespace {
 
 constexpr int64_t DEPTH = 128;      // rows of x: so many of two panels fit the first cache
-constexpr int64_t BLOCK = 4;        // panels: as many twice, and their tiles, stay in the second cache
-constexpr int64_t OWN = 1 << 12;    // bytes for each row of x: panels and tiles of a thread, if tall,
+constexpr int64_t BLOCK = 4;        // panels: twice as many and their tiles fit the second cache
+constexpr int64_t OWN = 1 << 12;    // bytes for each row of x: panels and tiles of a thread, tall,
 constexpr int64_t MOST = 1 << 22;   // which are no more than these,
 constexpr int64_t ALL = 1 << 26;    // and those of all threads together than these
 constexpr int64_t CHUNK = 1 << 18;  // numbers of wide x that are copied at once, or, if more,
@@ -203,8 +203,8 @@ struct Own {
       copy(x, first, number, p * WIDTH<T>, part_of<T>(x.d, p, p).columns, panels + p * size);
       if (summed) add_columns(panels + p * size, number, adds, sums + p * WIDTH<T>);
       for (int64_t q = 0; q <= p; ++q)
-        product(panels + p * size, panels + q * size, {&piece, &piece + 1}, part_of<T>(x.d, p, q), adds,
-                *tile++);
+        product(panels + p * size, panels + q * size, {&piece, &piece + 1}, part_of<T>(x.d, p, q),
+                adds, *tile++);
     }
   }
 };
@@ -248,7 +248,8 @@ bool is_tall(int64_t rows, int64_t d, int threads) {
 // Numbers.
 template <class T>
 int64_t room(int64_t rows, int64_t d, int threads) {
-  return is_tall<T>(rows, d, threads) ? threads * room_for_rows<T>(d) : room_for_columns<T>(rows, d);
+  if (is_tall<T>(rows, d, threads)) return threads * room_for_rows<T>(d);
+  return room_for_columns<T>(rows, d);
 }
 
 // What columns add up to.
@@ -271,17 +272,13 @@ T gram(const Total<T>& total, const Rows<T>& x, Sums<T> sums, T* room, int threa
 }  // namespace vectors
 
 // The sum of what is on the diagonal: no number, or infinite, if any row has such an entry.
-#define FOR_TYPE(name, T)                                                                         \
-  extern "C" T name(T* total, int64_t step, double scale, bool adds, const T* x,                  \
-                    const int64_t* rows, int64_t number, const int64_t* columns, int64_t d,       \
-                    T* sums, bool adds_sums, T* room, int threads) {                              \
-    return vectors::gram<T>({total, step, d, T(scale), adds}, {x, rows, columns, number, d},      \
-                            {sums, adds_sums}, room, threads);                                    \
-  }                                                                                               \
-  extern "C" int64_t name##_room(int64_t rows, int64_t d, int threads) {                          \
-    return vectors::room<T>(rows, d, threads);                                                    \
-  }
+extern "C" Number gram(Number* total, int64_t step, double scale, bool adds, const Number* x,
+                       const int64_t* rows, int64_t number, const int64_t* columns, int64_t d,
+                       Number* sums, bool adds_sums, Number* room, int threads) {
+  return vectors::gram<Number>({total, step, d, Number(scale), adds}, {x, rows, columns, number, d},
+                               {sums, adds_sums}, room, threads);
+}
 
-FOR_TYPE(gram_float, float)
-FOR_TYPE(gram_double, double)
-#undef FOR_TYPE
+extern "C" int64_t gram_room(int64_t rows, int64_t d, int threads) {
+  return vectors::room<Number>(rows, d, threads);
+}

@@ -1,7 +1,7 @@
 // Where numbers are, and where sums of their products go.
 //
-// The files of this folder are compiled as one: rows, vectors, panels, boxes, moved, digits,
-// products, sums.
+// The files of this folder are compiled as one, for one type of numbers: rows, vectors, panels,
+// boxes, moved; and in single precision digits, products, sums.
 
 #include <algorithm>
 #include <cstdint>

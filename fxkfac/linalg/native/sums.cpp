@@ -239,7 +239,7 @@ bool is_tall(int64_t rows, int64_t d, int threads) {
 }  // namespace digits
 
 // Bytes of room for all threads; none where the system does not let a process have such tiles.
-extern "C" int64_t gram_digits_room(int64_t rows, int64_t d, int threads) {
+extern "C" int64_t digits_room(int64_t rows, int64_t d, int threads) {
   using namespace digits;
   constexpr int ASK = 0x1023, TILES = 18;
   static const bool granted = syscall(SYS_arch_prctl, ASK, TILES) == 0;
@@ -250,7 +250,7 @@ extern "C" int64_t gram_digits_room(int64_t rows, int64_t d, int threads) {
 }
 
 // How many of the first rows were summed; if asked for, there are also the sums of their columns.
-extern "C" int64_t gram_digits(float* total, int64_t step, double scale, bool adds, const float* x,
+extern "C" int64_t digits_gram(float* total, int64_t step, double scale, bool adds, const float* x,
                                const int64_t* rows, int64_t number, const int64_t* columns,
                                int64_t d, float* sums, char* room, int threads) {
   using namespace digits;
@@ -262,6 +262,6 @@ extern "C" int64_t gram_digits(float* total, int64_t step, double scale, bool ad
 
 #else
 
-extern "C" int64_t gram_digits_room(int64_t, int64_t, int) { return 0; }
+extern "C" int64_t digits_room(int64_t, int64_t, int) { return 0; }
 
 #endif
