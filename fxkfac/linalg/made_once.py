@@ -11,11 +11,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 P = ParamSpec("P")
 R = TypeVar("R")
 
-KNOWN = 256  # at most
+KNOWN = 256
 
 
-def made_once(make: Callable[P, R]) -> Callable[P, R]:
-    """`lru_cache` for what holds tensors.
+def made_once(make: Callable[P, R], most: int = KNOWN) -> Callable[P, R]:
+    """`lru_cache` for what holds tensors: so many at most.
 
     They are made with values also while a graph is recorded without any: for the graph they are
     constants, and whoever finds them later computes with them.
@@ -26,4 +26,4 @@ def made_once(make: Callable[P, R]) -> Callable[P, R]:
         with _disable_current_modes():
             return make(*args, **kwargs)
 
-    return cast("Callable[P, R]", lru_cache(maxsize=KNOWN)(made))
+    return cast("Callable[P, R]", lru_cache(maxsize=most)(made))

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 TOGETHER = 1024  # rows of images that are taken together: of one at least
+PLANS = 64  # at most that are kept: of a large image one takes megabytes
 LONGEST = 128  # rows of a piece: as many rows of two panels as fit the first cache
 DOWN, ACROSS = 8, 16  # channels that are multiplied at once: fewer take as long
 TILE = 2**14  # multiply-adds take as long as to begin with a box
@@ -58,8 +59,7 @@ class Plan(NamedTuple):
         return torch.tensor(numbers, device="cpu")
 
 
-@made_once
-def plan(axes: tuple[Axis, ...]) -> tuple[Plan, Int[Tensor, " numbers"]]:
+def _plan(axes: tuple[Axis, ...]) -> tuple[Plan, Int[Tensor, " numbers"]]:
     """What there is to tell of windows with stride one; and that as C has it."""
     how = boxes_of(axes)
     sizes = [axis.size for axis in axes]
@@ -69,18 +69,21 @@ def plan(axes: tuple[Axis, ...]) -> tuple[Plan, Int[Tensor, " numbers"]]:
     pieces = [_pieces(box, sizes, steps, together) for box in how.boxes]
     ends = torch.tensor([0, *map(len, pieces)], device="cpu").cumsum(0)
     shifts = [sum(r.shift * s for r, s in zip(box, steps, strict=True)) for box in how.boxes]
-    columns = ends[:-1], ends[1:], torch.tensor(shifts), torch.tensor(how.turned)
+    partners = torch.tensor([shifts, how.turned], device="cpu")
     numbers = torch.tensor([0, *map(len, how.terms)], device="cpu").cumsum(0)
     terms = torch.tensor([term for pair in how.terms for term in pair], device="cpu")
     found = Plan(
         together * size,
         torch.cat(pieces),
-        torch.stack(columns, 1).contiguous(),
+        torch.stack([ends[:-1], ends[1:], *partners], 1),
         terms,
         numbers,
         prod(axis.kernel for axis in axes),
     )
     return found, found.given()
+
+
+plan = made_once(_plan, PLANS)
 
 
 def _pieces(box: Box, sizes: list[int], steps: list[int], together: int) -> Int[Tensor, "pieces 2"]:
@@ -123,8 +126,8 @@ def _add(
     axes: tuple[Axis, ...],
     kernel: Kernel,
 ) -> Added:
-    matrices, (_, windows) = matrices_of(x), plan(axes)
-    threads, of = torch.get_num_threads(), windows.data_ptr()
+    matrices, known = matrices_of(x), plan(axes)
+    threads, of = torch.get_num_threads(), known[1].data_ptr()
     _, rows, channels = matrices[0]
     numbers = kernel.moved.room(rows.number, channels.number, of, threads)
     within = room(numbers, x.dtype)

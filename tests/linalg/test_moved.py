@@ -60,6 +60,8 @@ IMAGES = {
     "four panels, one image": (rand(1, 150, 9, 8), same(3)),
     "five panels, too many sums for each thread": (rand(70, 200, 7, 7), same(3)),
     "larger than what is taken together": (rand(3, 10, 40, 41), same(3)),
+    "one large image": (rand(1, 20, 40, 41), same(3)),
+    "two large images": (rand(2, 70, 30, 41), same(3)),
     "no zeros around": (rand(30, 33, 6, 7), windows(3, 0, 0)),
     "zeros on one side": (rand(30, 18, 6, 7), windows(4, 3, 0)),
     "dilation": (rand(30, 18, 6, 7), windows(3, 2, 1, dilation=2)),
