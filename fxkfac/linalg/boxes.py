@@ -21,6 +21,7 @@ from typing import NamedTuple
 from fxkfac.linalg.windows import Axis
 
 KNOWN = 256  # windows on images of one size: the same for every vector and every batch
+MOST = 1024  # boxes, or pairs of taps along one dimension
 
 
 class Run(NamedTuple):
@@ -71,9 +72,11 @@ class Boxes:
 
 
 @lru_cache(maxsize=KNOWN)
-def number_of_boxes(axes: tuple[Axis, ...]) -> int:
-    """How many there are for windows with stride one."""
-    return prod(len(_runs(_terms_of_pairs(axis))) for axis in axes)
+def has_few_boxes(axes: tuple[Axis, ...]) -> bool:
+    """Whether windows have stride one, and not too many boxes to be worth it."""
+    if any(axis.stride > 1 or axis.kernel**2 > MOST for axis in axes):
+        return False
+    return prod(len(_runs(_terms_of_pairs(axis))) for axis in axes) <= MOST
 
 
 @lru_cache(maxsize=KNOWN)

@@ -128,13 +128,12 @@ def _add(
 ) -> Added:
     matrices, known = matrices_of(x), plan(axes)
     threads, of = torch.get_num_threads(), known[1].data_ptr()
-    _, rows, channels = matrices[0]
-    numbers = kernel.moved.room(rows.number, channels.number, of, threads)
-    within = room(numbers, x.dtype)
+    function, (_, rows, channels) = kernel.functions.moved, matrices[0]
+    within = room(function.room(rows.number, channels.number, of, threads), x.dtype)
     are_finite = True
     for place, images in zip(addresses(total), matrices, strict=True):
         to = place, total.stride(1), scale, adds
-        trace = kernel.moved.run(*to, *images.given(), of, within.data_ptr(), threads)
+        trace = function.run(*to, *images.given(), of, within.data_ptr(), threads)
         are_finite &= isfinite(trace)
     return Added(None, are_finite)
 

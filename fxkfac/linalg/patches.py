@@ -13,7 +13,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from fxkfac.linalg.boxes import KNOWN, Sizes, number_of_boxes
+from fxkfac.linalg.boxes import KNOWN, Sizes, has_few_boxes
 from fxkfac.linalg.correlation import add_by_channels, channel_block, is_faster
 from fxkfac.linalg.gram import Gram
 from fxkfac.linalg.moved import add_moved, moved_cost
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 COPY = 16  # multiply-adds take as long as to copy a number of a patch
 SLOWER = 1.5  # times as long as in a kernel one takes in strips of patches
 DIGITS = 0.6  # times as long one takes in the kernel by digits
-MOST = 1024  # boxes
 
 
 def add_patch_gram(
@@ -96,9 +95,7 @@ def moving_pays(axes: tuple[Axis, ...], sizes: Sizes, by_digits: bool) -> bool:
         sizes: Of the image.
         by_digits: Whether that is the one by digits.
     """
-    if any(a.stride > 1 for a in axes) or number_of_boxes(axes) > MOST:
-        return False
-    return moved_cost(axes, sizes) < patch_cost(axes, sizes, by_digits)
+    return has_few_boxes(axes) and moved_cost(axes, sizes) < patch_cost(axes, sizes, by_digits)
 
 
 @lru_cache(maxsize=KNOWN)
@@ -112,7 +109,7 @@ def shifts_pay(axes: tuple[Axis, ...], sizes: Sizes, dtype: torch.dtype) -> bool
         sizes: Of the image.
         dtype: Of the image.
     """
-    if any(a.stride > 1 for a in axes) or number_of_boxes(axes) > MOST:
+    if not has_few_boxes(axes):
         return False
     batch, group, channels = sizes
     d = channels * prod(a.kernel for a in axes)

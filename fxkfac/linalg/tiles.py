@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from fxkfac.linalg.library import TYPES, Function, functions
+from fxkfac.linalg.library import TYPES, Functions, functions
 from fxkfac.linalg.places import Matrix, addresses, matrices_of, room
 
 if TYPE_CHECKING:
@@ -40,23 +40,14 @@ class Added(NamedTuple):
 
 @dataclass(frozen=True)
 class Kernel:
-    """What there is for one dtype.
-
-    Attributes:
-        dtype: Of rows, sums and the room.
-        rows: The sum of any rows.
-        moved: That of windows.
-        digits: That of many rows in less time, if there is one.
-    """
+    """What there is for one dtype: of rows, sums and the room."""
 
     dtype: torch.dtype
-    rows: Function
-    moved: Function
-    digits: Function | None = None
+    functions: Functions
 
     def takes_digits(self, rows: int, d: int) -> bool:
         """Whether so many rows are summed by that one."""
-        return self.digits is not None and d >= NARROWEST and rows * d >= NUMBERS
+        return self.functions.digits is not None and d >= NARROWEST and rows * d >= NUMBERS
 
     def pays(self, rows: int, d: int, copied: bool) -> bool:
         """Whether a product by PyTorch takes longer, which has to copy the rows first or not."""
@@ -101,11 +92,11 @@ class Kernel:
     ) -> int:
         """How many of the first rows were summed by these."""
         number, d = rows.down.number, rows.across.number
-        if self.digits is None or not self.takes_digits(number, d):
+        digits, threads = self.functions.digits, torch.get_num_threads()
+        if digits is None or not self.takes_digits(number, d):
             return 0
-        threads = torch.get_num_threads()
-        within = room(self.digits.room(number, d, threads), torch.uint8)
-        return self.digits.run(*to, adds, *rows.given(), sums, within.data_ptr(), threads)
+        within = room(digits.room(number, d, threads), torch.uint8)
+        return digits.run(*to, adds, *rows.given(), sums, within.data_ptr(), threads)
 
     def _by_vectors(
         self,
@@ -116,11 +107,10 @@ class Kernel:
         adds_sums: bool,
     ) -> float:
         """The trace of the sum."""
-        threads = torch.get_num_threads()
-        numbers = self.rows.room(rows.down.number, rows.across.number, threads)
-        within = room(numbers, self.dtype)
+        vectors, threads = self.functions.rows, torch.get_num_threads()
+        within = room(vectors.room(rows.down.number, rows.across.number, threads), self.dtype)
         given = *rows.given(), sums, adds_sums, within.data_ptr()
-        return self.rows.run(*to, adds, *given, threads)
+        return vectors.run(*to, adds, *given, threads)
 
 
 def kernel_for(
@@ -158,4 +148,4 @@ def _is_in_memory(t: Tensor) -> bool:
 def kernel_of(dtype: torch.dtype) -> Kernel | None:
     """The one for single or double precision, if it can be."""
     found = functions(dtype)
-    return None if found is None else Kernel(dtype, *found)
+    return None if found is None else Kernel(dtype, found)

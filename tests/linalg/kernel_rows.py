@@ -14,7 +14,7 @@ F32, F64 = torch.float32, torch.float64
 KERNEL = tiles.kernel_of(F32)
 PLAIN = {"scale": 1.0, "adds": False}
 has_digits = pytest.mark.skipif(
-    KERNEL is None or KERNEL.digits is None, reason="this processor has no tiles of bytes"
+    KERNEL is None or KERNEL.functions.digits is None, reason="this processor has no tiles of bytes"
 )
 
 # Rows and columns, or what has them in its first axes and the last ones.

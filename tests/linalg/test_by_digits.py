@@ -11,6 +11,7 @@ from kernel_rows import F32, KERNEL, ROWS, check_sums, error, given, has_digits,
 from torch import Tensor
 
 from fxkfac.linalg import Gram, add_gram, tiles
+from fxkfac.linalg.library import Function, Functions
 
 
 def by_digits(x: Tensor, columns: int, threads: int, total: Tensor | None = None) -> Tensor:
@@ -24,7 +25,7 @@ def by_digits(x: Tensor, columns: int, threads: int, total: Tensor | None = None
 def run_digits(x: Tensor, columns: int, threads: int, total: Tensor, *, adds: bool) -> int:
     """How many rows are added to a total; none of the kernel's memory is read before."""
     _, (_, _, rows), (_, _, d) = at = given(x, columns)
-    digits, sums = KERNEL.digits, torch.full((d + 1,), nan)
+    digits, sums = KERNEL.functions.digits, torch.full((d + 1,), nan)
     room = torch.full((digits.room(rows, d, threads),), 255, dtype=torch.uint8)
     to = total.data_ptr(), total.stride(0), 0.5, adds
     done = digits.run(*to, *at.given(), sums.data_ptr(), room.data_ptr(), threads)
@@ -126,11 +127,11 @@ def test_digits_end_where_a_number_has_none(adds: bool) -> None:
 
 
 def test_few_numbers_are_not_split() -> None:
-    none = tiles.Function(lambda *_: 0, lambda *_: 0)
-    kernel = tiles.Kernel(F32, none, none, digits=none)
+    none = Function(lambda *_: 0, lambda *_: 0)
+    kernel = tiles.Kernel(F32, Functions(none, none, none))
     sizes = [(512, 128), (511, 128), (64, 1024), (1, 5000), (1024, 64), (1100, 63)]
     assert [kernel.takes_digits(*of) for of in sizes] == [True, False, True, False, True, False]
     assert kernel.pays(32, 2048, copied=False)
-    without = tiles.Kernel(F32, none, none)
+    without = tiles.Kernel(F32, Functions(none, none))
     assert not without.takes_digits(512, 128)
     assert not without.pays(32, 2048, copied=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from math import inf, isnan, nan
 
 import pytest
@@ -12,6 +11,7 @@ from kernel_rows import F32, F64, PLAIN, ROWS, check_sums, error, given, in_sing
 from torch import Tensor
 
 from fxkfac.linalg import tiles
+from fxkfac.linalg.library import Function
 
 pytestmark = pytest.mark.skipif(tiles.kernel_of(F32) is None, reason="no C++ compiler")
 
@@ -24,11 +24,11 @@ def by_vectors(
     Sums of columns are added to a number, if one is given.
     """
     _, (_, _, rows), (_, _, d) = at = given(x, columns)
-    kernel, sums = tiles.kernel_of(x.dtype), x.new_full((d + 1,), more)
-    numbers = kernel.rows.room(rows, d, threads)
+    kernel, sums = tiles.kernel_of(x.dtype).functions.rows, x.new_full((d + 1,), more)
+    numbers = kernel.room(rows, d, threads)
     room = x.new_full((numbers + 99,), nan)
     to, adds_sums = (total.data_ptr(), total.stride(0), 0.5, adds), not isnan(more)
-    trace = kernel.rows.run(*to, *at.given(), sums.data_ptr(), adds_sums, room.data_ptr(), threads)
+    trace = kernel.run(*to, *at.given(), sums.data_ptr(), adds_sums, room.data_ptr(), threads)
     assert bool(room[numbers:].isnan().all())
     if adds_sums:
         assert sums[-1] == more
@@ -107,15 +107,16 @@ def test_the_trace_tells_of_what_is_no_number(
 
 
 def test_vectors_go_on_where_digits_end() -> None:
-    plain_kernel, x = tiles.kernel_of(F32), rand(2, 900, 128).float()
+    functions, x = tiles.kernel_of(F32).functions, rand(2, 900, 128).float()
 
     def of_some(*of: int) -> int:
         *given, number, columns, d, sums, _, threads = of
-        room = torch.empty(plain_kernel.rows.room(number, d, threads))
-        plain_kernel.rows.run(*given, 100, columns, d, sums, False, room.data_ptr(), threads)
+        room = torch.empty(functions.rows.room(number, d, threads))
+        functions.rows.run(*given, 100, columns, d, sums, False, room.data_ptr(), threads)
         return 100
 
-    kernel = replace(plain_kernel, digits=tiles.Function(of_some, lambda *_: 1))
+    with_digits = functions._replace(digits=Function(of_some, lambda *_: 1))
+    kernel = tiles.Kernel(F32, with_digits)
     total = torch.full((2, 128, 128), nan)
     added = kernel.add(total, 0.5, False, x=x, summed=True)
     for found, sums, rows in zip(total, added.sums, x, strict=True):

@@ -11,7 +11,7 @@ from einops import rearrange
 from kernel_rows import F32, F64, error
 from torch import Tensor
 
-from fxkfac.linalg import Windows, boxes, moved, patches, tiles
+from fxkfac.linalg import Windows, moved, patches, tiles
 from fxkfac.linalg.gram import Gram
 from fxkfac.linalg.places import matrices_of
 
@@ -44,11 +44,11 @@ def by_moving(
     """The trace of a total to which half of the sum was added; no memory is read before."""
     (rows,) = matrices_of(image.movedim(1, -1).unsqueeze(0))
     _, plan = moved.plan(of.along(image))
-    kernel = tiles.kernel_of(image.dtype).moved
-    numbers = kernel.room(rows.down.number, rows.across.number, plan.data_ptr(), threads)
+    moving = tiles.kernel_of(image.dtype).functions.moved
+    numbers = moving.room(rows.down.number, rows.across.number, plan.data_ptr(), threads)
     room = image.new_full((numbers + 99,), nan)
     to = total.data_ptr(), total.stride(0), 0.5, adds
-    trace = kernel.run(*to, *rows.given(), plan.data_ptr(), room.data_ptr(), threads)
+    trace = moving.run(*to, *rows.given(), plan.data_ptr(), room.data_ptr(), threads)
     assert bool(room[numbers:].isnan().all())
     return trace
 
@@ -126,6 +126,6 @@ def test_which_images_are_moved() -> None:
     assert not patches.moving_pays(axes, (64, 1, 2), by_digits=False)  # of which few are multiplied
     strided = Windows((3, 3), (2, 2), ((1, 1), (1, 1)), (1, 1)).along(torch.empty(1, 1, 16, 16))
     assert not patches.moving_pays(strided, sizes, by_digits=False)
-    many = windows(9, 0, 0).along(torch.empty(1, 1, 16, 16))
-    assert boxes.number_of_boxes(many) > patches.MOST
-    assert not patches.moving_pays(many, sizes, by_digits=False)
+    many = windows(9, 0, 0).along(torch.empty(1, 1, 16, 16))  # boxes
+    taps = windows(999, 0, 0, dimensions=1).along(torch.empty(1, 1, 9999))
+    assert not any(patches.moving_pays(axes, sizes, by_digits=False) for axes in (many, taps))
