@@ -50,7 +50,7 @@ def _by_jvp(func: Callable[..., Tensor], v: Tensor, *args: Any, **kwargs: Any) -
 def _tanh(v: Tensor) -> Derivatives:
     f = torch.tanh(v)
     first = 1 - f * f
-    return f, first, -2 * f * first
+    return f, first, -2 * (f * first)  # of −2 f autograd would keep a copy
 
 
 def _sigmoid(v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -117,7 +117,7 @@ def _cos(v: Tensor) -> Derivatives:
 
 def _erf(v: Tensor) -> Derivatives:
     first = (2 / math.sqrt(math.pi)) * torch.exp(-v * v)
-    return torch.erf(v), first, -2 * v * first
+    return torch.erf(v), first, -2 * (v * first)
 
 
 def _sinc(v: Tensor) -> Derivatives:

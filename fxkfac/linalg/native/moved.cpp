@@ -3,7 +3,8 @@
 // Two taps of a window meet where the first one may lie: in boxes of positions, all of whose
 // partners are as far away. Many taps share a box. So products come first, of channels at every
 // position of a box with those at its partner, and windows are put together of these. Every thread
-// takes some images, with sums of its own, or some panels of channels, of all images.
+// takes some images, or some rows of a few large ones, with sums of its own; or, where channels are
+// many or rows few, some pairs of panels, of all images.
 
 namespace vectors {
 namespace {
