@@ -18,7 +18,7 @@ constexpr int64_t SUMS = 2;         // times as many as the sum has
 
 // Put a vector where it belongs, past the cache or not.
 template <class T>
-void pass(const Vector<T>& vector, bool passes, T* to) {
+void pass(const Vector<T>& vector, [[maybe_unused]] bool passes, T* to) {
 #if defined(__AVX512F__)
   if (passes) return _mm512_stream_si512(reinterpret_cast<__m512i*>(to), (__m512i)vector);
 #endif
