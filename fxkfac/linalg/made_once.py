@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 P = ParamSpec("P")
 R = TypeVar("R")
 
-KNOWN = 256
+KNOWN = 256  # where nothing else is said
 
 
 def made_once(make: Callable[P, R], most: int = KNOWN) -> Callable[P, R]:

@@ -111,18 +111,21 @@ def shifts_pay(axes: tuple[Axis, ...], sizes: Sizes, dtype: torch.dtype) -> bool
     """
     if not has_few_boxes(axes):
         return False
-    batch, group, channels = sizes
-    d = channels * prod(a.kernel for a in axes)
-    numel = batch * prod(a.places for a in axes) * group * d
+    numel, d = _patch_numbers(axes, sizes)
     return shifted_cost(axes, sizes, dtype) < numel * SLOWER * (triangle(d) * d + COPY)
 
 
 def patch_cost(axes: tuple[Axis, ...], sizes: Sizes, by_digits: bool) -> float:
     """The time that a kernel for rows takes for patches, in multiply-adds."""
+    numel, d = _patch_numbers(axes, sizes)
+    return numel * ((DIGITS if by_digits else 1.0) * d / 2 + COPY)
+
+
+def _patch_numbers(axes: tuple[Axis, ...], sizes: Sizes) -> tuple[int, int]:
+    """How many numbers all patches have, and one of a group."""
     batch, group, channels = sizes
     d = channels * prod(a.kernel for a in axes)
-    numel = batch * prod(a.places for a in axes) * group * d
-    return numel * ((DIGITS if by_digits else 1.0) * d / 2 + COPY)
+    return batch * prod(a.places for a in axes) * group * d, d
 
 
 def add_patches(

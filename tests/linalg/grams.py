@@ -5,8 +5,11 @@ from __future__ import annotations
 from math import nan, prod
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
+from fxkfac.graph.form import Patches
+from fxkfac.graph.uses.normal import unfold
 from fxkfac.linalg import Gram, Windows, add_gram, add_patch_gram
 
 F32 = torch.float32
@@ -32,3 +35,13 @@ def patch_gram_of(image: Tensor, windows: Windows, times: int = 1) -> Tensor:
     for _ in range(times):
         add_patch_gram(gram, image, windows)
     return gram.matrix()
+
+
+def rows(image: Tensor, windows: Windows) -> Tensor:
+    """All patches, (group, batch, place, channel · kernel)."""
+    form = Patches(windows.kernel, windows.stride, windows.padding, windows.dilation)
+    x = unfold(image, form)
+    for k, places in enumerate(windows.places or ()):
+        x = x.narrow(2 + k, 0, places)
+    p, k = (" ".join(f"{a}{i}" for i in range(len(windows.kernel))) for a in "pk")
+    return rearrange(x, f"n (g i) {p} {k} -> g n ({p}) (i {k})", g=windows.groups)

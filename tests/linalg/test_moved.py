@@ -7,8 +7,8 @@ from math import inf, nan, prod
 import pytest
 import torch
 from drawn import rand
-from einops import rearrange
 from kernel_rows import F32, F64, error
+from linalg.grams import rows
 from torch import Tensor
 
 from fxkfac.linalg import Windows, moved, patches, tiles
@@ -31,24 +31,21 @@ def same(kernel: int, dimensions: int = 2) -> Windows:
 
 def plain(image: Tensor, of: Windows) -> Tensor:
     """The sum in double precision, of patches."""
-    d = len(of.kernel)
-    p, k = (" ".join(f"{a}{i}" for i in range(d)) for a in "pk")
-    x = patches.patches(image.double(), of.along(image))
-    rows = rearrange(x, f"n c {p} {k} -> (n {p}) (c {k})")
-    return rows.T @ rows
+    x = rows(image.double(), of)[0].flatten(0, 1)
+    return x.T @ x
 
 
 def by_moving(
     image: Tensor, of: Windows, threads: int, total: Tensor, *, adds: bool = False
 ) -> float:
     """The trace of a total to which half of the sum was added; no memory is read before."""
-    (rows,) = matrices_of(image.movedim(1, -1).unsqueeze(0))
+    (given,) = matrices_of(image.movedim(1, -1).unsqueeze(0))
     _, plan = moved.plan(of.along(image))
     moving = tiles.kernel_of(image.dtype).functions.moved
-    numbers = moving.room(rows.down.number, rows.across.number, plan.data_ptr(), threads)
+    numbers = moving.room(given.down.number, given.across.number, plan.data_ptr(), threads)
     room = image.new_full((numbers + 99,), nan)
     to = total.data_ptr(), total.stride(0), 0.5, adds
-    trace = moving.run(*to, *rows.given(), plan.data_ptr(), room.data_ptr(), threads)
+    trace = moving.run(*to, *given.given(), plan.data_ptr(), room.data_ptr(), threads)
     assert bool(room[numbers:].isnan().all())
     return trace
 

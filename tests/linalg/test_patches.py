@@ -6,14 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from einops import rearrange
 from hypothesis import given
 from hypothesis import strategies as st
-from linalg.grams import patch_gram_of
+from linalg.grams import patch_gram_of, rows
 from torch import Tensor
 
-from fxkfac.graph.form import Patches
-from fxkfac.graph.uses.normal import unfold
 from fxkfac.linalg import gram, patches, products, tiles
 from fxkfac.linalg.windows import Axis, Windows, patch_sums
 
@@ -28,16 +25,6 @@ def patch_gram(image: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
     """Σ patch patchᵀ and Σ patch over all data and places."""
     total = patch_gram_of(image, windows)
     return total, patch_sums(image.sum(0, keepdim=True, dtype=total.dtype), windows)[0]
-
-
-def rows(image: Tensor, windows: Windows) -> Tensor:
-    """All patches, (group, batch, place, channel · kernel)."""
-    form = Patches(windows.kernel, windows.stride, windows.padding, windows.dilation)
-    x = unfold(image, form)
-    for k, places in enumerate(windows.places or ()):
-        x = x.narrow(2 + k, 0, places)
-    p, k = (" ".join(f"{a}{i}" for i in range(len(windows.kernel))) for a in "pk")
-    return rearrange(x, f"n (g i) {p} {k} -> g n ({p}) (i {k})", g=windows.groups)
 
 
 def force(patch: pytest.MonkeyPatch, way: str) -> None:

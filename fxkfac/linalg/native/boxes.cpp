@@ -139,12 +139,8 @@ class Windows {
   // written over.
   void interleave(const T* found, int64_t number, T* line) const {
     for (int64_t l = (plan.taps - 1) / LANES<T> * LANES<T>; l >= 0; l -= LANES<T>)
-      for (int j = 0; j < number; j += LANES<T>) {
-        Square<T> square;
-        for (int i = 0; i < LANES<T>; ++i) square[i] = read(found + (l + i) * WIDTH<T> + j);
-        transpose<T>(square);
-        for (int i = 0; i < LANES<T>; ++i) write(square[i], line + (j + i) * plan.taps + l);
-      }
+      for (int j = 0; j < number; j += LANES<T>)
+        transpose(found + l * WIDTH<T> + j, WIDTH<T>, line + j * plan.taps + l, plan.taps);
   }
 
   void put_line(const T* line, int64_t number, bool adds, bool passes, T* to) const {

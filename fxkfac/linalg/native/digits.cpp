@@ -70,10 +70,8 @@ class Line {
 
 // 16 x 16 of 32 bits, between lines that are so many bytes apart.
 void transpose(const void* from, int64_t from_step, void* to, int64_t to_step) {
-  vectors::Square<float> square;
-  for (int i = 0; i < SIDE; ++i) std::memcpy(&square[i], (const char*)from + i * from_step, LINE);
-  vectors::transpose<float>(square);
-  for (int i = 0; i < SIDE; ++i) std::memcpy((char*)to + i * to_step, &square[i], LINE);
+  constexpr int SIZE = sizeof(float);
+  vectors::transpose((const float*)from, from_step / SIZE, (float*)to, to_step / SIZE);
 }
 
 // The digits of four vectors: a line for each size, in which the four of a place are together.

@@ -70,6 +70,15 @@ void transpose(Square<T>& square) {
   }
 }
 
+// The same between rows that are so many entries apart.
+template <class T>
+void transpose(const T* from, int64_t from_step, T* to, int64_t to_step) {
+  Square<T> square;
+  for (int i = 0; i < LANES<T>; ++i) square[i] = read(from + i * from_step);
+  transpose<T>(square);
+  for (int i = 0; i < LANES<T>; ++i) write(square[i], to + i * to_step);
+}
+
 template <class T>
 int64_t panels_in(int64_t d) {
   return (d + WIDTH<T> - 1) / WIDTH<T>;
@@ -137,21 +146,14 @@ struct Tile {
   // Of some of its rows and columns.
   void set_transpose(const Tile& other, int rows, int columns) {
     for (int i = 0; i < rows; i += LANES<T>)
-      for (int j = 0; j < columns; j += LANES<T>) other.turn(i, j, *this);
+      for (int j = 0; j < columns; j += LANES<T>)
+        transpose(other.sums + i * WIDTH<T> + j, WIDTH<T>, sums + j * WIDTH<T> + i, WIDTH<T>);
   }
 
   // Put what is below the diagonal above it, too.
   void mirror(int rows) {
     for (int i = 0; i < rows; ++i)
       for (int j = 0; j < i; ++j) sums[j * WIDTH<T> + i] = sums[i * WIDTH<T> + j];
-  }
-
- private:
-  void turn(int row, int column, Tile& to) const {
-    Square<T> square;
-    for (int i = 0; i < LANES<T>; ++i) square[i] = read(sums + (row + i) * WIDTH<T> + column);
-    transpose<T>(square);
-    for (int i = 0; i < LANES<T>; ++i) write(square[i], to.sums + (column + i) * WIDTH<T> + row);
   }
 };
 
