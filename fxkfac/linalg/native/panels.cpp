@@ -1,15 +1,15 @@
 // total = scale * sum of x x^T over rows, or that added: both triangles, of which one is computed.
 //
 // Tiles are products of two panels, a few rows at a time in registers; from the first cache their
-// numbers go to both of their places. Of wide x every thread takes some tiles, from panels that all
-// have copied. Of tall x it takes rows, with panels and tiles of its own, which are added up at the
-// end. Sizes were found by timing.
+// numbers go to both of their places. Of wide x a thread that is free takes the next few tiles, from
+// panels that all have copied. Of tall x each takes rows, with panels and tiles of its own, which
+// are added up at the end. Sizes were found by timing.
 
 namespace vectors {
 namespace {
 
 constexpr int64_t DEPTH = 128;      // rows of x: so many of two panels fit the first cache
-constexpr int64_t BLOCK = 4;        // panels: twice as many and their tiles fit the second cache
+constexpr int64_t BLOCK = 4;        // panels: so many and one more fit the second cache
 constexpr int64_t OWN = 1 << 12;    // bytes for each row of x: panels and tiles of a thread, tall,
 constexpr int64_t MOST = 1 << 22;   // which are no more than these,
 constexpr int64_t ALL = 1 << 26;    // and those of all threads together than these
@@ -87,33 +87,19 @@ Part part_of(int64_t d, int64_t p, int64_t q) {
   return {width(p), width(q), p == q};
 }
 
-// The tile of two panels, not above the diagonal, and the work that all tiles before it are.
-struct Place {
-  int64_t p, q, before;
+// Tiles of one panel and of a few others, not above the diagonal.
+struct Strip {
+  int64_t p, first, end;
 };
 
-// Tiles of as many panels as stay in the second cache, on the left and on the right.
-using Block = std::vector<Place>;
-
-struct Blocks {
-  std::vector<Block> all;
-  int64_t work;
-};
-
-template <class T>
-Blocks blocks_of(int64_t d) {
-  const int64_t panels = panels_in<T>(d);
-  Blocks found{{}, 0};
+// Those of the whole sum, block by block. The shortest come last, so that all threads end at once.
+std::vector<Strip> strips_of(int64_t panels) {
+  std::vector<Strip> found;
   for (int64_t down = 0; down < panels; down += BLOCK)
-    for (int64_t across = 0; across <= down; across += BLOCK) {
-      Block block;
+    for (int64_t across = 0; across <= down; across += BLOCK)
       for (int64_t p = down; p < std::min(down + BLOCK, panels); ++p)
-        for (int64_t q = across; q < std::min(across + BLOCK, p + 1); ++q) {
-          block.push_back({p, q, found.work});
-          found.work += part_of<T>(d, p, q).template work<T>();
-        }
-      found.all.push_back(block);
-    }
+        found.push_back({p, across, std::min(across + BLOCK, p + 1)});
+  std::reverse(found.begin(), found.end());
   return found;
 }
 
@@ -128,20 +114,20 @@ int64_t room_for_columns(int64_t rows, int64_t d) {
   return (chunk_of<T>(rows, d) + 1) * panels_in<T>(d) * WIDTH<T>;
 }
 
-// Some tiles of a block: their sums, from panels that have so many rows.
+// The tiles of a strip: their sums, from panels that have so many rows.
 template <class T>
-T take(const Total<T>& total, const Block& some, const T* panels, int64_t rows, bool adds) {
-  alignas(LINE) Tile<T> tiles[BLOCK * BLOCK];
+T take(const Total<T>& total, Strip strip, const T* panels, int64_t rows, bool adds) {
+  const auto [p, first, end] = strip;
+  alignas(LINE) Tile<T> tiles[BLOCK];
   for (int64_t k = 0; k < rows; k += DEPTH)
-    for (size_t n = 0; n < some.size(); ++n) {
-      const auto [p, q, _] = some[n];
-      const T *left = panels + (p * rows + k) * WIDTH<T>, *right = left + (q - p) * rows * WIDTH<T>;
+    for (int64_t q = first; q < end; ++q) {
+      const T *left = panels + (p * rows + k) * WIDTH<T>, *right = panels + (q * rows + k) * WIDTH<T>;
       const Piece piece{0, std::min(DEPTH, rows - k)};
-      product(left, right, {&piece, &piece + 1}, part_of<T>(total.d, p, q), k > 0, tiles[n]);
+      const Part part = part_of<T>(total.d, p, q);
+      product(left, right, {&piece, &piece + 1}, part, k > 0, tiles[q - first]);
     }
   T trace = 0;
-  for (size_t n = 0; n < some.size(); ++n)
-    trace += store(total, some[n].p, some[n].q, adds, tiles[n]);
+  for (int64_t q = first; q < end; ++q) trace += store(total, p, q, adds, tiles[q - first]);
   return trace;
 }
 
@@ -149,7 +135,7 @@ T take(const Total<T>& total, const Block& some, const T* panels, int64_t rows, 
 template <class T>
 T wide(const Total<T>& total, const Rows<T>& x, bool summed, T* room, int threads) {
   const int64_t chunk = chunk_of<T>(x.number, x.d), count = panels_in<T>(x.d);
-  const Blocks blocks = blocks_of<T>(x.d);
+  const std::vector<Strip> strips = strips_of(count);
   T *panels = room + count * WIDTH<T>, trace = 0;
 #pragma omp parallel num_threads(threads)
   {
@@ -161,14 +147,9 @@ T wide(const Total<T>& total, const Rows<T>& x, bool summed, T* room, int thread
         copy(x, first, number, p * WIDTH<T>, part_of<T>(x.d, p, p).columns, panels + p * size);
         if (summed) add_columns(panels + p * size, number, first > 0, room + p * WIDTH<T>);
       }
-#pragma omp for schedule(static) reduction(+ : trace)
-      for (int t = 0; t < threads; ++t)
-        for (const Block& block : blocks.all) {
-          Block own;
-          for (const Place& place : block)
-            if (place.before * threads / blocks.work == t) own.push_back(place);
-          trace += take(total, own, panels, number, total.adds || first > 0);
-        }
+#pragma omp for schedule(dynamic) reduction(+ : trace)
+      for (size_t n = 0; n < strips.size(); ++n)
+        trace += take(total, strips[n], panels, number, total.adds || first > 0);
       arrive();
     }
   }
