@@ -19,8 +19,11 @@ constexpr int64_t SUMS = 2;         // times as many as the sum has
 // Put a vector where it belongs, past the cache or not.
 template <class T>
 void pass(const Vector<T>& vector, [[maybe_unused]] bool passes, T* to) {
-#if defined(__AVX512F__)
-  if (passes) return _mm512_stream_si512(reinterpret_cast<__m512i*>(to), (__m512i)vector);
+#if defined(__AVX512F__) && defined(__clang__)
+  if (passes) return __builtin_nontemporal_store(vector, reinterpret_cast<Vector<T>*>(to));
+#elif defined(__AVX512F__)  // as immintrin.h has it, which takes long to compile
+  using Line [[gnu::vector_size(LINE)]] = long long;
+  if (passes) return __builtin_ia32_movntdq512(reinterpret_cast<Line*>(to), (Line)vector);
 #endif
   write(vector, to);
 }
@@ -42,7 +45,7 @@ void put(const Square<T>& square, bool passes, Corner<T> to) {
 // Wait for what went past the caches.
 void arrive() {
 #if defined(__AVX512F__)
-  _mm_sfence();
+  __builtin_ia32_sfence();
 #endif
 }
 

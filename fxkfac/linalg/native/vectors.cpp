@@ -1,9 +1,5 @@
 // Vectors of the processor, and panels: columns of x, a few vectors wide, with its rows together.
 
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
-
 namespace vectors {
 namespace {
 
