@@ -32,8 +32,10 @@ def elementwise(func: Callable[..., Tensor], jet: Any, *args: Any, **kwargs: Any
     value, first, second = derivatives(u, *args, **kwargs)
     if second is None:
         return jet.like((value, first * slopes, first * summed))
+    # In this order, of which the way back is the reverse, autograd holds the least.
+    straight, along = first * summed, first * slopes
     bend = second * (weighted(slopes, jet.weights) * slopes).sum(0, keepdim=True)
-    return jet.like((value, first * slopes, first * summed + bend))
+    return jet.like((value, along, straight + bend))
 
 
 def _by_jvp(func: Callable[..., Tensor], v: Tensor, *args: Any, **kwargs: Any) -> Derivatives:
