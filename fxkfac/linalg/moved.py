@@ -17,7 +17,7 @@ from torch import Tensor
 from fxkfac.linalg.boxes import Box, Sizes, boxes_of
 from fxkfac.linalg.gram import Gram
 from fxkfac.linalg.made_once import made_once
-from fxkfac.linalg.places import addresses, matrices_of, room
+from fxkfac.linalg.places import addresses, layout_of, room
 from fxkfac.linalg.tiles import Added, Kernel
 from fxkfac.linalg.windows import Axis
 
@@ -126,14 +126,14 @@ def _add(
     axes: tuple[Axis, ...],
     kernel: Kernel,
 ) -> Added:
-    matrices, known = matrices_of(x), plan(axes)
+    layout, known = layout_of(x), plan(axes)
     threads, of = torch.get_num_threads(), known[1].data_ptr()
-    function, (_, rows, channels) = kernel.functions.moved, matrices[0]
+    function, (rows, channels) = kernel.functions.moved, layout
     within = room(function.room(rows.number, channels.number, of, threads), x.dtype)
     are_finite = True
-    for place, images in zip(addresses(total), matrices, strict=True):
+    for place, start in zip(addresses(total), addresses(x), strict=True):
         to = place, total.stride(1), scale, adds
-        trace = function.run(*to, *images.given(), of, within.data_ptr(), threads)
+        trace = function.run(*to, *layout.at(start), of, within.data_ptr(), threads)
         are_finite &= isfinite(trace)
     return Added(None, are_finite)
 

@@ -33,40 +33,44 @@ class Places(NamedTuple):
         return Places(offsets, offsets.data_ptr(), len(offsets))
 
 
-class Matrix(NamedTuple):
-    """A matrix in memory: where it starts, and what is added to that for its rows and columns."""
+# A matrix in memory as C takes it: where it starts, offsets of rows, how many, those of columns.
+Placed = tuple[int, int, int, int, int]
 
-    start: int
+
+class Layout(NamedTuple):
+    """How a matrix lies in memory: what is added to its start for rows, and for columns."""
+
     down: Places
     across: Places
 
-    def after(self, number: int) -> Matrix:
+    def after(self, number: int) -> Layout:
         """All but so many rows, the first ones."""
         return self._replace(down=Places.of(self.down.offsets[number:])) if number else self
 
-    def given(self) -> tuple[int, int, int, int, int]:
-        """As C takes it."""
-        _, down, rows = self.down
-        _, across, d = self.across
-        return self.start, down, rows, across, d
+    def at(self, start: int) -> Placed:
+        """A matrix that lies so and starts there."""
+        (_, down, rows), (_, across, d) = self
+        return start, down, rows, across, d
 
 
-def matrices_of(x: Float[Tensor, " group *rows_and_columns"], columns: int = 1) -> list[Matrix]:
+def layout_of(x: Float[Tensor, " group *rows_and_columns"], columns: int = 1) -> Layout:
     """That of every group; columns are in so many of the last axes, and rows in those between."""
     short = prod(x.shape[1:-columns]) <= SHORT
-    down, across = (_known if short else _found)(x.shape, x.stride(), columns)
-    return [Matrix(start, down, across) for start in addresses(x)]
+    return (_known if short else _found)(x.shape, x.stride(), columns)
 
 
 def addresses(t: Tensor) -> list[int]:
     """Where each part of the first axis begins."""
+    start = t.data_ptr()
+    if t.shape[0] == 1:
+        return [start]
     step = t.stride(0) * t.element_size()
-    return [t.data_ptr() + k * step for k in range(t.shape[0])]
+    return [start + k * step for k in range(t.shape[0])]
 
 
-def _found(shape: tuple[int, ...], strides: tuple[int, ...], columns: int) -> tuple[Places, Places]:
+def _found(shape: tuple[int, ...], strides: tuple[int, ...], columns: int) -> Layout:
     axes = tuple(zip(shape, strides, strict=True))
-    return places_of(axes[1:-columns]), places_of(axes[-columns:])
+    return Layout(places_of(axes[1:-columns]), places_of(axes[-columns:]))
 
 
 _known = lru_cache(maxsize=KNOWN)(_found)

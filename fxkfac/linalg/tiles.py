@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fxkfac.linalg.library import TYPES, Functions, functions
-from fxkfac.linalg.places import Matrix, addresses, matrices_of, room
+from fxkfac.linalg.places import Placed, addresses, layout_of, room
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -75,42 +75,43 @@ class Kernel:
             columns: How many of the last axes make up d; rows are in those between.
             summed: Whether to return Σ_rows x, too.
         """
-        matrices = matrices_of(x, columns)
-        sums = total.new_empty(len(matrices), total.shape[-1]) if summed else None
-        add_to = [None] * len(matrices) if sums is None else addresses(sums)
+        layout, starts = layout_of(x, columns), addresses(x)
+        sums = total.new_empty(len(starts), total.shape[-1]) if summed else None
+        add_to = [None] * len(starts) if sums is None else addresses(sums)
         are_finite = True
-        for place, rows, more in zip(addresses(total), matrices, add_to, strict=True):
+        for place, start, more in zip(addresses(total), starts, add_to, strict=True):
             to = place, total.stride(1), scale
-            done = self._by_digits(to, adds, rows, more)
-            if done < rows.down.number:
-                trace = self._by_vectors(to, adds or done > 0, rows.after(done), more, done > 0)
+            done = self._by_digits(to, adds, layout.at(start), more)
+            if done < layout.down.number:
+                rest = layout.after(done)
+                trace = self._by_vectors(to, adds or done > 0, rest.at(start), more, done > 0)
                 are_finite &= isfinite(trace)
         return Added(sums, are_finite)
 
     def _by_digits(
-        self, to: tuple[int, int, float], adds: bool, rows: Matrix, sums: int | None
+        self, to: tuple[int, int, float], adds: bool, rows: Placed, sums: int | None
     ) -> int:
         """How many of the first rows were summed by these."""
-        number, d = rows.down.number, rows.across.number
+        _, _, number, _, d = rows
         digits, threads = self.functions.digits, torch.get_num_threads()
         if digits is None or not self.takes_digits(number, d):
             return 0
         within = room(digits.room(number, d, threads), torch.uint8)
-        return digits.run(*to, adds, *rows.given(), sums, within.data_ptr(), threads)
+        return digits.run(*to, adds, *rows, sums, within.data_ptr(), threads)
 
     def _by_vectors(
         self,
         to: tuple[int, int, float],
         adds: bool,
-        rows: Matrix,
+        rows: Placed,
         sums: int | None,
         adds_sums: bool,
     ) -> float:
         """The trace of the sum."""
+        _, _, number, _, d = rows
         vectors, threads = self.functions.rows, torch.get_num_threads()
-        within = room(vectors.room(rows.down.number, rows.across.number, threads), self.dtype)
-        given = *rows.given(), sums, adds_sums, within.data_ptr()
-        return vectors.run(*to, adds, *given, threads)
+        within = room(vectors.room(number, d, threads), self.dtype)
+        return vectors.run(*to, adds, *rows, sums, adds_sums, within.data_ptr(), threads)
 
 
 def kernel_for(

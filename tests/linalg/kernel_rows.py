@@ -44,13 +44,13 @@ def plain(x: Tensor, columns: int = 1) -> Tensor:
     return rows.T @ rows
 
 
-def given(x: Tensor, columns: int) -> places.Matrix:
+def layout(x: Tensor, columns: int) -> places.Layout:
     """Where rows and columns are, without a group."""
     down, across = (
         places.places_of(tuple(zip(x.shape[part], x.stride()[part], strict=True)))
         for part in (slice(None, -columns), slice(-columns, None))
     )
-    return places.Matrix(x.data_ptr(), down, across)
+    return places.Layout(down, across)
 
 
 def check_sums(sums: Tensor, x: Tensor, columns: int, rows: int, more: float = 0.0) -> None:

@@ -7,7 +7,7 @@ from math import inf, nan
 import pytest
 import torch
 from drawn import rand
-from kernel_rows import F32, KERNEL, ROWS, check_sums, error, given, has_digits, in_single, plain
+from kernel_rows import F32, KERNEL, ROWS, check_sums, error, has_digits, in_single, layout, plain
 from torch import Tensor
 
 from fxkfac.linalg import Gram, add_gram, tiles
@@ -24,11 +24,11 @@ def by_digits(x: Tensor, columns: int, threads: int, total: Tensor | None = None
 
 def run_digits(x: Tensor, columns: int, threads: int, total: Tensor, *, adds: bool) -> int:
     """How many rows are added to a total; none of the kernel's memory is read before."""
-    _, (_, _, rows), (_, _, d) = at = given(x, columns)
+    (_, _, rows), (_, _, d) = lies = layout(x, columns)
     digits, sums = KERNEL.functions.digits, torch.full((d + 1,), nan)
     room = torch.full((digits.room(rows, d, threads),), 255, dtype=torch.uint8)
     to = total.data_ptr(), total.stride(0), 0.5, adds
-    done = digits.run(*to, *at.given(), sums.data_ptr(), room.data_ptr(), threads)
+    done = digits.run(*to, *lies.at(x.data_ptr()), sums.data_ptr(), room.data_ptr(), threads)
     if done:
         check_sums(sums, x, columns, done)
     return done

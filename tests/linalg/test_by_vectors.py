@@ -7,7 +7,7 @@ from math import inf, isnan, nan
 import pytest
 import torch
 from drawn import rand
-from kernel_rows import F32, F64, PLAIN, ROWS, check_sums, error, given, in_single, plain
+from kernel_rows import F32, F64, PLAIN, ROWS, check_sums, error, in_single, layout, plain
 from torch import Tensor
 
 from fxkfac.linalg import tiles
@@ -23,12 +23,14 @@ def by_vectors(
 
     Sums of columns are added to a number, if one is given.
     """
-    _, (_, _, rows), (_, _, d) = at = given(x, columns)
+    (_, _, rows), (_, _, d) = lies = layout(x, columns)
     kernel, sums = tiles.kernel_of(x.dtype).functions.rows, x.new_full((d + 1,), more)
     numbers = kernel.room(rows, d, threads)
     room = x.new_full((numbers + 99,), nan)
     to, adds_sums = (total.data_ptr(), total.stride(0), 0.5, adds), not isnan(more)
-    trace = kernel.run(*to, *at.given(), sums.data_ptr(), adds_sums, room.data_ptr(), threads)
+    trace = kernel.run(
+        *to, *lies.at(x.data_ptr()), sums.data_ptr(), adds_sums, room.data_ptr(), threads
+    )
     assert bool(room[numbers:].isnan().all())
     if adds_sums:
         assert sums[-1] == more

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fxkfac.linalg import Windows, moved, patches, tiles
 from fxkfac.linalg.gram import Gram
-from fxkfac.linalg.places import matrices_of
+from fxkfac.linalg.places import layout_of
 
 pytestmark = pytest.mark.skipif(tiles.kernel_of(F32) is None, reason="no C++ compiler")
 
@@ -39,13 +39,13 @@ def by_moving(
     image: Tensor, of: Windows, threads: int, total: Tensor, *, adds: bool = False
 ) -> float:
     """The trace of a total to which half of the sum was added; no memory is read before."""
-    (given,) = matrices_of(image.movedim(1, -1).unsqueeze(0))
+    down, across = lies = layout_of(image.movedim(1, -1).unsqueeze(0))
     _, plan = moved.plan(of.along(image))
     moving = tiles.kernel_of(image.dtype).functions.moved
-    numbers = moving.room(given.down.number, given.across.number, plan.data_ptr(), threads)
+    numbers = moving.room(down.number, across.number, plan.data_ptr(), threads)
     room = image.new_full((numbers + 99,), nan)
     to = total.data_ptr(), total.stride(0), 0.5, adds
-    trace = moving.run(*to, *given.given(), plan.data_ptr(), room.data_ptr(), threads)
+    trace = moving.run(*to, *lies.at(image.data_ptr()), plan.data_ptr(), room.data_ptr(), threads)
     assert bool(room[numbers:].isnan().all())
     return trace
 
