@@ -4,9 +4,11 @@ time        seconds of a call over seconds of `torch.autograd.grad` just before 
             quartiles of the repeats.
 first call  in a fresh process, libraries imported: capture, matching, installing of hooks and
             the first factors.
-memory      in that process, after the first call: the highest resident set during a call, less
+memory      in another one, after the first call: the highest resident set during a call, less
             what is resident before it (model, data, and what the library keeps from call to
-            call); median of up to three.
+            call); median of up to three. Each tensor has pages of its own there, which go back when
+            it is freed: of these malloc keeps more or less from process to process, and for some
+            calls as much again as they need.
 
 On a GPU both are of the process that also takes the times, and memory is what is allocated there.
 """
@@ -20,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +34,13 @@ from benchmarks.problems import PROBLEMS, Problem
 from fxkfac.measure import MB, Peak, later_peak, synchronize
 
 GRADIENT = "gradient"
+# Bytes from which on glibc maps memory: its own number, which grows with what is freed unless set.
+MAPPED = {"MALLOC_MMAP_THRESHOLD_": str(2**17)}
 
 
 @dataclass(frozen=True)
 class First:
-    """Of a fresh process: seconds of the first call, and peaks in MB above what is held before.
+    """Of fresh processes: seconds of the first call, and peaks in MB above what is held before.
 
     `peak_mb` is of a later call, `first_peak_mb` of the first one with the capture; `factors_mb`
     is what the factors themselves take, with a bias the blocks that it has of its own left out.
@@ -86,14 +90,19 @@ def size_of(factors: Factors) -> float:
 def in_fresh_process(
     problem: str, flavour: str, library: str, tiny: bool, device: str, threads: int
 ) -> First:
-    """Run `first_call` in a process of its own."""
+    """Run `first_call` in a process of its own, and again in one for the memory."""
     words = [problem, flavour, library, device, str(int(tiny)), str(threads)]
+    timed, mapped = _run(words, {}), _run(words, MAPPED)
+    return replace(mapped, seconds=timed.seconds)
+
+
+def _run(words: list[str], more: dict[str, str]) -> First:
     root, above = Path(__file__).parents[2], Path(__file__).parents[1]
     paths = [str(above), str(root), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",  # or a compiled first call would be a later one
-    }
+    environment = os.environ | more
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    # With caches a compiled first call would be a later one.
+    environment["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
     ended = subprocess.run(
         [sys.executable, "-m", "benchmarks.measure", *words],
         env=environment,

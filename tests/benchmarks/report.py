@@ -28,13 +28,13 @@ FLAVOURS = {STEP: "loss + gradient + mc in one pass"}
 EXPLANATION = """\
 time: seconds of the call over those of torch.autograd.grad of the same loss, parameters and batch,
 measured interleaved in one process; median and quartiles. memory: peak resident set of a call in a
-fresh process, above what is held before it, over that of the gradient, and in brackets the same
-less the factors themselves; on a GPU what is allocated, in the process that also takes the times.
-first call: seconds of capture and first factors in a fresh process (on a GPU, in that one),
-compiling anew where something is compiled, and how many gradients that is. A ⊗ B off: largest
-relative distance of a layer's factors to fxkfac's on a tiny size of the problem; where labels are
-drawn, that of the mean of 100 draws to the type-2 factors. Who differs is not timed; - is what the
-library does not do; why is in the JSON and in the Markdown."""
+fresh process, where freed tensors go back to the system, above what is held before it, over that of
+the gradient, and in brackets the same less the factors themselves; on a GPU what is allocated, in
+the process that also takes the times. first call: seconds of capture and first factors in a fresh
+process (on a GPU, in that one), compiling anew where something is compiled, and how many gradients
+that is. A ⊗ B off: largest relative distance of a layer's factors to fxkfac's on a tiny size of the
+problem; where labels are drawn, that of the mean of 100 draws to the type-2 factors. Who differs is
+not timed; - is what the library does not do; why is in the JSON and in the Markdown."""
 COLOURS = ("#0b5fa5", "#0891b2", "#57534e", "#c2410c", "#7e22ce", "#15803d", "#b45309", "#be185d")
 MARKERS = "oXsD^v<P"
 
