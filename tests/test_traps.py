@@ -39,6 +39,32 @@ def mlp():
     return seeded(lambda: nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3)))
 
 
+@torch.library.custom_op("fxkfac_traps::noisy", mutates_args=())
+def noisy(x: torch.Tensor) -> torch.Tensor:
+    """An op that draws, and does not say so."""
+    return x + torch.randn_like(x)
+
+
+noisy.register_fake(torch.empty_like)
+noisy.register_autograd(lambda ctx, g: g)
+noisy.register_vmap(lambda info, dims, x: (noisy(x), dims[0]))
+
+
+class Noisy(nn.Module):
+    def forward(self, x):
+        return noisy(x)
+
+
+class Drawing(fxkfac.Likelihood):
+    """Labels by the global state."""
+
+    def nll(self, f, y):
+        return (f - y).square().sum(1) / 2
+
+    def sample(self, f, generator):
+        return f + torch.randn_like(f)
+
+
 class Made(nn.Module):
     """Modules and tensors by name, and the forward pass as a function of the model and x."""
 
@@ -105,12 +131,19 @@ class TestTraps:
                 expected += g.T @ g / 5
         close(found["first.weight"].B, expected)
 
-    def test_dropout_leaves_the_global_random_state(self):
-        model = seeded(lambda: nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5), nn.Linear(3, 3)))
+    @pytest.mark.parametrize("draw", [nn.Dropout(0.5), Noisy(), nn.Identity()])
+    @pytest.mark.parametrize("loss", [MSE(), Drawing()])
+    def test_what_draws_leaves_the_global_random_state(self, draw, loss):
+        model = seeded(lambda: nn.Sequential(nn.Linear(4, 3), draw, nn.Linear(3, 3)))
         before = torch.get_rng_state()
         program = fxkfac.trace(model.train(), X)
-        fxkfac.kfac(program, MSE(), (X, Y), fisher="mc")
+        first, again = (
+            fxkfac.kfac(program, loss, (X, Y), fisher="mc", generator=generator(0))
+            for _ in range(2)
+        )
         assert torch.equal(torch.get_rng_state(), before)
+        close(first["2.weight"].A, again["2.weight"].A, rtol=0, atol=0)
+        close(first["2.weight"].B, again["2.weight"].B, rtol=0, atol=0)
 
     def test_the_batch_axis_of_attention_is_not_axis_0(self):
         """Inside, tokens come first; reduce is the mean over them, not over the data."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Generic, Protocol, Self, TypeVar
@@ -28,11 +28,13 @@ from fxkfac.curvature.settings import Settings
 from fxkfac.curvature.together import require_memory
 from fxkfac.errors import DataError, FxkfacError, NonFiniteError
 from fxkfac.functional import Params
+from fxkfac.graph.overloads import may_draw
 from fxkfac.graph.program import Program
 from fxkfac.graph.tapped import Run, Tapped
 from fxkfac.isolation import is_finite, own_randomness, seed_from
 from fxkfac.likelihoods.backpropagation import BY_POSITION, backpropagated_vectors, sends_back
 from fxkfac.likelihoods.base import Likelihood, count_of
+from fxkfac.likelihoods.closed_form import ClosedForm
 from fxkfac.ranges import require_generator
 
 
@@ -161,9 +163,10 @@ class Pass(ABC, Generic[Sink, Total]):
     def _finite_sums(self, inputs: Any, targets: Any) -> Total:
         """The sums of one batch, which fit to those so far."""
         number = self.batches
-        # Dropout draws from the global state, which is the caller's.
-        with own_randomness(seed_from(self.generator)):
-            part = self._sums(inputs, targets, number)
+        with _named(number):
+            tapped, tensors = self.program.at(inputs, self.state)
+        with self._randomness(tapped):
+            part = self._sums(tapped, tensors, inputs, targets)
         if (found := part.not_finite()) is not None:
             raise NonFiniteError(
                 f"{found} holds NaN or Inf after batch {number}; expected finite numbers. "
@@ -173,10 +176,15 @@ class Pass(ABC, Generic[Sink, Total]):
             self.total.require_same_terms(part)
         return part
 
-    def _sums(self, inputs: Any, targets: Any, number: int) -> Total:
-        likelihood = self.likelihood
-        with _named(number):
-            tapped, tensors = self.program.at(inputs, self.state)
+    def _randomness(self, tapped: Tapped) -> AbstractContextManager[None]:
+        """Dropout draws from the global state, which is the caller's; and so may formulas."""
+        seed = seed_from(self.generator)
+        draws = tapped.once("draws", lambda: may_draw(tapped.captured.module.graph))
+        in_closed_form = isinstance(self.likelihood, ClosedForm)
+        return own_randomness(seed) if draws or not in_closed_form else nullcontext()
+
+    def _sums(self, tapped: Tapped, tensors: list[Tensor], inputs: Any, targets: Any) -> Total:
+        likelihood, number = self.likelihood, self.batches
         schedule = self._schedule(tapped)
         schedule.require_factors()
         n = self.program.signature.batch_size(tensors)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from torch._ops import OpOverload
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from fxkfac.errors import OptionError
 
@@ -44,6 +45,17 @@ def _full_name(function: Callable[..., Any]) -> tuple[str, str]:
 def draws(target: Any) -> bool:
     """Whether an op draws random numbers."""
     return isinstance(target, OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
+
+
+def may_draw(graph: Graph) -> bool:
+    """Whether an op draws random numbers, or is somebody's own, of which it is not known."""
+    return not all(_is_known(n.target) for n in graph.nodes if n.op.startswith("call"))
+
+
+def _is_known(target: Any) -> bool:
+    if isinstance(target, OpOverload):
+        return target.namespace == "aten" and not draws(target)
+    return target in vars(operator).values()
 
 
 def arguments(node: Node) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 // total = scale * sum of x x^T over rows, or that added: both triangles, of which one is computed.
 //
 // Tiles are products of two panels, a few rows at a time in registers; from the first cache their
-// numbers go to both of their places. Of wide x a thread that is free takes the next few tiles, from
-// panels that all have copied. Of tall x each takes rows, with panels and tiles of its own, which
-// are added up at the end. Sizes were found by timing.
+// numbers go to both of their places. Of wide x a thread that is free takes the next few tiles,
+// from panels that all have copied. Of tall x each takes rows, with panels and tiles of its own,
+// which are added up at the end. Sizes were found by timing.
 
 namespace vectors {
 namespace {
@@ -124,7 +124,8 @@ T take(const Total<T>& total, Strip strip, const T* panels, int64_t rows, bool a
   alignas(LINE) Tile<T> tiles[BLOCK];
   for (int64_t k = 0; k < rows; k += DEPTH)
     for (int64_t q = first; q < end; ++q) {
-      const T *left = panels + (p * rows + k) * WIDTH<T>, *right = panels + (q * rows + k) * WIDTH<T>;
+      const T* left = panels + (p * rows + k) * WIDTH<T>;
+      const T* right = panels + (q * rows + k) * WIDTH<T>;
       const Piece piece{0, std::min(DEPTH, rows - k)};
       const Part part = part_of<T>(total.d, p, q);
       product(left, right, {&piece, &piece + 1}, part, k > 0, tiles[q - first]);

@@ -197,13 +197,6 @@ struct Part {
     const int last = diagonal ? std::min(columns, row + DOWN) : columns;
     return (last + LANES<T> - 1) / LANES<T>;
   }
-
-  template <class T>
-  int64_t work() const {
-    int64_t found = 0;
-    for (int i = 0; i < rows; i += DOWN) found += vectors<T>(i);
-    return found;
-  }
 };
 
 // Of some rows of two panels.
