@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import fxkfac
 from fxkfac import exact
 from fxkfac.errors import BatchAxisError, CaptureError
+from fxkfac.likelihoods.losses import Gaussian
 
 MSE, CE = nn.MSELoss, nn.CrossEntropyLoss
 close = torch.testing.assert_close
@@ -63,6 +64,12 @@ class Drawing(fxkfac.Likelihood):
 
     def sample(self, f, generator):
         return f + torch.randn_like(f)
+
+
+class DrawingToo(Gaussian):
+    """The same, made of a likelihood that does not."""
+
+    sample = Drawing.sample
 
 
 class Made(nn.Module):
@@ -132,7 +139,7 @@ class TestTraps:
         close(found["first.weight"].B, expected)
 
     @pytest.mark.parametrize("draw", [nn.Dropout(0.5), Noisy(), nn.Identity()])
-    @pytest.mark.parametrize("loss", [MSE(), Drawing()])
+    @pytest.mark.parametrize("loss", [MSE(), Drawing(), DrawingToo()])
     def test_what_draws_leaves_the_global_random_state(self, draw, loss):
         model = seeded(lambda: nn.Sequential(nn.Linear(4, 3), draw, nn.Linear(3, 3)))
         before = torch.get_rng_state()

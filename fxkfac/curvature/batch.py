@@ -34,7 +34,7 @@ from fxkfac.graph.tapped import Run, Tapped
 from fxkfac.isolation import is_finite, own_randomness, seed_from
 from fxkfac.likelihoods.backpropagation import BY_POSITION, backpropagated_vectors, sends_back
 from fxkfac.likelihoods.base import Likelihood, count_of
-from fxkfac.likelihoods.closed_form import ClosedForm
+from fxkfac.likelihoods.losses import OWN
 from fxkfac.ranges import require_generator
 
 
@@ -180,8 +180,8 @@ class Pass(ABC, Generic[Sink, Total]):
         """Dropout draws from the global state, which is the caller's; and so may formulas."""
         seed = seed_from(self.generator)
         draws = tapped.once("draws", lambda: may_draw(tapped.captured.module.graph))
-        in_closed_form = isinstance(self.likelihood, ClosedForm)
-        return own_randomness(seed) if draws or not in_closed_form else nullcontext()
+        is_own = type(self.likelihood) in OWN
+        return own_randomness(seed) if draws or not is_own else nullcontext()
 
     def _sums(self, tapped: Tapped, tensors: list[Tensor], inputs: Any, targets: Any) -> Total:
         likelihood, number = self.likelihood, self.batches
