@@ -144,13 +144,29 @@ class TestTraps:
         model = seeded(lambda: nn.Sequential(nn.Linear(4, 3), draw, nn.Linear(3, 3)))
         before = torch.get_rng_state()
         program = fxkfac.trace(model.train(), X)
+        data = [(X, Y), (X[:3], Y[:3])]  # another size is compared with the model
         first, again = (
-            fxkfac.kfac(program, loss, (X, Y), fisher="mc", generator=generator(0))
-            for _ in range(2)
+            fxkfac.kfac(program, loss, data, fisher="mc", generator=generator(0)) for _ in range(2)
         )
         assert torch.equal(torch.get_rng_state(), before)
         close(first["2.weight"].A, again["2.weight"].A, rtol=0, atol=0)
         close(first["2.weight"].B, again["2.weight"].B, rtol=0, atol=0)
+
+    def test_a_mask_that_draws_leaves_the_global_random_state(self):
+        x, y = rand(5, 2, 4), rand(5, 2, 3)
+        program, before = fxkfac.trace(linear(), x), torch.get_rng_state()
+        first, again = (
+            fxkfac.kfac(
+                program,
+                MSE(),
+                (x, y),
+                mask=lambda x, y: torch.rand(x.shape[:2]) < 0.5,
+                generator=generator(0),
+            )
+            for _ in range(2)
+        )
+        assert torch.equal(torch.get_rng_state(), before)
+        close(first["weight"].A, again["weight"].A, rtol=0, atol=0)
 
     def test_the_batch_axis_of_attention_is_not_axis_0(self):
         """Inside, tokens come first; reduce is the mean over them, not over the data."""

@@ -28,13 +28,12 @@ from fxkfac.curvature.settings import Settings
 from fxkfac.curvature.together import require_memory
 from fxkfac.errors import DataError, FxkfacError, NonFiniteError
 from fxkfac.functional import Params
-from fxkfac.graph.overloads import may_draw
 from fxkfac.graph.program import Program
 from fxkfac.graph.tapped import Run, Tapped
 from fxkfac.isolation import is_finite, own_randomness, seed_from
 from fxkfac.likelihoods.backpropagation import BY_POSITION, backpropagated_vectors, sends_back
 from fxkfac.likelihoods.base import Likelihood, count_of
-from fxkfac.likelihoods.losses import OWN
+from fxkfac.likelihoods.losses import BUILT_IN
 from fxkfac.ranges import require_generator
 
 
@@ -177,11 +176,10 @@ class Pass(ABC, Generic[Sink, Total]):
         return part
 
     def _randomness(self, tapped: Tapped) -> AbstractContextManager[None]:
-        """Dropout draws from the global state, which is the caller's; and so may formulas."""
+        """Dropout draws from the global state, which is the caller's; so may what they wrote."""
         seed = seed_from(self.generator)
-        draws = tapped.once("draws", lambda: may_draw(tapped.captured.module.graph))
-        is_own = type(self.likelihood) in OWN
-        return own_randomness(seed) if draws or not is_own else nullcontext()
+        theirs = type(self.likelihood) not in BUILT_IN or callable(self.mask)
+        return own_randomness(seed) if theirs or tapped.may_draw else nullcontext()
 
     def _sums(self, tapped: Tapped, tensors: list[Tensor], inputs: Any, targets: Any) -> Total:
         likelihood, number = self.likelihood, self.batches

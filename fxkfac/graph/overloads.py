@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -49,13 +48,18 @@ def draws(target: Any) -> bool:
 
 def may_draw(graph: Graph) -> bool:
     """Whether an op draws random numbers, or is somebody's own, of which it is not known."""
-    return not all(_is_known(n.target) for n in graph.nodes if n.op.startswith("call"))
+    return not all(_draws_nothing(n.target) for n in graph.nodes if n.op.startswith("call"))
 
 
-def _is_known(target: Any) -> bool:
+def _draws_nothing(target: Any) -> bool:
     if isinstance(target, OpOverload):
         return target.namespace == "aten" and not draws(target)
-    return target in vars(operator).values()
+    return is_arithmetic(target)
+
+
+def is_arithmetic(target: Any) -> bool:
+    """Whether it is one of Python's own operators, as sizes and tuples take them."""
+    return getattr(target, "__module__", "") == "_operator"
 
 
 def arguments(node: Node) -> dict[str, Any]:

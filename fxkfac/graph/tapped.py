@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 
 from fxkfac.graph.experiments.locate import Layout
 from fxkfac.graph.front_ends.capture import Captured
+from fxkfac.graph.overloads import may_draw
 from fxkfac.graph.uses.ir import Use
 from fxkfac.graph.uses.match import Unsupported
 
@@ -55,6 +56,11 @@ class Tapped:
     def uncovered(self) -> tuple[str, ...]:
         """Names of the parameters with a use that has no normal form."""
         return tuple(dict.fromkeys(p for u in self.unsupported for p in u.parameters))
+
+    @property
+    def may_draw(self) -> bool:
+        """Whether it may draw random numbers, as dropout does in training."""
+        return self.once("may draw", lambda: may_draw(self.captured.module.graph))
 
     def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
         """What was made of this graph before, under this key; else it is made now."""

@@ -228,9 +228,8 @@ def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
     return len(shape) <= len(to) and all(a in (1, b) for a, b in sizes)
 
 
-# They draw from the generator that they are given; a class of someone's own that is made of one of
-# them may draw from any.
-OWN = frozenset({Gaussian, Bernoulli, Categorical})
+# They draw from the generator that they are given; a class that someone makes of them may not.
+BUILT_IN = frozenset({Gaussian, Bernoulli, Categorical})
 
 TORCH_LOSSES: dict[type[nn.Module], Callable[[Any], Likelihood]] = {
     nn.MSELoss: lambda loss: Gaussian(loss.reduction),

@@ -61,10 +61,7 @@ def layout_of(x: Float[Tensor, " group *rows_and_columns"], columns: int = 1) ->
 
 def addresses(t: Tensor) -> list[int]:
     """Where each part of the first axis begins."""
-    start = t.data_ptr()
-    if t.shape[0] == 1:
-        return [start]
-    step = t.stride(0) * t.element_size()
+    start, step = t.data_ptr(), t.stride(0) * t.element_size()
     return [start + k * step for k in range(t.shape[0])]
 
 

@@ -7,8 +7,8 @@ first call  in a fresh process, libraries imported: capture, matching, installin
 memory      in another one, after the first call: the highest resident set during a call, less
             what is resident before it (model, data, and what the library keeps from call to
             call); median of up to three. Each tensor has pages of its own there, which go back when
-            it is freed: of these malloc keeps more or less from process to process, and for some
-            calls as much again as they need.
+            it is freed: of these malloc keeps more or less from process to process, and for small
+            calls up to 0.8 times as much again as they need.
 
 On a GPU both are of the process that also takes the times, and memory is what is allocated there.
 """

@@ -15,7 +15,7 @@ from torch._ops import OpOverload
 from torch.export import default_decompositions
 from torch.fx import Graph, Node
 
-from fxkfac.graph.overloads import arguments
+from fxkfac.graph.overloads import arguments, is_arithmetic
 from fxkfac.graph.uses.view import LAYOUT_OPS
 
 aten = torch.ops.aten
@@ -40,7 +40,7 @@ def _is_pure(node: Node) -> bool:
 @cache
 def _is_pure_op(target: Any) -> bool:
     if not isinstance(target, OpOverload):
-        return getattr(target, "__module__", "") == "_operator"  # arithmetic of sizes
+        return is_arithmetic(target)
     if target._schema.is_mutable:
         return False
     # Composite ops that need not be taken apart are the ones that torch lists.
